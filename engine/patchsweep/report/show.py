@@ -1,0 +1,160 @@
+"""Results in the terminal, within 80 columns."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+from patchsweep.results import CellEffect, Results
+from patchsweep.sites import Status
+from patchsweep.sites import component as component_of
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+TOP = 10
+NAMED_DETECTIONS = 12
+TEXT_COLUMNS = ("metric", "token")
+
+
+def show(results: Results, console: Console) -> None:
+    """Print header, baselines, top cells and detections by the first metric, and warnings."""
+    _print_pairs(console, _header(results))
+    _print_titled(console, "Baselines, mean over pairs", _baselines(results))
+    console.print()
+    metric = results.metrics[0]
+    for component in results.components:
+        for direction in results.grid(component).directions:
+            title = f"{component}, {direction}: largest effects on {metric}"
+            rows = _top(results, component, metric, direction)
+            _print_titled(console, f"{title} (0 = destination, 1 = source)", rows)
+            console.print(_detections(results, component, metric, direction))
+            console.print()
+    warnings = results.warnings()
+    console.print(Text("Warnings" if warnings else "No warnings", style="bold"))
+    for line in warnings:
+        console.print(Text(f"- {line}"))
+    console.print()
+    console.print(Text("Provenance", style="bold"))
+    _print_pairs(console, _provenance(results))
+
+
+def cell_name(cell: CellEffect, unit: str) -> str:
+    """The usual name of a cell's place: layer.head, or the layer alone."""
+    return f"{cell.layer}.{cell.unit}" if unit else str(cell.layer)
+
+
+def quoted(token: str) -> str:
+    """A token with its spaces visible and its line breaks escaped; empty stays empty."""
+    return repr(token) if token else ""
+
+
+def _header(results: Results) -> dict[str, str]:
+    attrs = results.attrs
+    spec = attrs.get("spec", {})
+    lengths = results.store.read("prompts/length")
+    grid = results.grid(results.components[0])
+    span = sorted({int(lengths.min()), int(lengths.max())})
+    pairs = "1 pair" if grid.pairs == 1 else f"{grid.pairs} pairs"
+    rows = {
+        "model": str(attrs.get("model", "")),
+        "prompts": f"{pairs} of {'–'.join(map(str, span))} tokens{_origin(spec.get('prompts'))}",
+        "direction": ", ".join(grid.directions),
+        "dtype": str(attrs["dtype"]),
+    }
+    for component in results.components:
+        counts = results.counts(component, results.metrics[0])
+        text = f"{counts[Status.EXACT]:,} cells exact, {counts[Status.STRUCTURAL]:,} structural"
+        others = (s for s in Status if s not in (Status.EXACT, Status.STRUCTURAL) and counts[s])
+        rows[component] = ", ".join(
+            [text, *(f"{counts[s]:,} {s.name.lower().replace('_', ' ')}" for s in others)]
+        )
+    return rows
+
+
+def _origin(prompts: Any) -> str:
+    """Where the prompts came from, if the spec says it."""
+    if not isinstance(prompts, dict):
+        return ""
+    kinds = [f"{kind} {prompts[kind]}" for kind in ("task", "file") if prompts.get(kind)]
+    return f" ({', '.join(kinds)})" if kinds else ""
+
+
+def _baselines(results: Results) -> Table:
+    table = _table("metric", "clean", "corrupt", "noise floor (max)")
+    for metric in results.metrics:
+        means = results.baseline(metric).mean(axis=(1, 2))
+        floor = float(np.max(results.noise_floor(metric)))
+        table.add_row(metric, _number(means[0]), _number(means[1]), f"{floor:.1e}")
+    return table
+
+
+def _top(results: Results, component: str, metric: str, direction: str) -> Table:
+    unit = component_of(component).unit
+    table = _table(
+        f"layer.{unit}" if unit else "layer",
+        "position",
+        "token",
+        f"patched {metric}",
+        "effect",
+    )
+    for cell in results.top(component, metric, direction, TOP):
+        table.add_row(
+            cell_name(cell, unit),
+            str(cell.position),
+            Text(quoted(cell.token)),
+            _number(cell.patched),
+            f"{cell.effect:+.3f}",
+        )
+    return table
+
+
+def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
+    unit = component_of(component).unit
+    found = results.detections(component, metric, direction)
+    names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
+    more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
+    text = f"Beyond 2 SD of the mean effect: {len(found)} cells"
+    return Text(f"{text}: {', '.join(names)}{more}" if found else text)
+
+
+def _provenance(results: Results) -> dict[str, str]:
+    skip = ("model", "spec", "metrics", "components", "dtype", "patchsweep_schema")
+    attrs = {key: value for key, value in results.attrs.items() if key not in skip}
+    rows = {key.replace("_", " "): _flat(value) for key, value in sorted(attrs.items())}
+    return {**rows, "schema": str(results.attrs["patchsweep_schema"]), "path": str(results.path)}
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(_flat(part) for part in value)
+    return _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None)
+    for name in columns:
+        justify: Literal["left", "right"] = "left" if name in TEXT_COLUMNS else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    return table
+
+
+def _print_titled(console: Console, title: str, table: Table) -> None:
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def _print_pairs(console: Console, rows: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for key, value in rows.items():
+        table.add_row(Text(key), Text(value))
+    console.print(table)
+    console.print()

@@ -1,0 +1,363 @@
+"""Results on disk: a Zarr v3 group that xarray opens, one chunk per block.
+
+Layout under the results folder:
+
+- `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
+- `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
+- `baseline/<metric>`, `baseline/<metric>_noise_floor`: [run = clean, corrupt; sample; pair].
+- `prompts/`: `clean_tokens`, `corrupt_tokens` int32 [pair, position] (-1 = outside), their strings
+  in `clean_text`, `corrupt_text`; `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
+  `answer_text`, `wrong_text`: one entry per pair.
+- Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
+  the caller gives (spec, plan_hash, token_budget, model, model_fingerprint, versions, host, device,
+  threads, measured).
+
+What is marked done outlives a killed process; it is not fsynced, so not every power cut.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Pair
+from patchsweep.sites import DIMENSIONS, Block, Grid, component
+from zarr.codecs import ZstdCodec
+
+SCHEMA = 1
+RUNS = ("clean", "corrupt")
+_MARK = "patchsweep_schema"
+
+# Causes that a user can mend: what is wrong, and the mend.
+_CAUSES = {
+    errno.ENOSPC: ("no space left on the device", "free space"),
+    errno.EDQUOT: ("disk quota exceeded", "free space"),
+    errno.EROFS: ("read-only file system", "make it writable"),
+    errno.EACCES: ("permission denied", "make it writable"),
+    errno.EPERM: ("permission denied", "make it writable"),
+    errno.ENOTDIR: ("part of the path is a file, not a folder", "move that file away"),
+    errno.EEXIST: ("part of the path is a file, not a folder", "move that file away"),
+    errno.ENOTEMPTY: ("another process has just created it", "choose another --out"),
+}
+
+
+class Store:
+    """The arrays of one sweep in a folder. Writing needs `create` or `open(..., "r+")`."""
+
+    def __init__(self, path: Path, group: zarr.Group) -> None:
+        self.path = path
+        self._group = group
+        self._arrays: dict[str, zarr.Array[Any]] = {}
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        grids: Sequence[Grid],
+        metrics: Sequence[str],
+        pairs: Sequence[Pair],
+        token_strings: Callable[[int], str],
+        attrs: Mapping[str, Any],
+        dtype: Literal["float32", "float64"],
+    ) -> Store:
+        """Lay out an empty results folder, whole or not at all.
+
+        It is built beside `path` and renamed when its attributes, the last thing, are written.
+        `token_strings` gives the text of a token id. BadInput if `path` exists or the disk refuses.
+        """
+        if path.exists():
+            mend = "choose another --out"
+            if _schema(path) is not None:
+                mend = "use --resume to continue it or --overwrite to replace it"
+            raise BadInput(f"{path} exists already: {mend}")
+        target = path.resolve()
+        partial = _hidden(target)
+        try:
+            with _writing(path, "run again"):
+                partial.parent.mkdir(parents=True, exist_ok=True)
+                root = zarr.create_group(partial, zarr_format=3)
+                for grid in grids:
+                    _create_component(root, grid, metrics, dtype)
+                _create_baseline(root, grids, metrics, len(pairs), dtype)
+                _create_prompts(root, pairs, token_strings)
+                root.update_attributes(
+                    {
+                        "metrics": [{"name": name} for name in metrics],
+                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                        **attrs,
+                        "components": [grid.component for grid in grids],
+                        "dtype": dtype,
+                        _MARK: SCHEMA,
+                    }
+                )
+                partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return cls.open(path, "r+")
+
+    @classmethod
+    def open(cls, path: Path, mode: Literal["r", "r+"] = "r") -> Store:
+        """Open a results folder; BadInput if it is missing, foreign, half-created or newer."""
+        if not path.exists():
+            raise BadInput(f"no results at {path}: check the path")
+        schema = _schema(path)
+        if schema is None:
+            raise BadInput(f"{path} is not a results folder of patchsweep: check the path")
+        if schema > SCHEMA:
+            raise BadInput(
+                f"{path} has schema {schema}, this patchsweep reads up to {SCHEMA}: update it"
+            )
+        group = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
+        return cls(path, group)
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The root attributes."""
+        return dict(self._group.attrs)
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, in the order of the spec."""
+        return tuple(metric["name"] for metric in self.attrs["metrics"])
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The grid of each component, rebuilt from its arrays."""
+        return {name: self._grid(name) for name in self.attrs["components"]}
+
+    def write_block(
+        self,
+        block: Block,
+        values: Mapping[str, NDArray[Any]],
+        status: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Write one block of every metric, then mark it done.
+
+        The arrays have the 7-D shape of `block.region`. BadInput if the disk refuses.
+        """
+        region = block.region(self.grids[block.component])
+        shape = tuple(part.stop - part.start for part in region)
+        with _writing(self.path, "continue with --resume"):
+            for metric in self.metrics:
+                for name, array in ((metric, values[metric]), (f"{metric}_status", status[metric])):
+                    assert array.shape == shape, (name, array.shape, shape)
+                    self._array(f"{block.component}/{name}")[region] = array
+            self._array(f"completion/{block.component}")[block.index] = 1
+
+    def done(self, component: str) -> NDArray[np.bool_]:
+        """Which blocks of a component are done, bool [block]."""
+        return self.read(f"completion/{component}").astype(np.bool_)
+
+    def write_baseline(
+        self,
+        pairs: range,
+        values: Mapping[str, NDArray[Any]],
+        noise_floor: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Write the unpatched metrics and the noise floor of some pairs, [run, sample, pair] each.
+
+        The noise floor is the distance of a null patch (the destination patched with its own
+        activation) from that destination's baseline. `pairs` are those of whole blocks.
+        """
+        region = (slice(None), slice(None), slice(pairs.start, pairs.stop))
+        with _writing(self.path, "continue with --resume"):
+            for metric in self.metrics:
+                self._array(f"baseline/{metric}")[region] = values[metric]
+                self._array(f"baseline/{metric}_noise_floor")[region] = noise_floor[metric]
+
+    def set_attrs(self, **attrs: Any) -> None:
+        """Add or replace root attributes. One process only."""
+        with _writing(self.path, "continue with --resume"):
+            self._group.update_attributes(attrs)
+
+    def read(self, name: str, region: Any = ...) -> NDArray[Any]:
+        """The array `<group>/<array>`, or a region of it; BadInput if a chunk of it is damaged."""
+        array = self._array(name)
+        try:
+            return np.asarray(array[region])
+        except (RuntimeError, ValueError, OSError) as exc:
+            cause = " ".join(str(exc).split())
+            raise BadInput(
+                f"cannot read {self.path / name}: {cause}; "
+                f"'patchsweep check {self.path}' says what must be redone"
+            ) from exc
+
+    def group_attrs(self, name: str) -> dict[str, Any]:
+        """The attributes of a group, for example `prompts`."""
+        return dict(self._group[name].attrs)
+
+    def _array(self, name: str) -> zarr.Array[Any]:
+        if name not in self._arrays:
+            array = self._group.get(name)
+            if not isinstance(array, zarr.Array):
+                raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")
+            # Zarr keeps this setting in memory only; without it a chunk of fill values is deleted.
+            self._arrays[name] = array.with_config({"write_empty_chunks": True})
+        return self._arrays[name]
+
+    def _grid(self, name: str) -> Grid:
+        array = self._array(f"{name}/{self.metrics[0]}")
+        directions = self.read(f"{name}/direction").tolist()
+        positions = self.read(f"{name}/position").tolist()
+        return Grid(
+            component=name,
+            directions=tuple(directions),
+            pairs=array.shape[3],
+            layers=array.shape[4],
+            units=array.shape[5],
+            positions=tuple(positions),
+            pair_tile=array.chunks[3],
+            unit_tile=array.chunks[5],
+            position_tile=array.chunks[6],
+        )
+
+
+def remove(path: Path) -> None:
+    """Delete a results folder; BadInput if `path` is anything else."""
+    Store.open(path)
+    target = path.resolve()
+    doomed = _hidden(target)
+    with _writing(path, "run again"):
+        target.rename(doomed)  # a kill halfway then leaves no half-deleted results
+        shutil.rmtree(doomed)
+
+
+def _schema(path: Path) -> int | None:
+    """The schema version of a results folder, None for anything else."""
+    try:
+        schema = json.loads((path / "zarr.json").read_text())["attributes"][_MARK]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return schema if isinstance(schema, int) else None
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+@contextmanager
+def _writing(path: Path, then: str) -> Iterator[None]:
+    """Turn a refusal of the file system into BadInput; `then` is what to do after the mend."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno not in _CAUSES:
+            raise
+        cause, mend = _CAUSES[exc.errno]
+        raise BadInput(f"cannot write {path}: {cause}; {mend} and {then}") from exc
+
+
+def _create_array(
+    group: zarr.Group,
+    name: str,
+    dims: Sequence[str],
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: Any,
+    fill: Any,
+) -> zarr.Array[Any]:
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=fill,
+        compressors=ZstdCodec(level=3, checksum=True),
+        dimension_names=list(dims),
+        config={"write_empty_chunks": True},
+    )
+
+
+def _put(group: zarr.Group, name: str, dims: Sequence[str], data: Any) -> None:
+    """Create and fill a small array in one chunk; strings become Zarr's variable-length strings."""
+    data = np.asarray(data)
+    text = data.dtype.kind in "UO"
+    chunks = tuple(max(1, n) for n in data.shape)
+    array = _create_array(
+        group, name, dims, data.shape, chunks, str if text else data.dtype, "" if text else 0
+    )
+    array[...] = data.astype(object) if text else data
+
+
+def _create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype: str) -> None:
+    group = root.create_group(
+        grid.component, attributes={"unit_name": component(grid.component).unit}
+    )
+    for metric in metrics:
+        _create_array(group, metric, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
+        name = f"{metric}_status"
+        _create_array(group, name, DIMENSIONS, grid.shape, grid.chunks, "uint8", 0)
+    coordinates = {
+        "direction": grid.directions,
+        "source": ("other",),
+        "sample": np.arange(1),
+        "pair": np.arange(grid.pairs),
+        "layer": np.arange(grid.layers),
+        "unit": np.arange(grid.units),
+        "position": grid.positions,
+    }
+    for name, data in coordinates.items():
+        _put(group, name, (name,), data)
+    completion = root.require_group("completion")
+    blocks = math.prod(grid.tiles)
+    _create_array(completion, grid.component, ("block",), (blocks,), (1,), "uint8", 0)
+
+
+def _create_baseline(
+    root: zarr.Group, grids: Sequence[Grid], metrics: Sequence[str], pairs: int, dtype: str
+) -> None:
+    group = root.create_group("baseline")
+    # The pairs of any block are then whole chunks.
+    chunks = (len(RUNS), 1, math.gcd(*(grid.pair_tile for grid in grids)))
+    for metric in metrics:
+        for name in (metric, f"{metric}_noise_floor"):
+            shape = (len(RUNS), 1, pairs)
+            _create_array(group, name, ("run", "sample", "pair"), shape, chunks, dtype, math.nan)
+    _put(group, "run", ("run",), RUNS)
+    _put(group, "sample", ("sample",), np.arange(1))
+    _put(group, "pair", ("pair",), np.arange(pairs))
+
+
+def _create_prompts(
+    root: zarr.Group, pairs: Sequence[Pair], token_strings: Callable[[int], str]
+) -> None:
+    def texts(sets: Sequence[tuple[int, ...]]) -> list[list[str]]:
+        return [[token_strings(token) for token in tokens] for tokens in sets]
+
+    answer, wrong = [pair.answer for pair in pairs], [pair.wrong for pair in pairs]
+    group = root.create_group(
+        "prompts",
+        attributes={
+            "labels": [dict(pair.labels) for pair in pairs],
+            "answer": [list(tokens) for tokens in answer],
+            "wrong": [list(tokens) for tokens in wrong],
+            "answer_text": texts(answer),
+            "wrong_text": texts(wrong),
+        },
+    )
+    width = max(len(pair) for pair in pairs)
+    dims = ("pair", "position")
+    for run in RUNS:
+        rows = [getattr(pair, run) for pair in pairs]
+        tokens = [[*row, *[-1] * (width - len(row))] for row in rows]
+        strings = [[*row, *[""] * (width - len(row))] for row in texts(rows)]
+        _put(group, f"{run}_tokens", dims, np.array(tokens, dtype=np.int32))
+        _put(group, f"{run}_text", dims, np.array(strings, dtype=object))
+    _put(group, "length", ("pair",), np.array([len(pair) for pair in pairs], dtype=np.int32))
+    _put(group, "group", ("pair",), np.array([pair.group for pair in pairs], dtype=object))
+    _put(group, "pair", ("pair",), np.arange(len(pairs)))
+    _put(group, "position", ("position",), np.arange(width))

@@ -1,0 +1,132 @@
+"""The residual stream inside one layer: what is added to it, found by following the additions.
+
+Families differ in what stands between a sub-layer and the residual stream (post-norms, multipliers,
+parallel blocks), not in the fact that something is added. So the additions are watched while the
+model's own layer runs, and overwritten where a run is patched; no table of families is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+# Functions whose result is the same activation in another shape.
+SAME = {"view", "reshape", "contiguous", "flatten", "unsqueeze", "squeeze", "dropout", "to"}
+
+# What a tensor is, seen from the residual stream: the stream itself before and after attention's
+# addition, or something computed from it: by attention, from the stream before, from the stream
+# after; SUM is attention + MLP on their way to the stream together (parallel blocks).
+STREAM, MID, ATTENTION, BEFORE, AFTER, SUM = "stream", "mid", "attention", "before", "after", "sum"
+
+
+@dataclass(frozen=True)
+class Overwrite:
+    """Tokens of the packed layer call that take over the activation of other tokens. [token]"""
+
+    target: Tensor
+    source: Tensor
+
+
+@dataclass(eq=False)
+class ResidualStream(TorchFunctionMode):
+    """While active around a layer call: overwrite what is written to the residual stream.
+
+    `overwrite` names places (attn_out, resid_mid, mlp_out); `found` tells which of them this layer
+    has: resid_mid only where the MLP reads the stream after attention was added.
+    """
+
+    overwrite: Mapping[str, Overwrite]
+    found: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._roles = WeakTensorKeyDictionary()
+
+    def watch(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer with the residual stream `hidden`."""
+        self._roles[hidden] = STREAM
+        with self:
+            return layer(hidden, *args, **kwargs)
+
+    def from_attention(self, z: Tensor) -> None:
+        """`z` is what the attention function returns."""
+        self._roles[z] = ATTENTION
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = func.__name__
+        if name in ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
+            role = self._addition(*args)
+            out = func(*args, **(kwargs or {}))
+            if role == MID and "resid_mid" in self.overwrite:
+                self._apply("resid_mid", out)
+        else:
+            out = func(*args, **(kwargs or {}))
+            role = self._derived(name, args)
+        if role is not None:
+            for t in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(t, Tensor):
+                    self._roles[t] = role
+        return out
+
+    def _role(self, value: Any) -> str | None:
+        return self._roles.get(value) if isinstance(value, Tensor) else None
+
+    def _derived(self, name: str, args: tuple[Any, ...]) -> str | None:
+        """The role of what a function computes from tensors of known roles."""
+        if name in SAME and args:
+            role = self._role(args[0])
+            if role is not None:
+                return role
+        flat = (b for a in args for b in (a if isinstance(a, (tuple, list)) else (a,)))
+        roles = {self._role(a) for a in flat}
+        if ATTENTION in roles:
+            return ATTENTION
+        if MID in roles or AFTER in roles:
+            return AFTER
+        return BEFORE if roles & {STREAM, BEFORE} else None
+
+    def _addition(self, a: Tensor, b: Tensor) -> str | None:
+        """The role of a + b, after what the addition writes to the stream was overwritten."""
+        by_role = {self._role(a): a, self._role(b): b}
+        if len(by_role) < 2 or a.shape != b.shape:
+            return self._derived("add", (a, b))
+        if STREAM in by_role or MID in by_role:
+            onto = STREAM if STREAM in by_role else MID
+            (kind,) = by_role.keys() - {onto}
+            if kind == SUM:
+                return MID
+            if kind == ATTENTION:
+                self._write("attn_out", by_role[kind])
+                return MID
+            if kind == AFTER:
+                self.found.add("resid_mid")
+            self._write("mlp_out", by_role[kind])
+            return onto
+        if by_role.keys() == {ATTENTION, BEFORE} and a.shape[-1] == b.shape[-1]:
+            self._write("attn_out", by_role[ATTENTION])
+            self._write("mlp_out", by_role[BEFORE])
+            return SUM
+        return self._derived("add", (a, b))
+
+    def _write(self, place: str, written: Tensor | None) -> None:
+        self.found.add(place)
+        if place in self.overwrite and written is not None:
+            self._apply(place, written)
+
+    def _apply(self, place: str, activation: Tensor) -> None:
+        tokens = activation.view(-1, activation.shape[-1])
+        edit = self.overwrite[place]
+        tokens[edit.target] = tokens[edit.source]

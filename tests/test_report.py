@@ -1,0 +1,177 @@
+"""The terminal report and the figures, on small stores with planted effects."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import patchsweep.results
+import pytest
+from matplotlib import image
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Pair
+from patchsweep.report.figures import _largest, _position_names, plot
+from patchsweep.report.show import show
+from patchsweep.results import Results
+from patchsweep.sites import Grid, Status, blocks
+from patchsweep.store import Store
+from rich.console import Console
+
+SENTENCE = "<bos> When Mary and John went to the store , gave a drink Anna Paul $x$ [/b]"
+WORDS = (*SENTENCE.split(), "\n")
+IDS = {word: i for i, word in enumerate(WORDS)}
+LAYERS, HEADS = 30, 9
+PROMPT = "<bos> When {} and {} went to the store , {} gave a drink to"
+
+
+def prompt(a: str, b: str, subject: str, tail: str = "") -> tuple[int, ...]:
+    words = PROMPT.format(a, b, subject).split() + ([tail] if tail else [])
+    return tuple(IDS[word] for word in words)
+
+
+def token_text(token: int) -> str:
+    word = WORDS[token]
+    return word if word in ("<bos>", "\n") else f" {word}"
+
+
+ONE = [Pair(prompt("Mary", "John", "John"), prompt("Mary", "John", "Mary"), (2,), (4,))]
+SEVERAL = [
+    *ONE,
+    Pair(prompt("Anna", "Paul", "Paul"), prompt("Anna", "Paul", "Anna"), (13,), (14,)),
+    Pair(prompt("$x$", "[/b]", "[/b]", "\n"), prompt("$x$", "[/b]", "$x$", "\n"), (15,), (16,)),
+]
+
+
+def make(
+    path: Path, pairs: list[Pair], label: str = "", metrics: tuple[str, ...] = ("logit_diff",)
+) -> Results:
+    """Heads and MLPs with planted effects: 0.9 at 9.6 and position 10, −0.5 at 12.3 at the end."""
+    width = max(map(len, pairs))
+    positions: tuple[int, ...] | tuple[str, ...] = (label,) if label else tuple(range(width))
+    grids = [
+        Grid(component, ("denoise", "noise"), len(pairs), LAYERS, units, positions, 2, units, 99)
+        for component, units in (("head_z", HEADS), ("mlp_out", 1))
+    ]
+    attrs = {
+        "spec": {"prompts": {"task": "ioi", "n": len(pairs)}, "direction": "both"},
+        "model": "tiny",
+        "model_fingerprint": "f" * 64,
+        "versions": {"torch": "2.13.0", "transformers": "5.23.0", "zarr": "3.1.6"},
+        "host": "somewhere",
+        "threads": 2,
+        "measured": {"seconds": 12.5, "cells_per_second": 314.159},
+    }
+    store = Store.create(path, grids, metrics, pairs, token_text, attrs, "float32")
+    base = np.array([[[3.0] * len(pairs)], [[-1.0] * len(pairs)]])
+    store.write_baseline(
+        range(len(pairs)), dict.fromkeys(metrics, base), dict.fromkeys(metrics, base * 0 + 1e-6)
+    )
+    rng = np.random.default_rng(0)
+    for grid in grids:
+        effect = rng.normal(0, 0.02, grid.shape).astype(np.float32)
+        effect[..., :3] = 0
+        if not label:
+            effect[:, :, :, :, 9, 6 % grid.units, 10] = 0.9
+            effect[:, :, :, :, 12, 3 % grid.units, 14] = -0.5
+        status = np.where(effect == 0, Status.STRUCTURAL, Status.EXACT).astype(np.uint8)
+        values = np.empty_like(effect)
+        values[0], values[1] = -1 + 4 * effect[0], 3 - 4 * effect[1]
+        for i, pair in enumerate(pairs if not label else []):
+            values[:, :, :, i, ..., len(pair) :] = np.nan
+            status[:, :, :, i, ..., len(pair) :] = Status.OUTSIDE
+        for block in blocks(grid):
+            part = block.region(grid)
+            store.write_block(
+                block, dict.fromkeys(metrics, values[part]), dict.fromkeys(metrics, status[part])
+            )
+    return patchsweep.results.open(path)
+
+
+def shown(results: Results) -> str:
+    out = io.StringIO()
+    show(results, Console(file=out, width=80, color_system=None))
+    return out.getvalue()
+
+
+def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
+    text = shown(make(tmp_path / "r.zarr", ONE))
+    assert max(map(len, text.splitlines())) <= 80
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert "prompts 1 pair of 15 tokens (task ioi)" in lines
+    assert "head_z 6,480 cells exact, 1,620 structural" in lines
+    assert "logit_diff 3 -1 1.0e-06" in lines
+    assert "9.6 10 ' John/ Mary' 2.6 +0.900" in lines
+    assert "9.6 10 ' John/ Mary' -0.6 +0.900" in lines  # noise: 3 − 4 · 0.9
+    assert "12.3 14 ' to' -3 -0.500" in lines
+    assert "12 14 ' to' -3 -0.500" in lines
+    assert any(line.startswith("Beyond 2 SD of the mean effect:") for line in lines)
+    assert "No warnings" in lines
+    assert "measured seconds 12.5, cells_per_second 314.2" in lines
+    assert "f" * 60 in text
+
+
+def test_show_lists_warnings_and_keeps_odd_tokens(tmp_path: Path) -> None:
+    odd = [Pair(prompt("$x$", "[/b]", "[/b]", "\n"), prompt("$x$", "[/b]", "$x$", "\n"), (1,))]
+    path = tmp_path / "r.zarr"
+    results = make(path, odd)
+    (path / "completion" / "head_z" / "c" / "0").unlink()
+    text = shown(results)
+    assert "- head_z: 1 of 2 blocks not done: continue with --resume" in text
+    assert "' [/b]/ $x$'" in text
+
+
+def test_plot_writes_every_view(tmp_path: Path) -> None:
+    results = make(tmp_path / "r.zarr", SEVERAL, metrics=("logit_diff", "prob"))
+    files = plot(results, tmp_path / "figures", formats=("svg",))
+    names = {file.name for file in files}
+    # Two metrics, two directions; heads have two views, MLPs one.
+    assert len(files) == len(names) == 2 * 2 * 3
+    assert "head_z-logit_diff-denoise-layer_head.svg" in names
+    assert "mlp_out-prob-noise-layer_position.svg" in names
+    assert all(file.stat().st_size > 5000 for file in files)
+
+
+def test_the_planted_cell_is_red_in_the_figure(tmp_path: Path) -> None:
+    results = make(tmp_path / "r.zarr", ONE)
+    file = tmp_path / "head_z-logit_diff-denoise-layer_head.png"
+    assert file in plot(results, tmp_path, formats=("png",))
+    pixels = image.imread(file)[..., :3]
+    heatmap = pixels[:, : pixels.shape[1] * 3 // 4]  # without the colour bar
+    red = (heatmap[..., 0] > 0.3) & (heatmap[..., 1] < 0.1)
+    rows, columns = np.nonzero(red)
+    assert red.sum() > 50
+    assert np.ptp(rows) < pixels.shape[0] / LAYERS
+    assert np.ptp(columns) < pixels.shape[1] / HEADS
+
+
+def test_largest_keeps_the_sign_and_skips_nan() -> None:
+    effect = np.array([[[0.1, -0.7, np.nan], [np.nan, np.nan, np.nan]]])
+    np.testing.assert_array_equal(_largest(effect, 2), [[-0.7, np.nan]])
+    np.testing.assert_array_equal(_largest(effect, 1), [[0.1, -0.7, np.nan]])
+
+
+def test_positions_are_named_by_tokens_that_all_pairs_share(tmp_path: Path) -> None:
+    one = _position_names(make(tmp_path / "a.zarr", ONE), "mlp_out")
+    assert one[1] == "·When  1"
+    assert one[10] == "·John/·Mary  10"
+    several = _position_names(make(tmp_path / "b.zarr", SEVERAL), "mlp_out")
+    assert several[1] == "·When  1"
+    assert several[10] == "10"
+    assert several[15] == "\\n  15"
+
+
+def test_all_positions_at_once(tmp_path: Path) -> None:
+    results = make(tmp_path / "r.zarr", SEVERAL, label="all")
+    names = {file.name for file in plot(results, tmp_path, formats=("png",))}
+    assert "head_z-logit_diff-noise-layer_head.png" in names
+    assert "head_z-logit_diff-noise-layer_position.png" not in names
+    assert "mlp_out-logit_diff-noise-layer_position.png" in names
+    assert max(map(len, shown(results).splitlines())) <= 80
+
+
+def test_plot_refuses_a_place_it_cannot_write(tmp_path: Path) -> None:
+    results = make(tmp_path / "r.zarr", ONE)
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(BadInput, match=r"cannot write figures to .*; choose another --out"):
+        plot(results, tmp_path / "file" / "figures")

@@ -1,0 +1,260 @@
+"""The results folder: what is written comes back, and what is not ours or not whole is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Pair
+from patchsweep.sites import Block, Grid, blocks
+from patchsweep.store import Store, remove
+
+HEADS = Grid("head_z", ("denoise", "noise"), 3, 2, 3, (0, 1, 2, 3, 4), 2, 2, 2)
+MLP = Grid("mlp_out", ("denoise", "noise"), 3, 2, 1, ("S2", "END"), 3, 1, 2)
+PAIRS = [
+    Pair((5, 6, 7, 8, 9), (5, 1, 7, 8, 9), (2,), (3, 4), {"S2": 1, "END": 4}, "ABBA"),
+    Pair((5, 6, 7), (5, 1, 7), (2,), (3,), {"S2": 1, "END": 2}),
+    Pair((5, 6, 7, 8), (5, 1, 7, 8), (2,), (3,), {"S2": 1, "END": 3}),
+]
+METRICS = ("logit_diff", "prob")
+
+
+def make(path: Path, grids: tuple[Grid, ...] = (HEADS, MLP)) -> Store:
+    attrs = {"spec": {"model": "tiny"}, "plan_hash": "abc", "token_budget": 64}
+    return Store.create(path, grids, METRICS, PAIRS, lambda t: f" t{t}", attrs, "float32")
+
+
+def numbered(block: Block, grid: Grid, dtype: Any = np.float32) -> np.ndarray:
+    """Values of a block that name their own place in the grid."""
+    return np.arange(np.prod(grid.shape)).reshape(grid.shape)[block.region(grid)].astype(dtype)
+
+
+def write(store: Store, block: Block, grid: Grid) -> None:
+    values = numbered(block, grid)
+    status = np.ones(values.shape, np.uint8)
+    store.write_block(
+        block, {"logit_diff": values, "prob": -values}, dict.fromkeys(METRICS, status)
+    )
+
+
+def test_blocks_come_back_where_they_belong(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr")
+    store = Store.open(tmp_path / "r.zarr", "r+")
+    assert store.grids == {"head_z": HEADS, "mlp_out": MLP}
+    assert store.metrics == METRICS
+    todo = blocks(HEADS)
+    for block in todo[::2]:
+        write(store, block, HEADS)
+    again = Store.open(tmp_path / "r.zarr")
+    assert again.done("head_z").tolist() == [i % 2 == 0 for i in range(len(todo))]
+    assert not again.done("mlp_out").any()
+    values, status = again.read("head_z/logit_diff"), again.read("head_z/logit_diff_status")
+    for block in todo:
+        part = values[block.region(HEADS)]
+        if block.index % 2 == 0:
+            np.testing.assert_array_equal(part, numbered(block, HEADS))
+            assert (status[block.region(HEADS)] == 1).all()
+        else:
+            assert np.isnan(part).all()
+            assert (status[block.region(HEADS)] == 0).all()
+
+
+def test_a_chunk_is_a_block_and_kept_even_if_empty(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr")
+    store = Store.open(tmp_path / "r.zarr", "r+")
+    block = blocks(HEADS)[3]
+    shape = numbered(block, HEADS).shape
+    nan, zero = np.full(shape, np.nan, np.float32), np.zeros(shape, np.uint8)
+    store.write_block(block, dict.fromkeys(METRICS, nan), dict.fromkeys(METRICS, zero))
+    for name in ("logit_diff", "prob", "logit_diff_status", "prob_status"):
+        folder = tmp_path / "r.zarr" / "head_z" / name / "c"
+        assert len([file for file in folder.rglob("*") if file.is_file()]) == 1
+    assert len(list((tmp_path / "r.zarr" / "completion" / "head_z" / "c").iterdir())) == 1
+
+
+def test_marks_from_many_threads_are_all_kept(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr")
+    todo = blocks(HEADS)
+
+    def work(part: list[Block]) -> None:
+        own = Store.open(tmp_path / "r.zarr", "r+")
+        for block in part:
+            write(own, block, HEADS)
+
+    threads = [threading.Thread(target=work, args=(todo[i::4],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    store = Store.open(tmp_path / "r.zarr")
+    assert store.done("head_z").all()
+    expected = np.arange(np.prod(HEADS.shape)).reshape(HEADS.shape)
+    np.testing.assert_array_equal(store.read("head_z/logit_diff"), expected)
+
+
+def test_prompts_and_baseline(tmp_path: Path) -> None:
+    store = make(tmp_path / "r.zarr")
+    values = np.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    store.write_baseline(
+        range(1, 3), dict.fromkeys(METRICS, values), dict.fromkeys(METRICS, values / 1e6)
+    )
+    baseline = xr.open_zarr(tmp_path / "r.zarr", group="baseline", consolidated=False)
+    assert baseline.logit_diff.dims == ("run", "sample", "pair")
+    assert baseline.logit_diff.sel(run="corrupt", pair=2).item() == 4.0
+    assert np.isnan(baseline.logit_diff.sel(pair=0)).all()
+    assert baseline.prob_noise_floor.sel(run="clean", pair=1).item() == np.float32(1e-6)
+    prompts = xr.open_zarr(tmp_path / "r.zarr", group="prompts", consolidated=False)
+    assert prompts.corrupt_tokens[1].values.tolist() == [5, 1, 7, -1, -1]
+    assert prompts.clean_text[2].values.tolist() == [" t5", " t6", " t7", " t8", ""]
+    assert prompts.length.values.tolist() == [5, 3, 4]
+    assert prompts.group.values.tolist() == ["ABBA", "", ""]
+    assert prompts.attrs["labels"][1] == {"S2": 1, "END": 2}
+    assert prompts.attrs["wrong"][0] == [3, 4]
+    assert prompts.attrs["wrong_text"][0] == [" t3", " t4"]
+
+
+def test_xarray_opens_the_folder_by_itself(tmp_path: Path) -> None:
+    store = make(tmp_path / "r.zarr")
+    for block in blocks(HEADS):
+        write(store, block, HEADS)
+    root = xr.open_zarr(tmp_path / "r.zarr", consolidated=False)
+    assert root.attrs["spec"] == {"model": "tiny"}
+    assert root.attrs["patchsweep_schema"] == 1
+    ds = xr.open_zarr(tmp_path / "r.zarr", group="head_z", consolidated=False)
+    assert ds.attrs == {"unit_name": "head"}
+    picked = ds.logit_diff.sel(direction="noise", pair=2, layer=1, unit=0, position=4)
+    assert picked.item() == np.ravel_multi_index((1, 0, 0, 2, 1, 0, 4), HEADS.shape)
+    assert ds.logit_diff_status.dtype == np.uint8
+    mlp = xr.open_zarr(tmp_path / "r.zarr", group="mlp_out", consolidated=False)
+    assert mlp.position.values.tolist() == ["S2", "END"]
+
+
+def test_attributes_can_be_added(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr").set_attrs(measured={"seconds": 2.5})
+    attrs = Store.open(tmp_path / "r.zarr").attrs
+    assert attrs["measured"] == {"seconds": 2.5}
+    assert attrs["token_budget"] == 64
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5, 0.0])
+def test_a_damaged_chunk_is_noticed_and_can_be_written_again(tmp_path: Path, keep: float) -> None:
+    store = make(tmp_path / "r.zarr")
+    for block in blocks(HEADS):
+        write(store, block, HEADS)
+    for file in (tmp_path / "r.zarr" / "head_z" / "logit_diff" / "c").rglob("*"):
+        if file.is_file():
+            raw = bytearray(file.read_bytes())
+            raw[len(raw) // 2] ^= 1
+            file.write_bytes(raw[: int(len(raw) * keep)])
+    for block in blocks(HEADS):
+        with pytest.raises(BadInput, match=r"cannot read .*logit_diff.*patchsweep check") as info:
+            store.read("head_z/logit_diff", block.region(HEADS))
+        assert "\n" not in str(info.value)
+    for block in blocks(HEADS):
+        write(store, block, HEADS)
+    assert store.read("head_z/logit_diff").max() == np.prod(HEADS.shape) - 1
+
+
+def test_create_refuses_what_exists(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr")
+    with pytest.raises(BadInput, match=r"--resume .* --overwrite"):
+        make(tmp_path / "r.zarr")
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadInput, match="exists already: choose another --out"):
+        make(tmp_path / "mine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "r.zarr"]
+
+
+def test_open_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no results at"):
+        Store.open(tmp_path / "nothing")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    with pytest.raises(BadInput, match="not a results folder"):
+        Store.open(tmp_path / "mine")
+    xr.Dataset({"x": ("a", [1])}).to_zarr(
+        tmp_path / "foreign.zarr", zarr_format=3, consolidated=False
+    )
+    with pytest.raises(BadInput, match="not a results folder"):
+        Store.open(tmp_path / "foreign.zarr")
+
+
+def test_open_refuses_a_newer_schema(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr").set_attrs(patchsweep_schema=2)
+    with pytest.raises(BadInput, match="schema 2, this patchsweep reads up to 1"):
+        Store.open(tmp_path / "r.zarr")
+
+
+def test_a_half_created_folder_is_no_results(tmp_path: Path) -> None:
+    """All of a folder but the last step of creating it, the root attributes."""
+    make(tmp_path / "r.zarr")
+    file = tmp_path / "r.zarr" / "zarr.json"
+    meta = json.loads(file.read_text())
+    meta["attributes"] = {}
+    file.write_text(json.dumps(meta))
+    with pytest.raises(BadInput, match="not a results folder"):
+        Store.open(tmp_path / "r.zarr")
+    with pytest.raises(BadInput, match="not a results folder"):
+        remove(tmp_path / "r.zarr")
+    assert file.exists()
+
+
+def test_a_failure_while_creating_leaves_nothing(tmp_path: Path) -> None:
+    def fails(token: int) -> str:
+        raise RuntimeError(f"no text for {token}")
+
+    with pytest.raises(RuntimeError, match="no text"):
+        Store.create(tmp_path / "r.zarr", [HEADS], METRICS, PAIRS, fails, {}, "float32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_remove_deletes_only_results(tmp_path: Path) -> None:
+    make(tmp_path / "r.zarr")
+    remove(tmp_path / "r.zarr")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "notes.txt").write_text("keep")
+    with pytest.raises(BadInput, match="not a results folder"):
+        remove(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "keep"
+
+
+def test_a_path_below_a_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    for path in (tmp_path / "file" / "r.zarr", tmp_path / "file" / "deep" / "r.zarr"):
+        with pytest.raises(BadInput, match=r"cannot write .*r\.zarr: part of the path is a file"):
+            make(path)
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        store = make(disk / "r.zarr")
+        first, second = blocks(HEADS)[:2]
+        write(store, first, HEADS)
+        with (disk / "filler").open("wb", buffering=0) as filler, pytest.raises(OSError):
+            while True:
+                filler.write(b"x" * 4096)
+        with pytest.raises(BadInput, match="no space left on the device; free space and continue"):
+            write(store, second, HEADS)
+        assert store.done("head_z")[:2].tolist() == [True, False]
+        with pytest.raises(BadInput, match="no space left on the device; free space and run"):
+            make(disk / "other.zarr")
+        (disk / "filler").unlink()
+        write(store, second, HEADS)
+        assert store.done("head_z")[:2].tolist() == [True, True]
+        assert [path.name for path in disk.iterdir()] == ["r.zarr"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
