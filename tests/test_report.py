@@ -6,9 +6,11 @@ import io
 from pathlib import Path
 
 import numpy as np
-import patchsweep.results
 import pytest
 from matplotlib import image
+from rich.console import Console
+
+import patchsweep.results
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.report.figures import _largest, _position_names, plot
@@ -16,7 +18,6 @@ from patchsweep.report.show import show
 from patchsweep.results import Results
 from patchsweep.sites import Grid, Status, blocks
 from patchsweep.store import Store
-from rich.console import Console
 
 SENTENCE = "<bos> When Mary and John went to the store , gave a drink Anna Paul $x$ [/b]"
 WORDS = (*SENTENCE.split(), "\n")

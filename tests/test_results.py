@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import patchsweep.results
 import pyarrow.parquet as pq
 import pytest
+
+import patchsweep.results
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.results import Results

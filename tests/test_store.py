@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import xarray as xr
+
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Grid, blocks

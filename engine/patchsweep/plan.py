@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.cone import cone
+from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Direction, Grid, blocks, component
@@ -30,35 +31,6 @@ TAIL_ELEMENTS, TAIL_ARRAYS = 1 << 23, 5
 TAIL_TILE = 256
 # Attention scores held at once, in elements, and how many arrays of that size there are.
 SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
-
-
-@dataclass(frozen=True)
-class Dimensions:
-    """What a plan has to know of a model.
-
-    `windows` has one entry per layer, None where attention sees everything; `layer_weights` counts
-    the weights that multiply one token in one layer (of experts, those that are active); `widest` is
-    the width of the largest activation inside a layer; `d_head` is that of z.
-    """
-
-    layers: int
-    heads: int
-    kv_heads: int
-    d_model: int
-    d_head: int
-    vocab: int
-    windows: tuple[int | None, ...]
-    layer_weights: int
-    widest: int
-    bytes_per_value: int
-    max_positions: int | None
-
-    @property
-    def bytes_per_token(self) -> int:
-        """Upper bound of what one packed token holds while a layer computes."""
-        attention = (3 * self.heads + 4 * self.kv_heads) * self.d_head
-        values = 10 * self.d_model + 4 * self.widest + 2 * attention
-        return values * max(4, self.bytes_per_value)
 
 
 @dataclass(frozen=True)
@@ -139,6 +111,15 @@ class Plan:
             "disk_bytes": disk,
         }
 
+    def cells_of(self, wave: Wave) -> int:
+        """Cells of the grid that a wave settles, structural ones counted."""
+        return sum(
+            len(b.units)
+            * self.dimensions.layers
+            * int(self.cells[b.component].inside[entries_of(b)].sum())
+            for b in wave.blocks
+        )
+
     @property
     def peak_bytes(self) -> int:
         """Upper bound of the memory that a wave takes beside the model."""
@@ -161,6 +142,11 @@ class Plan:
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def entries_of(b: Block) -> tuple[slice, slice]:
+    """A block's part of arrays [pair, entry]."""
+    return slice(b.pairs.start, b.pairs.stop), slice(b.positions.start, b.positions.stop)
+
+
 def make_plan(
     pairs: Sequence[Pair],
     components: Sequence[str],
@@ -177,15 +163,20 @@ def make_plan(
         raise BadInput(
             f"a prompt has {longest} tokens, the model takes {dimensions.max_positions}: shorten it"
         )
-    whole = {name: _cells(name, pairs, *positions, directions, dimensions) for name in components}
-    costs = {name: _cost(c, pairs, dimensions) for name, c in whole.items()}
-    beside = _beside(pairs, len(directions), dimensions)
-    cells = _tiled(whole, costs, beside, token_budget)
+    cells = {name: _cells(name, pairs, *positions, directions, dimensions) for name in components}
     tail_weights = dimensions.vocab if whole_vocabulary else 2
-    waves = _waves(cells, costs, beside, dimensions, token_budget, tail_weights)
-    return Plan(
-        pairs, directions, dimensions, token_budget, cells, waves, metric_count, tail_weights
-    )
+    empty = Plan(pairs, directions, dimensions, token_budget, {}, (), metric_count, tail_weights)
+    return arranged(empty, cells)
+
+
+def arranged(plan: Plan, whole: dict[str, Cells]) -> Plan:
+    """The plan of other cells: their blocks and waves under the same budget."""
+    pairs, d = plan.pairs, plan.dimensions
+    costs = {name: _cost(c, pairs, d) for name, c in whole.items()}
+    beside = _beside(pairs, len(plan.directions), d)
+    cells = _tiled(whole, costs, beside, plan.token_budget)
+    waves = _waves(cells, costs, beside, d, plan.token_budget, plan.tail_weights)
+    return replace(plan, cells=cells, waves=waves)
 
 
 @dataclass(frozen=True)
@@ -232,9 +223,7 @@ def _cells(
             start[i] = index[i]
             patched[i] = exists[i]
     units = d.heads if component(name).unit == "head" else 1
-    grid = Grid(
-        name, directions, len(pairs), d.layers, units, names, len(pairs), units, len(names)
-    )
+    grid = Grid(name, directions, len(pairs), d.layers, units, names, len(pairs), units, len(names))
     inside = np.ones((len(pairs), 1), bool) if entire else index >= 0
     return Cells(grid, exists, start, patched, inside, places if entire else None)
 
@@ -359,9 +348,7 @@ def _waves(
                 + 4 * d.heads * d.d_head * reads
                 + 2 * d.d_model * tail_weights * rows
             )
-            waves.append(
-                Wave(0, pairs, tuple(inside), False, int(tokens.max()), rows, flops)
-            )
+            waves.append(Wave(0, pairs, tuple(inside), False, int(tokens.max()), rows, flops))
     waves.sort(key=lambda w: -w.flops)
     owned: set[range] = set()
     for i, wave in enumerate(waves):

@@ -18,11 +18,12 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
 from patchsweep.errors import BadInput
 from patchsweep.sites import DIMENSIONS, Grid, Status, component
 from patchsweep.store import RUNS, Store
-from xarray.backends import BackendArray
-from xarray.core import indexing
 
 if TYPE_CHECKING:
     import pyarrow as pa

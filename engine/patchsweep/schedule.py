@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from patchsweep_kernels import Rows
 
 from patchsweep.plan import Cells, Ints, Plan, Wave, differs
 from patchsweep.sites import Block
+from patchsweep_kernels import Rows
 
 NULL = -1  # the block of null patches, which belong to none
 
@@ -236,9 +236,7 @@ def _of_block(c: Cells, names: list[str], block: Block, number: int) -> dict[str
     }
 
 
-def _patched_tokens(
-    plan: Plan, wave: Wave, runs: Runs, names: list[str]
-) -> tuple[Ints, Ints]:
+def _patched_tokens(plan: Plan, wave: Wave, runs: Runs, names: list[str]) -> tuple[Ints, Ints]:
     """(run, position) of every patched token."""
     single = np.array([plan.cells[n].places is None for n in names])[runs.component]
     run = [np.flatnonzero(single & (runs.block != NULL))]

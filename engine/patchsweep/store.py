@@ -32,10 +32,11 @@ from typing import Any, Literal
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
+
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import DIMENSIONS, Block, Grid, component
-from zarr.codecs import ZstdCodec
 
 SCHEMA = 1
 RUNS = ("clean", "corrupt")

@@ -11,12 +11,21 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from patchsweep.errors import BadInput
+
+# The places of a layer's residual stream that can be overwritten.
+WRITES = ("attn_out", "resid_mid", "mlp_out")
+
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+MISSING = {
+    "resid_mid": "its attention and MLP read the same residual stream (parallel blocks)",
+    "attn_out": "what attention adds to the residual stream was not found",
+    "mlp_out": "what the MLP adds to the residual stream was not found",
+}
 # Functions whose result is the same activation in another shape.
 SAME = {"view", "reshape", "contiguous", "flatten", "unsqueeze", "squeeze", "dropout", "to"}
 
@@ -49,11 +58,15 @@ class ResidualStream(TorchFunctionMode):
         super().__init__()
         self._roles = WeakTensorKeyDictionary()
 
-    def watch(self, layer: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call a layer with the residual stream `hidden`."""
+    def watch(self, layer: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer with the residual stream `hidden`; BadInput if it lacks a place."""
         self._roles[hidden] = STREAM
         with self:
-            return layer(hidden, *args, **kwargs)
+            out = layer(hidden, *args, **kwargs)
+        for place in self.overwrite:
+            if place not in self.found:
+                raise BadInput(f"{place} cannot be patched in this model: {MISSING[place]}")
+        return out
 
     def from_attention(self, z: Tensor) -> None:
         """`z` is what the attention function returns."""

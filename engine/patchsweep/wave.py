@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from patchsweep_kernels import MetricHead, metric_head
 from torch import Tensor
 
 from patchsweep.attention import HeadOverwrite, LayerCall, attention_call
 from patchsweep.forward import Forward
 from patchsweep.metrics import Wanted, evaluate, wanted, whole_vocabulary
-from patchsweep.plan import TAIL_ELEMENTS, TAIL_TILE, Plan, Wave
-from patchsweep.schedule import NULL, Edit, Schedule, Step, make_schedule
+from patchsweep.plan import TAIL_ELEMENTS, TAIL_TILE, Plan, Wave, entries_of
+from patchsweep.schedule import NULL, Edit, Schedule, make_schedule
 from patchsweep.sites import Block, Status
 from patchsweep.spec import Metric
-from patchsweep.stream import Overwrite, ResidualStream
+from patchsweep.stream import WRITES, Overwrite, ResidualStream
+from patchsweep_kernels import MetricHead, metric_head
 
 Values = dict[str, NDArray[np.floating]]
 Statuses = dict[str, NDArray[np.uint8]]
@@ -55,8 +55,9 @@ def carry(forward: Forward, schedule: Schedule) -> Tensor:
         if layer == schedule.layers:
             break
         positions = _to(step.positions, device)
-        stream = _stream(step, device)
-        with attention_call(_attention(step, stream, device)):
+        stream, heads = overwrites(step.edits, device)
+        copied = _to(step.copied, device)
+        with attention_call(LayerCall(step.rows, step.injected, copied, heads, stream)):
             hidden = forward.layer(layer, hidden, positions, stream)
     return hidden
 
@@ -65,22 +66,20 @@ def _to(index: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 
-def _attention(step: Step, stream: ResidualStream | None, device: torch.device) -> LayerCall:
-    edit = step.edits.get("head_z")
+def overwrites(
+    edits: Mapping[str, Edit], device: torch.device
+) -> tuple[ResidualStream | None, HeadOverwrite | None]:
+    """What has to be overwritten inside a layer: of the residual stream, and of heads' z."""
+    places = {
+        name: Overwrite(_to(e.target, device), _to(e.source, device))
+        for name, e in edits.items()
+        if name in WRITES
+    }
+    z = edits.get("head_z")
     heads = None
-    if edit is not None:
-        heads = HeadOverwrite(*(_to(x, device) for x in (edit.target, edit.source, edit.unit)))
-    return LayerCall(step.rows, step.injected, _to(step.copied, device), heads, stream)
-
-
-def _stream(step: Step, device: torch.device) -> ResidualStream | None:
-    """The overwrites of the residual stream in this step, if there are any."""
-
-    def overwrite(edit: Edit) -> Overwrite:
-        return Overwrite(_to(edit.target, device), _to(edit.source, device))
-
-    places = {name: overwrite(e) for name, e in step.edits.items() if name != "head_z"}
-    return ResidualStream(places) if places else None
+    if z is not None:
+        heads = HeadOverwrite(*(_to(x, device) for x in (z.target, z.source, z.unit)))
+    return ResidualStream(places) if places else None, heads
 
 
 def _metrics(
@@ -157,14 +156,13 @@ def _block(
 ) -> tuple[Values, Statuses]:
     """A block's arrays: runs where there are any, the baseline where nothing can differ."""
     c = plan.cells[block.component]
-    entries = np.s_[block.pairs.start : block.pairs.stop, block.positions.start : block.positions.stop]
     shape = (
         len(block.pairs),
         plan.dimensions.layers,
         len(block.units),
         len(block.positions),
     )
-    inside = np.broadcast_to(c.inside[entries][:, None, None, :], shape)
+    inside = np.broadcast_to(c.inside[entries_of(block)][:, None, None, :], shape)
     values, statuses = {}, {}
     for k, v in found.items():
         full = np.where(inside, baseline[k][:, None, None, None], np.nan).astype(v.dtype)

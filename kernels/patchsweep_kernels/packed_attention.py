@@ -1,4 +1,4 @@
-"""Causal attention of packed rows, each against a prefix that many rows share and its own suffix."""
+"""Causal attention of packed rows, each against a shared prefix and its own suffix."""
 
 from __future__ import annotations
 

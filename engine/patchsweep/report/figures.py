@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from patchsweep.errors import BadInput
 from patchsweep.results import Results
 from patchsweep.sites import component as component_of

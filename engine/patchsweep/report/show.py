@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import numpy as np
-from patchsweep.results import CellEffect, Results
-from patchsweep.sites import Status
-from patchsweep.sites import component as component_of
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from patchsweep.results import CellEffect, Results
+from patchsweep.sites import Status
+from patchsweep.sites import component as component_of
 
 TOP = 10
 NAMED_DETECTIONS = 12

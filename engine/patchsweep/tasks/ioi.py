@@ -58,8 +58,8 @@ def ioi(tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, bos: Bos = "a
 
     Clean "When A and B went to the store, B gave a drink to" is answered by A; the corrupt
     prompt has A in place of the second B, which swaps answer and wrong. Labels IO, S1, S2, END;
-    group: the template, e.g. "ABBA-3". Words that are not one token are left out; BadInput if `n` pairs
-    cannot be had from the others.
+    group: the template, e.g. "ABBA-3". Words that are not one token are left out; BadInput if `n`
+    pairs cannot be had from the others.
     """
     names = _single(tokenizer, NAMES)
     places = _single(tokenizer, PLACES)

@@ -1,0 +1,57 @@
+"""patchsweep: exact activation-patching sweeps of language models."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from patchsweep import tasks
+    from patchsweep.engine import run, sweep
+    from patchsweep.errors import BadInput
+    from patchsweep.model import Model, load_model, wrap
+    from patchsweep.pairs import Pair, make_pair, read_pairs
+    from patchsweep.results import Results, open
+    from patchsweep.spec import Spec, load_spec
+
+__all__ = [
+    "BadInput",
+    "Model",
+    "Pair",
+    "Results",
+    "Spec",
+    "load_model",
+    "load_spec",
+    "make_pair",
+    "open",
+    "read_pairs",
+    "run",
+    "sweep",
+    "tasks",
+    "wrap",
+]
+
+_HOME = {
+    "BadInput": "errors",
+    "Model": "model",
+    "Pair": "pairs",
+    "Results": "results",
+    "Spec": "spec",
+    "load_model": "model",
+    "load_spec": "spec",
+    "make_pair": "pairs",
+    "open": "results",
+    "read_pairs": "pairs",
+    "run": "engine",
+    "sweep": "engine",
+    "wrap": "model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported when first used: `patchsweep --help` does not wait for torch."""
+    if name == "tasks":
+        return import_module("patchsweep.tasks")
+    if name in _HOME:
+        return getattr(import_module(f"patchsweep.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'patchsweep' has no attribute '{name}'")

@@ -1,0 +1,237 @@
+"""The main loop: plan, self-test, then wave after wave into the results."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+from patchsweep import results as results_of
+from patchsweep import selftest, tasks
+from patchsweep.attention import attention_is
+from patchsweep.dimensions import Dimensions
+from patchsweep.errors import BadInput
+from patchsweep.forward import Forward, take_apart
+from patchsweep.loading import load_config, load_tokenizer, resolve_device
+from patchsweep.metrics import wanted, whole_vocabulary
+from patchsweep.model import Model, dimensions_of, load_model
+from patchsweep.pairs import Pair, read_pairs, resolve_positions
+from patchsweep.plan import Plan, make_plan
+from patchsweep.results import Results
+from patchsweep.spec import Prompts, Spec, Sweep, parse_settings
+from patchsweep.store import Store, remove
+from patchsweep.wave import run_wave
+
+# A larger wave no longer fills the device better; on CPU its activations also leave the caches.
+MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
+MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
+
+
+def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results:
+    """Do what a spec says. BadInput if `out` is missing from it, and as `sweep` does."""
+    if spec.out is None:
+        raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
+    model = load_model(spec.model, spec.dtype, spec.device)
+    pairs = build_pairs(spec.prompts, model.tokenizer)
+    return carry_out(model, pairs, spec, spec.out, resume=resume, overwrite=overwrite)
+
+
+def plan_spec(spec: Spec) -> Plan:
+    """The plan of a spec, from the model's config and tokenizer alone."""
+    dimensions = dimensions_of(load_config(spec.model), spec.dtype)
+    pairs = build_pairs(spec.prompts, load_tokenizer(spec.model))
+    return plan_sweep(dimensions, pairs, spec, resolve_device(spec.device))
+
+
+def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
+    """The pairs that a spec's prompts stand for."""
+    if prompts.file is not None:
+        return read_pairs(prompts.file, tokenizer, prompts.bos)[: prompts.n]
+    assert prompts.task is not None
+    assert prompts.n is not None
+    return tasks.build(prompts.task, tokenizer, prompts.n, prompts.seed, prompts.bos)
+
+
+def sweep(
+    model: Model,
+    pairs: Sequence[Pair],
+    *,
+    out: str | Path,
+    resume: bool = False,
+    overwrite: bool = False,
+    **settings: Any,
+) -> Results:
+    """Patch every cell that `settings` ask for, and write the results to `out`.
+
+    settings are those of a spec: components, metrics, direction, positions, token_budget. With
+    `resume` a sweep that was interrupted goes on; with `overwrite` earlier results are replaced.
+    BadInput for wrong settings, for results that belong to another sweep, and for a model that the
+    self-test refuses. Cells whose metric is not finite are marked and counted, not an error.
+    """
+    said = parse_settings(settings)
+    return carry_out(model, pairs, said, Path(out), resume=resume, overwrite=overwrite)
+
+
+def plan_sweep(
+    dimensions: Dimensions,
+    pairs: Sequence[Pair],
+    settings: Sweep,
+    device: torch.device,
+    token_budget: int | None = None,
+) -> Plan:
+    """The plan of a sweep; `token_budget` overrides the settings' (a resumed sweep keeps its own)."""
+    if not pairs:
+        raise BadInput("there are no prompt pairs: give at least one")
+    wanted(pairs, settings.metrics, torch.device("cpu"))
+    chosen = token_budget or settings.token_budget
+    return make_plan(
+        pairs,
+        settings.components,
+        settings.directions,
+        resolve_positions(pairs, settings.positions),
+        dimensions,
+        auto_budget(dimensions, device) if chosen == "auto" else chosen,
+        len(settings.metrics),
+        whole_vocabulary(settings.metrics),
+    )
+
+
+def auto_budget(dimensions: Dimensions, device: torch.device) -> int:
+    """Packed tokens per layer call that fit in half of the memory that is free now."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    fits = int(free * MEMORY_SHARE) // dimensions.bytes_per_token
+    return max(1, min(fits, MOST_TOKENS[device.type]))
+
+
+def carry_out(
+    model: Model,
+    pairs: Sequence[Pair],
+    settings: Sweep,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> Results:
+    """Run the waves whose blocks are not done yet."""
+    if overwrite and out.exists():
+        remove(out)
+    existing = Store.open(out, "r+") if resume and out.exists() else None
+    budget = existing.attrs["token_budget"] if existing else None
+    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget)
+    attrs = provenance(model, plan, settings)
+    if existing:
+        _same_sweep(existing, attrs)
+    elif out.exists():
+        _create(out, plan, settings, model, attrs)  # says what is wrong with the folder
+
+    with attention_is(model.hf_model), deterministic(model.device):
+        forward = take_apart(model.hf_model, max(len(p) for p in pairs))
+        tested = selftest.check(forward, plan)
+        store = existing or _create(out, plan, settings, model, attrs)
+        store.set_attrs(self_test=asdict(tested))
+        _run_waves(forward, plan, settings, store)
+    return results_of.open(out)
+
+
+def _run_waves(forward: Forward, plan: Plan, settings: Sweep, store: Store) -> None:
+    done = {name: store.done(name) for name in plan.cells}
+    todo = [w for w in plan.waves if not all(done[b.component][b.index] for b in w.blocks)]
+    began = time.perf_counter()
+    cells = sum(plan.cells_of(w) for w in todo)
+    with tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar:
+        for wave in todo:
+            result = run_wave(forward, plan, wave, settings.metrics)
+            if wave.owner:
+                store.write_baseline(wave.pairs, result.baseline, result.noise_floor)
+            for block, values, status in result.blocks:
+                store.write_block(block, values, status)
+            bar.update(plan.cells_of(wave))
+    if len(todo) == len(plan.waves):
+        seconds = time.perf_counter() - began
+        store.set_attrs(measured={"seconds": seconds, "cells_per_second": cells / seconds})
+
+
+def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[str, Any]) -> Store:
+    double = model.hf_model.dtype == torch.float64
+    return Store.create(
+        out,
+        plan.grids,
+        [m.column for m in settings.metrics],
+        plan.pairs,
+        lambda token: model.tokenizer.decode([token]),
+        attrs,
+        "float64" if double else "float32",
+    )
+
+
+def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
+    """What the results say about where they come from."""
+    packages = ("patchsweep", "torch", "transformers", "accelerate", "numpy", "zarr")
+    device = model.device
+    return {
+        "spec": settings.model_dump(mode="json"),
+        "plan_hash": plan.hash,
+        "token_budget": plan.token_budget,
+        "plan": plan.counts(),
+        "model": model.name,
+        "model_class": type(model.hf_model).__name__,
+        "model_fingerprint": model.fingerprint,
+        "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
+        "backend": "wavefront",
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+# What must be equal for a sweep to go on where another one stopped.
+IDENTITY = {
+    "plan_hash": "other prompts, components, positions or directions",
+    "model_fingerprint": "another model",
+    "metrics": "other metrics",
+}
+
+
+def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
+    """BadInput unless the results in `store` are those of this very sweep."""
+    before = {**store.attrs, "metrics": store.attrs["spec"].get("metrics")}
+    now = {**attrs, "metrics": attrs["spec"]["metrics"]}
+    for key, what in IDENTITY.items():
+        if before.get(key) != now[key]:
+            raise BadInput(
+                f"{store.path} holds the results of another sweep ({what}): "
+                "choose another --out, or --overwrite to replace it"
+            )
+
+
+@contextmanager
+def deterministic(device: torch.device) -> Iterator[None]:
+    """The same plan gives the same bits twice. CUDA needs to be told; a CPU does it anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

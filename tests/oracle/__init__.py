@@ -1,0 +1,1 @@
+"""An independent slow implementation of activation patching, and small models of many families."""

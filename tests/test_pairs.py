@@ -1,0 +1,228 @@
+"""Prompt pairs: what is read, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Bos, Pair, encode, make_pair, read_pairs, resolve_positions
+
+CLEAN = "When John and Mary went to the store, John gave a drink to"
+CORRUPT = "When John and Mary went to the store, Mary gave a drink to"
+ROW = {"clean": CLEAN, "corrupt": CORRUPT, "answer": " Mary", "wrong": " John"}
+
+
+def byte_level(bos: bool = True, eos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE that knows the words of CLEAN; <s> and </s> only if it adds them itself."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator([CLEAN, " Mary John"] * 3, trainer)
+    if bos or eos:
+        inner.post_processor = processors.TemplateProcessing(
+            single=" ".join(["<s>"] * bos + ["$A"] + ["</s>"] * eos),
+            special_tokens=[("<s>", 0), ("</s>", 1)],
+        )
+    tokens = {"bos_token": "<s>"} if bos else {}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", **tokens)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_level()
+
+
+def write(path: Path, *rows: object) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def refused(path: Path, tokenizer: PreTrainedTokenizerFast, *words: str) -> None:
+    """Reading is refused in one line that holds these words."""
+    with pytest.raises(BadInput) as error:
+        read_pairs(path, tokenizer)
+    line = str(error.value)
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_reads_a_line(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    row = {**ROW, "labels": {"S2": 10, "END": -1}, "group": "g"}
+    [pair] = read_pairs(write(tmp_path / "p.jsonl", "", row), tokenizer)
+    assert len(pair) == 15  # <s> and fourteen words
+    assert pair.clean == tuple(tokenizer(CLEAN)["input_ids"])
+    assert pair.corrupt == tuple(tokenizer(CORRUPT)["input_ids"])
+    assert [i for i in range(15) if pair.clean[i] != pair.corrupt[i]] == [10]
+    assert tokenizer.convert_ids_to_tokens([*pair.answer, *pair.wrong]) == ["ĠMary", "ĠJohn"]
+    assert pair.labels == {"S2": 10, "END": 14}
+    assert pair.group == "g"
+
+
+def test_jsonl_and_csv_agree(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    rows: list[dict[str, Any]] = [
+        {**ROW, "answer": [" Mary", " drink", " Mary"], "labels": {"S2": 10}},
+        {"clean": CLEAN, "corrupt": CORRUPT, "answer": " Mary", "group": "b"},
+    ]
+    cells = [
+        f'"{CLEAN}","{CORRUPT}","["" Mary"", "" drink""]", John,"{{""S2"": 10}}",',
+        f'"{CLEAN}","{CORRUPT}", Mary,,,b',
+    ]
+    jsonl = read_pairs(write(tmp_path / "p.jsonl", *rows), tokenizer)
+    csv = read_pairs(
+        write(tmp_path / "p.csv", "clean,corrupt,answer,wrong,labels,group", *cells), tokenizer
+    )
+    assert jsonl == csv
+    assert [len(p.answer) for p in csv] == [2, 1]
+    assert [len(p.wrong) for p in csv] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("{", ["p.jsonl:2", "not a JSON object"]),
+        ("[1]", ["p.jsonl:2", "not a JSON object"]),
+        ({**ROW, "wrng": "x"}, ["p.jsonl:2", "'wrng'", "'wrong'"]),
+        ({**ROW, "zzz": "x"}, ["p.jsonl:2", "'zzz'", "clean, corrupt, answer"]),
+        ({"clean": CLEAN, "corrupt": CORRUPT}, ["p.jsonl:2", "missing key 'answer'"]),
+        ({**ROW, "answer": " elephant"}, ["p.jsonl:2: answer", "tokens ('Ġ", "not one"]),
+        ({**ROW, "wrong": [" John", "John?"]}, ["wrong 'John?'", "leading space"]),
+        ({**ROW, "answer": []}, ["p.jsonl:2", "answer is empty"]),
+        ({**ROW, "answer": 3}, ["p.jsonl:2", "answer is not a text"]),
+        ({**ROW, "wrong": [1]}, ["p.jsonl:2", "wrong is not a text"]),
+        ({**ROW, "wrong": " Mary"}, ["p.jsonl:2", "' Mary' is in both"]),
+        ({**ROW, "corrupt": CORRUPT + " the"}, ["clean has 15 tokens, corrupt has 16"]),
+        ({**ROW, "corrupt": CLEAN}, ["p.jsonl:2", "no differing token"]),
+        ({**ROW, "clean": 1}, ["p.jsonl:2", "clean is not a text"]),
+        ({**ROW, "group": 1}, ["p.jsonl:2", "group is not a text"]),
+        ({**ROW, "labels": {"S": 15}}, ["label 'S' at 15 is outside", "-15 to 14"]),
+        ({**ROW, "labels": {"S": -16}}, ["label 'S' at -16 is outside"]),
+        ({**ROW, "labels": {"S": True}}, ["p.jsonl:2", "labels is not"]),
+        ({**ROW, "labels": [1]}, ["p.jsonl:2", "labels is not"]),
+    ],
+)
+def test_bad_lines(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, row: object, words: list[str]
+) -> None:
+    refused(write(tmp_path / "p.jsonl", ROW, row), tokenizer, *words)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["clean,corrupt,answer", "a,b,c,d"], ["p.csv:2", "more cells than columns"]),
+        (["clean,corrupt,answer", "a,b"], ["p.csv:2", "missing key 'answer'"]),
+        (["clean,corrupt,anwser", "a,b,c"], ["p.csv:2", "'anwser'", "'answer'"]),
+        (["clean,corrupt,answer", 'a,b,"c'], ["p.csv:2", "malformed CSV"]),
+        (["clean,corrupt,answer,labels", "a,b,c,{"], ["p.csv:2", "labels is not JSON"]),
+        (["clean,corrupt,answer", "a,b,[c"], ["p.csv:2", "answer is not JSON"]),
+        (["clean,corrupt,answer"], ["p.csv", "no pairs"]),
+    ],
+)
+def test_bad_csv(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, lines: list[str], words: list[str]
+) -> None:
+    refused(write(tmp_path / "p.csv", *lines), tokenizer, *words)
+
+
+def test_bad_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    refused(write(tmp_path / "p.jsonl", "", " "), tokenizer, "p.jsonl", "no pairs")
+    refused(tmp_path / "gone.csv", tokenizer, "gone.csv", "No such file")
+    refused(write(tmp_path / "p.txt", ROW), tokenizer, "p.txt", ".jsonl or .csv")
+    (tmp_path / "latin.jsonl").write_bytes(b'{"clean": "\xe9"}')
+    refused(tmp_path / "latin.jsonl", tokenizer, "latin.jsonl", "not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("bos", "text", "first"),
+    [
+        ("auto", "When John", ["<s>", "When", "ĠJohn"]),
+        ("auto", "<s>When", ["<s>", "<s>", "When"]),
+        ("always", "When John", ["<s>", "When", "ĠJohn"]),
+        ("always", "<s>When", ["<s>", "When"]),
+        ("never", "When John", ["When", "ĠJohn"]),
+        ("never", "<s>When", ["When"]),
+    ],
+)
+def test_bos(bos: Bos, text: str, first: list[str]) -> None:
+    for tokenizer in (byte_level(), byte_level(eos=True)):  # a closing eos is never kept
+        assert tokenizer.convert_ids_to_tokens(encode(tokenizer, text, bos)) == first
+
+
+def test_bos_of_a_tokenizer_without() -> None:
+    tokenizer = byte_level(bos=False)
+    for bos in ("auto", "never"):
+        assert len(make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos=bos)) == 14
+    with pytest.raises(BadInput, match="no bos token"):
+        make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos="always")
+    with pytest.raises(BadInput, match="unknown bos 'yes'"):
+        make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos="yes")  # pyright: ignore
+
+
+def test_an_answer_outside_the_vocabulary() -> None:
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    assert make_pair(tokenizer, "a b", "b b", " c") == Pair((0, 1), (1, 1), (2,))
+    with pytest.raises(BadInput, match="' d' is not in the vocabulary"):
+        make_pair(tokenizer, "a b", "b b", " d")
+    with pytest.raises(BadInput, match="the clean prompt has no tokens"):
+        make_pair(tokenizer, "", "b b", " c")
+
+
+def pair(length: int, **labels: int) -> Pair:
+    return Pair(tuple(range(length)), (9, *range(1, length)), (1,), labels=labels)
+
+
+def test_positions() -> None:
+    pairs = [pair(3, S=1), pair(2, S=0, T=1)]
+    names, index = resolve_positions(pairs, "each")
+    assert names == (0, 1, 2)
+    np.testing.assert_array_equal(index, [[0, 1, 2], [0, 1, -1]])
+    names, index = resolve_positions(pairs, "all")
+    assert names == ("all",)
+    np.testing.assert_array_equal(index, [[0], [0]])
+    names, index = resolve_positions(pairs, [2, -1, -3])
+    assert names == (2, -1, -3)
+    np.testing.assert_array_equal(index, [[2, 2, 0], [-1, 1, -1]])
+    names, index = resolve_positions(pairs, ["S", -1, "T"])
+    assert names == ("S", "-1", "T")
+    np.testing.assert_array_equal(index, [[1, 2, -1], [0, 1, 1]])
+    assert index.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("positions", "words"),
+    [
+        (["s"], "unknown label 's': use one of S, T"),
+        (["S", 3], "3 is outside every prompt"),
+        ([-4], "-4 is outside every prompt"),
+        ("S", r"use each, all, or a list such as \[S\]"),
+        ([], "list is empty"),
+        ([1, "S", 1], "1 is there twice"),
+    ],
+)
+def test_bad_positions(positions: str | list[int | str], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        resolve_positions([pair(3, S=1), pair(2, T=1)], positions)
+
+
+def test_positions_without_labels_or_pairs() -> None:
+    with pytest.raises(BadInput, match="the pairs have no labels"):
+        resolve_positions([pair(3)], ["S"])
+    with pytest.raises(BadInput, match="no pairs"):
+        resolve_positions([], "each")

@@ -1,0 +1,247 @@
+"""The spec: what is read, how it is normalised and hashed, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from patchsweep.errors import BadInput
+from patchsweep.loading import DTYPES
+from patchsweep.spec import METRICS, Dtype, Metric, load_spec, parse_metric, parse_spec
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA: dict[str, Any] = {
+    "model": "smollm2-135m",
+    "prompts": {"task": "ioi", "n": 8},
+    "components": ["head_z"],
+}
+
+
+def refused(data: object, *words: str) -> None:
+    """The data is refused in one line that begins with the place and holds these words."""
+    with pytest.raises(BadInput) as error:
+        parse_spec(data, "s.yaml")
+    line = str(error.value)
+    assert line.startswith("s.yaml: ")
+    assert "\n" not in line
+    for word in words:
+        assert word in line
+
+
+def test_defaults() -> None:
+    spec = parse_spec(DATA)
+    assert spec.dtype == "float32"
+    assert spec.device == "auto"
+    assert spec.directions == ("denoise",)
+    assert spec.positions == "each"
+    assert spec.metrics == (Metric("logit_diff"),)
+    assert spec.token_budget == "auto"
+    assert (spec.prompts.seed, spec.prompts.bos) == (0, "auto")
+    assert spec.out is None
+    assert parse_spec({**DATA, "direction": "both"}).directions == ("denoise", "noise")
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.dtype = "float64"
+
+
+def test_every_dtype_can_be_loaded() -> None:
+    assert get_args(Dtype) == tuple(DTYPES)
+
+
+def test_the_example() -> None:
+    spec = load_spec(ROOT / "examples" / "ioi.yaml")
+    assert spec.model == "smollm2-135m"
+    assert spec.components == ("head_z", "mlp_out")
+    assert [m.column for m in spec.metrics] == ["logit_diff", "logprob", "prob", "rank", "kl"]
+
+
+def test_metrics() -> None:
+    spec = parse_spec(
+        {**DATA, "metrics": ["kl", {"accuracy": {"k": 5}}, "accuracy", {"logit_diff": None}]}
+    )
+    assert spec.metrics == (
+        Metric("kl"),
+        Metric("accuracy", k=5),
+        Metric("accuracy"),
+        Metric("logit_diff"),
+    )
+    assert [m.column for m in spec.metrics] == ["kl", "accuracy_k5", "accuracy", "logit_diff"]
+    assert parse_metric({"logit_diff": {"reduce": "sum"}}).column == "logit_diff_sum"
+    assert parse_metric({"accuracy": {"k": 1}}) == Metric("accuracy")
+    assert [parse_metric(name).column for name in METRICS] == list(METRICS)
+
+
+def test_a_dump_can_be_read_again() -> None:
+    metrics = ["kl", {"accuracy": {"k": 5}}, {"logit_diff": {"reduce": "sum"}}]
+    spec = parse_spec({**DATA, "metrics": metrics, "positions": ["S2", -1], "out": "x.zarr"})
+    data = json.loads(json.dumps(spec.model_dump(mode="json")))
+    assert data["metrics"] == metrics
+    assert parse_spec(data) == spec
+
+
+def test_yaml_and_toml_agree(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**DATA, "positions": ["END", -2]}))
+    (tmp_path / "s.toml").write_text(
+        'model = "smollm2-135m"\ncomponents = ["head_z"]\npositions = ["END", -2]\n'
+        '[prompts]\ntask = "ioi"\nn = 8\n'
+    )
+    spec = load_spec(tmp_path / "s.yaml")
+    assert spec == load_spec(tmp_path / "s.toml")
+    assert spec.positions == ("END", -2)
+
+
+def test_overrides(tmp_path: Path) -> None:
+    file = tmp_path / "s.yaml"
+    file.write_text(yaml.safe_dump(DATA))
+    spec = load_spec(
+        file,
+        ["prompts.n=3", "positions=[S2, -1]", "metrics=[{accuracy: {k: 2}}]", "out=a=b.zarr"],
+    )
+    assert spec.prompts.n == 3
+    assert spec.positions == ("S2", -1)
+    assert spec.metrics == (Metric("accuracy", k=2),)
+    assert spec.out == Path("a=b.zarr")
+    for override, words in (
+        ("prompts.n", "write key.key=value"),
+        ("=3", "write key.key=value"),
+        ("prompts..n=3", "write key.key=value"),
+        ("model.name=3", "model holds no keys"),
+        ("prompts.n=[3", "not YAML"),
+        ("prompts.m=3", "unknown key 'prompts.m'"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            load_spec(file, [override])
+
+
+def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump({**DATA, "prompts": {"file": "p.csv"}}))
+    assert load_spec(tmp_path / "s.yaml").prompts.file == tmp_path / "p.csv"
+    assert load_spec(tmp_path / "s.yaml", ["prompts.file=/p.csv"]).prompts.file == Path("/p.csv")
+
+
+def test_hash(tmp_path: Path) -> None:
+    spec = parse_spec(DATA)
+    assert spec.hash() == parse_spec({**DATA, "out": "x.zarr", "dtype": "float32"}).hash()
+    assert len(spec.hash()) == 64
+    changes: list[dict[str, Any]] = [
+        {"model": "gpt2"},
+        {"dtype": "float64"},
+        {"device": "cpu"},
+        {"prompts": {"task": "ioi", "n": 9}},
+        {"prompts": {"task": "ioi", "n": 8, "seed": 1}},
+        {"prompts": {"task": "ioi", "n": 8, "bos": "never"}},
+        {"direction": "noise"},
+        {"components": ["mlp_out"]},
+        {"positions": "all"},
+        {"positions": ["1"]},
+        {"positions": [1]},
+        {"metrics": ["kl"]},
+        {"metrics": [{"logit_diff": {"reduce": "sum"}}]},
+        {"token_budget": 100},
+    ]
+    hashes = {parse_spec({**DATA, **change}).hash() for change in changes}
+    assert len(hashes | {spec.hash()}) == len(changes) + 1
+
+
+def test_hash_of_a_prompts_file_is_its_content(tmp_path: Path) -> None:
+    one, two = tmp_path / "1.csv", tmp_path / "2.csv"
+    one.write_text("x")
+    two.write_text("x")
+    specs = [parse_spec({**DATA, "prompts": {"file": str(file)}}) for file in (one, two)]
+    assert specs[0].hash() == specs[1].hash()
+    two.write_text("y")
+    assert specs[0].hash() != specs[1].hash()
+    two.unlink()
+    with pytest.raises(BadInput, match=r"2\.csv: cannot read the prompts file"):
+        specs[1].hash()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"componets": ["head_z"]}, ["unknown key 'componets'", "'components'"]),
+        ({"qqqq": 1}, ["unknown key 'qqqq'", "use one of model, dtype"]),
+        ({"prompts": {"tsak": "ioi", "n": 1}}, ["'prompts.tsak'", "'task'", "(and 1 more)"]),
+        ({"model": 3}, ["model: ", "is 3"]),
+        ({"model": ""}, ["model: "]),
+        ({"dtype": "float8"}, ["dtype: ", "'bfloat16'", "'float8'"]),
+        ({"device": "cuda:x"}, ["device: 'cuda:x'", "cuda:N"]),
+        ({"corrupt": "gaussian"}, ["corrupt: ", "'pairs'"]),
+        ({"source": "zero"}, ["source: ", "'other'"]),
+        ({"direction": "up"}, ["direction: ", "'both'"]),
+        ({"prompts": {}}, ["prompts: give either task or file"]),
+        ({"prompts": {"task": "ioi", "file": "x", "n": 1}}, ["either task or file"]),
+        ({"prompts": {"task": "oio", "n": 1}}, ["unknown task 'oio'", "ioi, facts"]),
+        ({"prompts": {"task": "ioi"}}, ["prompts: n is missing"]),
+        ({"prompts": {"task": "ioi", "n": 0}}, ["prompts.n: ", "is 0"]),
+        ({"prompts": {"task": "ioi", "n": True}}, ["prompts.n: ", "is True"]),
+        ({"prompts": {"task": "ioi", "n": "8"}}, ["prompts.n: ", "is '8'"]),
+        ({"prompts": {"task": "ioi", "n": 8, "seed": -1}}, ["prompts.seed: "]),
+        ({"prompts": {"task": "ioi", "n": 8, "bos": "yes"}}, ["prompts.bos: ", "'always'"]),
+        ({"prompts": "ioi"}, ["prompts: "]),
+        ({"components": []}, ["components: the list is empty"]),
+        ({"components": "head_z"}, ["components: 'head_z' is not a list"]),
+        ({"components": ["head"]}, ["unknown component 'head'", "head_z"]),
+        ({"components": [1]}, ["components.0: "]),
+        ({"components": ["head_z", "head_z"]}, ["components: 'head_z' is there twice"]),
+        ({"positions": "S2"}, ["positions: 'S2'", "[S2]"]),
+        ({"positions": []}, ["positions: the list is empty"]),
+        ({"positions": [1, 1]}, ["positions: 1 is there twice"]),
+        ({"positions": [True]}, ["positions: True", "quote it"]),
+        ({"positions": 3}, ["positions: 3 is not a list"]),
+        ({"metrics": []}, ["metrics: the list is empty"]),
+        ({"metrics": ["kll"]}, ["unknown metric 'kll'", "'kl'"]),
+        ({"metrics": [3]}, ["metrics: 3 is not one metric"]),
+        ({"metrics": [{"kl": {}, "prob": {}}]}, ["is not one metric"]),
+        ({"metrics": [{"kl": {"k": 1}}]}, ["unknown option 'k' of kl", "it has none"]),
+        ({"metrics": [{"accuracy": {"top": 1}}]}, ["unknown option 'top' of accuracy"]),
+        ({"metrics": [{"accuracy": 5}]}, ["the options of accuracy are 5"]),
+        ({"metrics": [{"accuracy": {"k": 0}}]}, ["k of accuracy is 0"]),
+        ({"metrics": [{"accuracy": {"k": True}}]}, ["k of accuracy is True"]),
+        ({"metrics": [{"logit_diff": {"reduce": "max"}}]}, ["'max': use mean or sum"]),
+        ({"metrics": ["accuracy", {"accuracy": {"k": 1}}]}, ["'accuracy' is there twice"]),
+        ({"token_budget": 0}, ["token_budget: 0"]),
+        ({"token_budget": True}, ["token_budget: True"]),
+        ({"token_budget": "much"}, ["token_budget: 'much'"]),
+        ({"out": 3}, ["out: should be a path"]),
+        ({"dtype": "x", "direction": "y", "out": 3}, ["dtype: ", "(and 2 more)"]),
+    ],
+)
+def test_bad_specs(change: dict[str, Any], words: list[str]) -> None:
+    refused({**DATA, **change}, *words)
+
+
+def test_missing_keys_and_no_mapping() -> None:
+    refused({k: v for k, v in DATA.items() if k != "model"}, "missing key 'model'")
+    refused([1], "not a mapping")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("s.yaml", "model: [", r"s\.yaml:1: not YAML"),
+        ("s.yaml", "model: a\nprompts:\n  n: 1\n  n: 2\n", r"s\.yaml:4: .*'n' is there twice"),
+        ("s.yaml", "- model", r"s\.yaml: not a mapping"),
+        ("s.yaml", "", r"s\.yaml: not a mapping"),
+        ("s.yaml", "a: &x\n  b: *x\n", r"s\.yaml: unknown key 'a'"),
+        ("s.toml", "model = ", r"s\.toml: not TOML"),
+        ("s.json", "{}", r"s\.json: unknown kind"),
+    ],
+)
+def test_bad_files(tmp_path: Path, name: str, text: str, words: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=words) as error:
+        load_spec(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"gone\.yaml: cannot read the spec: No such file"):
+        load_spec(tmp_path / "gone.yaml")
+    (tmp_path / "s.yaml").write_bytes(b"model: \xe9")
+    with pytest.raises(BadInput, match="not UTF-8"):
+        load_spec(tmp_path / "s.yaml")
