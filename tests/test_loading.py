@@ -52,7 +52,7 @@ def save_gguf(file: Path, seed: int = 0) -> None:
     """A tiny random Llama with a byte-level tokenizer, as a GGUF file in float32."""
     rng = np.random.default_rng(seed)
     width, heads, inner = 64, 2, 64
-    words = [*(chr(c) for c in range(33, 127)), "<s>"]
+    words = [*(chr(c) for c in range(33, 127)), "cd", "<s>"]
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_context_length(32)
     writer.add_embedding_length(width)
@@ -66,7 +66,7 @@ def save_gguf(file: Path, seed: int = 0) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(words)
     writer.add_token_types([1] * (len(words) - 1) + [3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["c d"])
     writer.add_bos_token_id(len(words) - 1)
     writer.add_eos_token_id(len(words) - 1)
     shapes = {
@@ -240,7 +240,7 @@ def test_a_gguf_is_dequantised_once(
     capfd.readouterr()
     first, tokenizer = load(str(file), device="cpu")
     assert capfd.readouterr().err == ""  # no bars where there is no terminal
-    embedding = np.random.default_rng(0).normal(size=(95, 64)).astype(np.float32)
+    embedding = np.random.default_rng(0).normal(size=(96, 64)).astype(np.float32)
     np.testing.assert_array_equal(first.get_input_embeddings().weight, embedding)
 
     def never(*_: object, **__: object) -> None:
@@ -313,10 +313,16 @@ def test_bad_ggufs(tmp_path: Path, cache: Path) -> None:
     refused(str(tmp_path / "tiny.gguf"), "cannot keep the dequantised model", "XDG_CACHE_HOME")
 
 
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "", "~/nowhere at all"])
+@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "a/b/c", "~/nowhere"])
 def test_names_that_are_nothing(name: str, no_network: list[object]) -> None:
     refused(name, "no such folder, and no Hub id", "smollm2-135m")
     assert no_network == []
+
+
+def test_only_hub_ids_may_use_the_network(tmp_path: Path) -> None:
+    save_llama(tmp_path)
+    for name, local in ((str(tmp_path), True), ("smollm2-135m", True), ("gpt2", False)):
+        assert loading._find(name).options["local_files_only"] is local
 
 
 def test_an_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -170,7 +170,7 @@ def test_bos_of_a_tokenizer_without() -> None:
     with pytest.raises(BadInput, match="no bos token"):
         make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos="always")
     with pytest.raises(BadInput, match="unknown bos 'yes'"):
-        make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos="yes")  # pyright: ignore
+        make_pair(tokenizer, CLEAN, CORRUPT, " Mary", bos=cast(Bos, "yes"))
 
 
 def test_an_answer_outside_the_vocabulary() -> None:

@@ -155,15 +155,16 @@ def _check_mask(mask: Tensor | None, window: int | None) -> None:
     assumed = k <= q if window is None else (k <= q) & (q - k < window)
     if not bool((mask == assumed).all()):
         raise BadInput(
-            "this model's attention mask is neither causal nor a causal window at this prompt length: "
-            "it cannot run on the wavefront"
+            "this model's attention mask is neither causal nor a causal window at this prompt "
+            "length: it cannot run on the wavefront"
         )
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The model's own mask for stacked full forwards; none for packed calls, whose rows say it all."""
+    """The model's own mask for full forwards; none for packed calls, whose rows say it all."""
     if isinstance(_call.get(), Stacked):
-        return sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+        mask: Tensor = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
+        return mask
     return None
 
 

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
+import traceback
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -15,13 +17,23 @@ from rich.table import Table
 
 from patchsweep.errors import BadInput
 
+if TYPE_CHECKING:
+    from patchsweep.spec import Spec
+
+TRACEBACK = "--traceback"
+
 app = App(
     name="patchsweep",
     help="Exact activation-patching sweeps: every head x position x layer, fast, into Zarr.",
-    version_flags=["--version"],
+    help_epilogue=f"Every command takes {TRACEBACK}: where a failure came from, in full.",
     help_format="plaintext",
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
-Set = Annotated[list[str] | None, Parameter(name="--set", negative=(), consume_multiple=False)]
+Overrides = Annotated[
+    list[str] | None, Parameter(name="--set", negative=(), consume_multiple=False)
+]
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
 class Terminated(BaseException):
@@ -35,23 +47,35 @@ def main() -> None:
 
 
 def _status(arguments: list[str]) -> int:
-    kept = "what was finished is kept: go on with --resume"
+    """Run a command; its exit status. Every error is one line on standard error."""
+    given = [a for a in arguments if a != TRACEBACK]
     try:
-        app(arguments, exit_on_error=False, print_error=False, result_action="return_value")
-    except (BadInput, CycloptsError) as error:
+        app(given, exit_on_error=False, print_error=False, result_action="return_value")
+    except BadInput as error:
         return _say(error, 2)
+    except CycloptsError as error:
+        return _say(f"{error} See {shlex.join(['patchsweep', *given[:1], '--help'])}", 2)
     except KeyboardInterrupt:
-        return _say(f"interrupted; {kept}", 130)
+        return _say(f"interrupted{_go_on(given)}", 130)
     except Terminated:
-        return _say(f"terminated; {kept}", 143)
+        return _say(f"terminated{_go_on(given)}", 143)
     except Exception as error:
-        if "PATCHSWEEP_TRACEBACK" in __import__("os").environ:
-            raise
-        return _say(f"{type(error).__name__}: {error}", 1)
+        if TRACEBACK in arguments:
+            traceback.print_exc()
+        return _say(f"{type(error).__name__}: {error} ({TRACEBACK} says where)", 1)
     return 0
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
+def _go_on(arguments: list[str]) -> str:
+    """How to go on after an interrupted run."""
+    if arguments[:1] != ["run"]:
+        return ""
+    kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
+    command = shlex.join(["patchsweep", *kept, "--resume"])
+    return f"; what was finished is kept, go on with: {command}"
+
+
+def _terminate(_signum: int, _frame: FrameType | None) -> None:
     raise Terminated
 
 
@@ -61,7 +85,7 @@ def _say(what: object, status: int) -> int:
 
 
 @app.command
-def demo(out: Path = Path("results/demo")) -> None:
+def demo(*, out: Path = Path("results/demo")) -> None:
     """The main job on a real model that a package ships: no network.
 
     Sweeps head_z, mlp_out and resid_pre of SmolLM2-135M over 8 IOI pairs and 8 facts, and measures
@@ -82,11 +106,12 @@ def demo(out: Path = Path("results/demo")) -> None:
 @app.command
 def run(
     spec: Path,
+    /,
     *,
     out: Path | None = None,
-    set_: Set = None,
-    resume: bool = False,
-    overwrite: bool = False,
+    overrides: Overrides = None,
+    resume: Flag = False,
+    overwrite: Flag = False,
 ) -> None:
     """Run the sweep that a spec file says.
 
@@ -98,7 +123,7 @@ def run(
         A .yaml or .toml file.
     out
         Results folder, in place of the spec's.
-    set_
+    overrides
         key.key=value, in place of what the spec says; may be given several times.
     resume
         Go on where an interrupted run stopped.
@@ -110,12 +135,12 @@ def run(
 
     if resume and overwrite:
         raise BadInput("--resume and --overwrite exclude each other: give one")
-    results = run_spec(_spec(spec, set_, out), resume=resume, overwrite=overwrite)
+    results = run_spec(_spec(spec, overrides, out), resume=resume, overwrite=overwrite)
     print_results(results, _console())
 
 
 @app.command
-def plan(spec: Path, *, set_: Set = None) -> None:
+def plan(spec: Path, /, *, overrides: Overrides = None) -> None:
     """Say what a sweep will take, without loading weights.
 
     Example: patchsweep plan examples/ioi.yaml
@@ -124,17 +149,17 @@ def plan(spec: Path, *, set_: Set = None) -> None:
     ----------
     spec
         A .yaml or .toml file.
-    set_
+    overrides
         key.key=value, in place of what the spec says; may be given several times.
     """
     from patchsweep.engine import plan_spec
     from patchsweep.report.show import plan_table
 
-    _console().print(plan_table(plan_spec(_spec(spec, set_, None))))
+    _console().print(plan_table(plan_spec(_spec(spec, overrides, None))))
 
 
 @app.command
-def show(results: Path) -> None:
+def show(results: Path, /) -> None:
     """Top cells, detections, warnings and provenance, in the terminal.
 
     Example: patchsweep show ioi.zarr
@@ -151,7 +176,7 @@ def show(results: Path) -> None:
 
 
 @app.command
-def plot(results: Path, *, out: Path | None = None) -> None:
+def plot(results: Path, /, *, out: Path | None = None) -> None:
     """Draw heatmaps as PNG and SVG.
 
     Example: patchsweep plot ioi.zarr --out figures
@@ -172,7 +197,7 @@ def plot(results: Path, *, out: Path | None = None) -> None:
 
 
 @app.command
-def export(results: Path, table: Path) -> None:
+def export(results: Path, table: Path, /) -> None:
     """Write one row per patching experiment, one column per metric, as Parquet.
 
     Example: patchsweep export ioi.zarr ioi.parquet
@@ -218,20 +243,21 @@ def models() -> None:
     from patchsweep.families import FAMILIES, HOW
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("family", "blocks", "components", "checked to"):
+    for heading in ("family", "blocks", "checked to", "particular"):
         table.add_column(heading)
     for family in FAMILIES:
-        table.add_row(family.name, family.blocks, family.components, family.checked)
+        blocks = "parallel" if family.parallel else "sequential"
+        table.add_row(family.name, blocks, f"{family.tolerance:g}", family.particular)
     console = _console()
     console.print(table)
     console.print(HOW)
 
 
-def _spec(path: Path, overrides: list[str] | None, out: Path | None):  # type: ignore[no-untyped-def]
+def _spec(path: Path, overrides: list[str] | None, out: Path | None) -> Spec:
     from patchsweep.spec import load_spec
 
-    given = overrides or []
-    return load_spec(path, [*given, f"out={out}"] if out else given)
+    spec = load_spec(path, overrides or [])
+    return spec if out is None else spec.model_copy(update={"out": out})
 
 
 def _console() -> Console:

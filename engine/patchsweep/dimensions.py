@@ -10,8 +10,8 @@ class Dimensions:
     """What a plan has to know of a model.
 
     `windows` has one entry per layer, None where attention sees everything; `layer_weights` counts
-    the weights that multiply one token in one layer (of experts, those that are active); `widest` is
-    the width of the largest activation inside a layer; `d_head` is that of z.
+    the weights that multiply one token in one layer (of experts, those that are active); `widest`
+    is the width of the largest activation inside a layer; `d_head` is that of z.
     """
 
     layers: int

@@ -90,7 +90,7 @@ def plan_sweep(
     device: torch.device,
     token_budget: int | None = None,
 ) -> Plan:
-    """The plan of a sweep; `token_budget` overrides the settings' (a resumed sweep keeps its own)."""
+    """The plan of a sweep; `token_budget` is that of results to go on with, if there are any."""
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
     wanted(pairs, settings.metrics, torch.device("cpu"))
@@ -227,11 +227,8 @@ def deterministic(device: torch.device) -> Iterator[None]:
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-        torch.utils.deterministic.fill_uninitialized_memory = fill

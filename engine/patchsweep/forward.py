@@ -68,8 +68,8 @@ class Forward:
         layer = self.layers[index]
         call = layer if stream is None else partial(stream.watch, layer)
         out = call(hidden[None], *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
-        out = out[0] if self.returns_tuple else out
-        return out.view(hidden.shape)
+        first: Tensor = out[0] if self.returns_tuple else out
+        return first.view(hidden.shape)
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the unembedding receives when the last layer returns `hidden`, [row, d_model]."""

@@ -253,14 +253,14 @@ def _dequantised(place: _Place) -> _Place:
 def _one_line(place: _Place, what: str = "") -> Iterator[None]:
     """What transformers says when it cannot load something, as one line.
 
-    Missing files are OSErrors there, unknown kinds of model ValueErrors, damaged weights errors of
-    safetensors, weights of another shape RuntimeErrors, a missing package `gguf` an ImportError.
+    There is no common type: a missing file is an OSError there, an unknown kind of model a
+    ValueError, weights of another shape a RuntimeError, a damaged tokenizer a bare Exception.
     """
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:
         reason = " ".join(str(error).split())
         if not place.local:
             mend = "check the id and the network, or give a local folder"

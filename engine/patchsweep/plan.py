@@ -157,7 +157,7 @@ def make_plan(
     metric_count: int,
     whole_vocabulary: bool,
 ) -> Plan:
-    """Plan a sweep. `positions` are the entries' names and their index [pair, entry], −1 outside."""
+    """Plan a sweep. `positions`: the entries' names and their index [pair, entry], −1 outside."""
     longest = max(len(p) for p in pairs)
     if dimensions.max_positions is not None and longest > dimensions.max_positions:
         raise BadInput(
@@ -230,7 +230,7 @@ def _cells(
 
 def differs(pair: Pair) -> NDArray[np.bool_]:
     """[position]: where the two prompts' tokens differ."""
-    return np.array(pair.clean) != np.array(pair.corrupt)
+    return np.not_equal(pair.clean, pair.corrupt)
 
 
 def _cost(c: Cells, pairs: Sequence[Pair], d: Dimensions) -> _Cost:

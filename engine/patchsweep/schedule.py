@@ -1,9 +1,9 @@
 """A wave as index arrays: which token goes where in every layer call. Pure, no tensors.
 
-The packed tokens of a layer call are [base rows | patched rows | injected tokens]. The base rows are
-the clean and the corrupt prompt of every pair. Patched rows are grouped by (pair, direction, first
-position); the rows of a group share the destination's prefix. What enters a layer is gathered from
-what left the layer below, so one index array per layer moves, repeats, injects and patches at once.
+The packed tokens of a layer call are [base rows | patched rows | injected tokens]. The base rows
+are the clean and the corrupt prompt of every pair. Patched rows are grouped by (pair, direction,
+first position); the rows of a group share the destination's prefix. What enters a layer is gathered
+from what left the layer below: one index array moves, repeats, injects and patches at once.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
 
 
 def _null(plan: Plan, wave: Wave) -> dict[str, Ints]:
-    """A null patch per pair and direction: carried from the first differing token, never patched."""
+    """A null patch per pair and direction: a row from the first differing token, not patched."""
     pair, direction = np.divmod(
         np.arange(len(wave.pairs) * len(plan.directions)), len(plan.directions)
     )

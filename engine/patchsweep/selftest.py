@@ -1,8 +1,8 @@
 """Trust, but check: a few cells of the sweep at hand, once on the wave and once as full forwards.
 
-Before a sweep starts, its longest pair is run three ways on the loaded model: as plain forwards with
-transformers' own attention, as one stacked batch of full forwards with a few cells patched under
-the masks that the model makes, and as a wave. All must agree.
+Before a sweep starts, its longest pair is run three ways on the loaded model: as plain forwards
+with transformers' own attention, as one stacked batch of full forwards with a few cells patched
+under the masks that the model makes, and as a wave. All must agree.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _stacked(forward: Forward, schedule: Schedule, chosen: Ints, prompts: Tensor
 
 
 def _patched(module: nn.Module, edits: dict[str, Edit], device: torch.device) -> Callable[..., Any]:
-    """The layer's forward for a batch of whole sequences, with some tokens' activations replaced."""
+    """The layer's forward for whole sequences, with some tokens' activations replaced."""
     own = module.forward
     stream, heads = overwrites(edits, device)
 

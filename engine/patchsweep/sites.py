@@ -20,7 +20,7 @@ DIMENSIONS = ("direction", "source", "sample", "pair", "layer", "unit", "positio
 
 @dataclass(frozen=True)
 class Component:
-    """A kind of activation. `unit` names what one layer holds several of; empty when there is one."""
+    """A kind of activation. `unit` names what a layer holds several of; empty if it holds one."""
 
     name: str
     unit: Literal["", "head"]
@@ -100,7 +100,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of a component's grid, as half-open ranges. `index` is its number within the grid."""
+    """One block of a component's grid, as ranges. `index` is its number within the grid."""
 
     component: str
     index: int
@@ -131,7 +131,7 @@ def component(name: str) -> Component:
 
 def blocks(grid: Grid) -> list[Block]:
     """All blocks of a grid, numbered in C order over its tiles."""
-    out = []
+    out: list[Block] = []
     for d in range(len(grid.directions)):
         for p in range(0, grid.pairs, grid.pair_tile):
             for u in range(0, grid.units, grid.unit_tile):

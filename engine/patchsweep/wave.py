@@ -18,7 +18,7 @@ from patchsweep.schedule import NULL, Edit, Schedule, make_schedule
 from patchsweep.sites import Block, Status
 from patchsweep.spec import Metric
 from patchsweep.stream import WRITES, Overwrite, ResidualStream
-from patchsweep_kernels import MetricHead, metric_head
+from patchsweep_kernels import MetricHead, Reference, metric_head
 
 Values = dict[str, NDArray[np.floating]]
 Statuses = dict[str, NDArray[np.uint8]]
@@ -94,7 +94,8 @@ def _metrics(
     pairs = np.arange(len(wave.pairs))
     pair = _to(np.concatenate([np.repeat(pairs, 2), schedule.runs.pair]), hidden.device)
     sets = wanted([plan.pairs[i] for i in wave.pairs], metrics, hidden.device).rows(pair)
-    head = read(forward, hidden, sets, metrics, reference=2 * pair)
+    clean = Reference(rows=2 * _to(pairs, hidden.device), of=pair)
+    head = read(forward, hidden, sets, metrics, clean)
     return {k: v.cpu().numpy() for k, v in evaluate(metrics, head, sets).items()}
 
 
@@ -103,10 +104,9 @@ def read(
     hidden: Tensor,
     sets: Wanted,
     metrics: Sequence[Metric],
-    reference: Tensor,
+    clean: Reference,
 ) -> MetricHead:
-    """What the metrics need of the logits of `hidden` [row, d_model]; `reference` [row] are the
-    rows of the clean runs."""
+    """What the metrics need of the logits of `hidden` [row, d_model]; `clean` are the clean runs."""
     weight, bias = forward.unembedding()
     names = {m.name for m in metrics}
     whole = whole_vocabulary(metrics)
@@ -117,8 +117,8 @@ def read(
         sets.tokens.clamp(min=0),
         finish=forward.finish if forward.finishes else None,
         logsumexp=whole,
-        rank=bool(names & {"rank", "accuracy"}),
-        reference=reference if "kl" in names else None,
+        ranked=sets.answers if names & {"rank", "accuracy"} else 0,
+        reference=clean if "kl" in names else None,
         tile=max(TAIL_TILE, TAIL_ELEMENTS // hidden.shape[0]),
     )
 

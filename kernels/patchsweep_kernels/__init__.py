@@ -3,7 +3,7 @@
 Each has one name and one signature, and a plain PyTorch implementation that runs on every device.
 """
 
-from patchsweep_kernels.metric_head import MetricHead, metric_head
+from patchsweep_kernels.metric_head import MetricHead, Reference, metric_head
 from patchsweep_kernels.packed_attention import Rows, packed_attention
 
-__all__ = ["MetricHead", "Rows", "metric_head", "packed_attention"]
+__all__ = ["MetricHead", "Reference", "Rows", "metric_head", "packed_attention"]

@@ -13,10 +13,19 @@ Finish = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Whose distribution a row's KL is taken from: `rows` [reference] are rows of the call, and
+    `of` [row] says which of them is the row's."""
+
+    rows: Tensor
+    of: Tensor
+
+
+@dataclass(frozen=True)
 class MetricHead:
     """What `metric_head` returns, in float32 or float64.
 
-    logits [row, wanted]; logsumexp [row] in nats; rank [row, wanted], the number of tokens with a
+    logits [row, wanted]; logsumexp [row] in nats; rank [row, ranked], the number of tokens with a
     larger logit; kl [row] in nats. The last three are None if they were not asked for.
     """
 
@@ -34,16 +43,16 @@ def metric_head(
     *,
     finish: Finish | None = None,
     logsumexp: bool = False,
-    rank: bool = False,
-    reference: Tensor | None = None,
+    ranked: int = 0,
+    reference: Reference | None = None,
     tile: int = 4096,
 ) -> MetricHead:
     """Logits of chosen tokens, and sums over the whole vocabulary, tile by tile.
 
     hidden is [row, d_model], after the final norm; weight [vocab, d_model] and bias [vocab] are the
-    unembedding; wanted [row, wanted] holds token ids; `finish` is what the model does to the logits
-    after the unembedding, element by element (scale, soft-cap). `reference` [row] is the row whose
-    distribution is P in KL(P ‖ row). At most [row, tile] logits exist at a time.
+    unembedding; wanted [row, wanted] holds token ids, of which the first `ranked` are ranked;
+    `finish` is what the model does to the logits after the unembedding, element by element (scale,
+    soft-cap). With `reference`, KL(reference ‖ row). At most [row, tile] logits exist at a time.
     """
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
@@ -53,38 +62,55 @@ def metric_head(
 
     unique, where = torch.unique(wanted, return_inverse=True)
     picked = logits_of(weight[unique], None if bias is None else bias[unique]).gather(1, where)
-    if not (logsumexp or rank or reference is not None):
+    if not (logsumexp or ranked or reference is not None):
         return MetricHead(picked)
 
     rows = hidden.shape[0]
     total = hidden.new_full((rows,), float("-inf"), dtype=exact)
-    above = torch.zeros_like(wanted) if rank else None
-    # KL(P ‖ Q) = Σ_v P(v) (log P(v) − log Q(v)), with Σ P z_P and Σ P z_Q gathered before the
-    # normalisers are known: weights are exp(z_P − running maximum of z_P), rescaled as it grows.
-    top = torch.full_like(total, float("-inf"))
-    mass = torch.zeros_like(total)
-    gap = torch.zeros_like(total)
+    above = torch.zeros_like(wanted[:, :ranked])
+    divergence = None if reference is None else _Divergence(reference, total)
     for begin in range(0, weight.shape[0], tile):
         part = slice(begin, min(begin + tile, weight.shape[0]))
         z = logits_of(weight[part], None if bias is None else bias[part])
         total = torch.logaddexp(total, z.logsumexp(-1))
-        if above is not None:
-            own = wanted - begin
-            for j in range(wanted.shape[1]):
-                larger = z > picked[:, j : j + 1]
-                inside = (own[:, j] >= 0) & (own[:, j] < z.shape[1])
-                # the token itself, in case its logit rounded differently here
-                larger[inside, own[inside, j]] = False
-                above[:, j] += larger.sum(-1)
-        if reference is not None:
-            peak = torch.maximum(top, z.amax(-1))
-            shrink = torch.exp(top - peak)
-            p = torch.exp(z - peak[:, None])[reference]
-            shrink = shrink[reference]
-            mass = mass * shrink + p.sum(-1)
-            gap = gap * shrink + (p * (z[reference] - z)).sum(-1)
-            top = peak
-    kl = None
-    if reference is not None:
-        kl = gap / mass - total[reference] + total
-    return MetricHead(picked, total, above, kl)
+        for j in range(ranked):
+            own = wanted[:, j, None] - begin
+            larger = z > picked[:, j, None]
+            # Not the token itself, whose logit may have rounded differently here.
+            inside = (own >= 0) & (own < z.shape[1])
+            itself = larger.gather(1, own.clamp(0, z.shape[1] - 1)) & inside
+            above[:, j] += larger.sum(-1) - itself[:, 0].long()
+        if divergence is not None:
+            divergence.add(z)
+    kl = None if divergence is None else divergence.kl(total)
+    return MetricHead(picked, total, above if ranked else None, kl)
+
+
+class _Divergence:
+    """KL(P ‖ Q) = Σ_v P(v) (z_P − z_Q) − log Z_P + log Z_Q, summed tile by tile before Z_P is known:
+    P is taken as exp(z_P − largest z_P so far), and what was summed is rescaled as that grows."""
+
+    def __init__(self, reference: Reference, like: Tensor) -> None:
+        self.reference = reference
+        self.top = torch.full_like(like[reference.rows], float("-inf"))  # [reference]
+        self.mass = torch.zeros_like(self.top)
+        self.own = torch.zeros_like(self.top)  # Σ P z_P
+        self.cross = torch.zeros_like(like)  # [row] Σ P z_Q
+
+    def add(self, z: Tensor) -> None:
+        """Take in a tile of logits [row, token]."""
+        of = self.reference.of
+        z_p = z[self.reference.rows]
+        top = torch.maximum(self.top, z_p.amax(-1))
+        shrink = torch.exp(self.top - top)
+        p = torch.exp(z_p - top[:, None])
+        self.mass = self.mass * shrink + p.sum(-1)
+        self.own = self.own * shrink + (p * z_p).sum(-1)
+        self.cross = self.cross * shrink[of] + (z @ p.T).gather(1, of[:, None])[:, 0]
+        self.top = top
+
+    def kl(self, logsumexp: Tensor) -> Tensor:
+        """[row] in nats, given every row's log Z [row]."""
+        rows, of = self.reference.rows, self.reference.of
+        gap = (self.own[of] - self.cross) / self.mass[of]
+        return gap - logsumexp[rows][of] + logsumexp

@@ -111,4 +111,5 @@ def _attend(
     if p:
         z += (pattern[..., :p].flatten(1, 2) @ value[:, prefix]).view_as(z)
     z = z.view(kv, n, group, length, -1).permute(1, 3, 0, 2, 4)  # [row, token, kv, group, d_head]
-    return z.reshape(n * length, kv * group, -1)
+    out: Tensor = z.reshape(n * length, kv * group, -1)
+    return out

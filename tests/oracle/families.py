@@ -155,7 +155,8 @@ FAMILIES: dict[str, Family] = {
     "qwen2": Family(
         "qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
     ),
-    "qwen3": Family("qwen3", {"head_dim": 8}),
+    # All heads together are wider than the residual stream.
+    "qwen3": Family("qwen3", {"head_dim": 12}),
     # Both caps low enough to bite.
     "gemma2": Family(
         "gemma2",
@@ -255,7 +256,7 @@ FAMILIES: dict[str, Family] = {
             "q_lora_rank": 16,
             "qk_rope_head_dim": 8,
             "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
+            "v_head_dim": 10,
             "num_mtp_layers": 0,
         },
     ),

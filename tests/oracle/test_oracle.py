@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from oracle import oracle
 from oracle.families import FAMILIES, SOFTCAP_ATTENTION, Family, prompts
@@ -159,6 +160,30 @@ def test_the_parts_make_up_the_whole(case: Case) -> None:
     assert torch.equal(
         oracle.run_set(model, family, CORRUPT, CLEAN, []), oracle.baseline(model, CORRUPT)
     )
+
+
+def test_one_head_is_one_head(case: Case) -> None:
+    """What a head's patch adds to the attention block's output, worked out from the weights."""
+    model, family = case
+    layer, head = 1, 4
+    source, own = (oracle.record(model, family, ids) for ids in (CLEAN, CORRUPT))
+    difference = source["head_z", layer][LAST] - own["head_z", layer][LAST]
+    width = len(difference) // model.config.num_attention_heads
+    others = torch.arange(len(difference)) // width != head
+    o_proj = model.get_submodule(family.layer.format(layer)).get_submodule(family.o_proj)
+    weight = o_proj.weight.T if isinstance(o_proj, Conv1D) else o_proj.weight
+    added = weight @ difference.masked_fill(others, 0)
+
+    def add(_module: object, _args: object, out: torch.Tensor) -> torch.Tensor:
+        out = out.clone()
+        out[0, LAST] += added
+        return out
+
+    handle = o_proj.register_forward_hook(add)
+    by_hand = oracle.baseline(model, CORRUPT)
+    handle.remove()
+    got = oracle.run(model, family, CORRUPT, CLEAN, "head_z", layer, head, [LAST])
+    assert distance(got, by_hand) <= family.tolerance
 
 
 def test_a_grid_is_its_runs(case: Case) -> None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.plan import Plan
 from patchsweep.results import CellEffect, Results
 from patchsweep.sites import Status
 from patchsweep.sites import component as component_of
@@ -27,7 +28,7 @@ def show(results: Results, console: Console) -> None:
     for component in results.components:
         for direction in results.grid(component).directions:
             title = f"{component}, {direction}: largest effects on {metric}"
-            rows = _top(results, component, metric, direction)
+            rows = top_table(results, component, metric, direction)
             _print_titled(console, f"{title} (0 = destination, 1 = source)", rows)
             console.print(_detections(results, component, metric, direction))
             console.print()
@@ -38,6 +39,26 @@ def show(results: Results, console: Console) -> None:
     console.print()
     console.print(Text("Provenance", style="bold"))
     _print_pairs(console, _provenance(results))
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a sweep will take."""
+    table = Table.grid(padding=(0, 2))
+    counts = plan.counts()
+    words = {
+        "cells": f"{counts['cells']:,}",
+        "structural": f"{counts['structural']:,} (equal to the baseline by construction: not run)",
+        "runs": f"{counts['runs']:,}",
+        "blocks": f"{counts['blocks']:,} (chunks of the results)",
+        "waves": f"{counts['waves']:,}",
+        "tokens": f"at most {counts['peak_tokens']:,} in a layer call, budget {plan.token_budget:,}",
+        "compute": f"{counts['flops'] / 1e12:,.2f} TFLOP",
+        "memory": f"at most {counts['peak_bytes'] / 2**20:,.0f} MiB beside the model",
+        "disk": f"at most {counts['disk_bytes'] / 2**20:,.1f} MiB before compression",
+    }
+    for name, value in words.items():
+        table.add_row(Text(name, style="bold"), value)
+    return table
 
 
 def cell_name(cell: CellEffect, unit: str) -> str:
@@ -85,12 +106,13 @@ def _baselines(results: Results) -> Table:
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
         means = results.baseline(metric).mean(axis=(1, 2))
-        floor = float(np.max(results.noise_floor(metric)))
+        floor = float(np.nanmax(results.noise_floor(metric)))
         table.add_row(metric, _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
 
 
-def _top(results: Results, component: str, metric: str, direction: str) -> Table:
+def top_table(results: Results, component: str, metric: str, direction: str) -> Table:
+    """The cells of largest effect on a metric."""
     unit = component_of(component).unit
     table = _table(
         f"layer.{unit}" if unit else "layer",

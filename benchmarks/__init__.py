@@ -1,0 +1,1 @@
+"""Speed, numbers and memory, measured: see README.md."""

@@ -1,0 +1,134 @@
+"""The head x position grid on a CUDA device: model shapes, prompt lengths, float32 and bfloat16.
+
+`python -m benchmarks.gpu_sweep --help`
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import numpy as np
+import torch
+from rich.console import Console
+
+from benchmarks import _report as report
+from benchmarks._machine import matmul_rate
+from benchmarks._measure import Effort, Measurement, errors, measure, measure_pairs
+from benchmarks._memory import measure_memory
+from benchmarks._models import REAL, load, middle_pairs, rounded
+from patchsweep.model import Model
+
+OUT = Path("benchmarks/results/gpu_sweep.json")
+MODELS = (REAL, "gpt2-small", "llama-1b", "llama-7b")
+TINY_MODELS = ("tiny-llama", "tiny-gpt2")
+DTYPES = ("float32", "bfloat16")  # in this order: bfloat16 is compared with float32
+LENGTHS = (15, 100)
+PAIRS = 8
+TINY = Effort(rounds=1, singles=12, batches=2, batch_sizes=(8, 32), side=128)
+
+
+def gpu_sweep(
+    *,
+    out: Path = OUT,
+    models: tuple[str, ...] = MODELS,
+    dtypes: tuple[str, ...] = DTYPES,
+    lengths: tuple[int, ...] = LENGTHS,
+    rounds: int = 3,
+    limit: float = 60,
+    tiny: bool = False,
+) -> None:
+    """Measure the wavefront against full forwards on a GPU, and print and write the result.
+
+    Example: python -m benchmarks.gpu_sweep --models gpt2-small --dtypes bfloat16 --lengths 15
+
+    Parameters
+    ----------
+    out
+        The JSON file to write; it grows case by case.
+    models
+        smollm2-135m (real), or shapes with random weights: gpt2-small, llama-1b, llama-7b.
+    dtypes
+        float32, bfloat16, or both, float32 first, to learn what bfloat16 loses.
+    lengths
+        Tokens per prompt; the prompts differ in the middle token.
+    rounds
+        How often the ways take turns; medians are reported.
+    limit
+        Seconds of a case after which no further round begins.
+    tiny
+        Tiny random models on the CPU: shows that the benchmark runs, measures nothing.
+    """
+    if not tiny and not torch.cuda.is_available():
+        print("gpu_sweep: torch sees no CUDA device: run it where there is one", file=sys.stderr)
+        sys.exit(2)
+    effort = Effort(rounds, batch_sizes=(32, 256), side=8192, limit=limit)
+    if tiny:
+        effort, models, lengths = TINY, TINY_MODELS, (6, 9)
+    device = torch.device("cpu" if tiny else "cuda")
+    console = report.console_of_width()
+    record = {**report.start(console, device), "tiny": tiny, "matmul": {}, "cases": []}
+    for name in dtypes:
+        rate = matmul_rate((effort.side,) * 3, getattr(torch, name), device)
+        record["matmul"][name] = rate
+        report.say(console, [f"matmul of {effort.side}^3 in {name}: {rate / 1e12:.1f} TFLOP/s"])
+
+    for name in models:
+        before: dict[int, Measurement] = {}
+        for model in _in_dtypes(name, dtypes, device):
+            for length in lengths:
+                before[length] = _case(
+                    model, length, length == min(lengths), effort, before.get(length), record
+                )
+                _show(console, record["cases"][-1], before[length])
+                report.write(out, record)
+    report.say(console, [f"written to {out}"])
+
+
+def _in_dtypes(name: str, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Model]:
+    """The model in each dtype, with the weights of the first one rounded."""
+    model = load(name, dtypes[0], device.type)
+    yield model
+    for dtype in dtypes[1:]:
+        model = rounded(model, getattr(torch, dtype))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        yield model
+
+
+def _case(
+    model: Model,
+    length: int,
+    with_pairs: bool,
+    effort: Effort,
+    exact: Measurement | None,
+    record: dict[str, Any],
+) -> Measurement:
+    """Measure one model, dtype and length, and add it to the record.
+
+    `exact` is the measurement in float32, if this one is in bfloat16.
+    """
+    pairs = middle_pairs(model, length, PAIRS)
+    memory = measure_memory(model, pairs[0])
+    found = measure(model, pairs[0], effort)
+    targets = [*report.speed_targets(found), report.memory_target(memory)]
+    lines = [*report.details(found), report.memory_line(memory)]
+    case = {**report.summary(found), "memory": asdict(memory)}
+    if with_pairs:
+        many = measure_pairs(model, pairs, effort.rounds)
+        targets.append(report.pairs_target(many))
+        lines += report.pairs_lines(many)
+        case["pairs"] = asdict(many)
+    if exact is not None:
+        lost = _lost(exact, found)
+        targets += report.error_targets(lost)
+        lines.append(report.error_line(lost))
+        case["bfloat16"] = asdict(lost)
+    record["cases"].append({**case, "lines": lines, "targets": report.verdicts(targets)})
+    return found

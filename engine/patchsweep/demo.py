@@ -1,0 +1,112 @@
+"""`patchsweep demo`: the main job on a real model, and an honest clock beside it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from patchsweep import tasks
+from patchsweep.engine import sweep
+from patchsweep.model import Model, load_model
+from patchsweep.pairs import Pair
+from patchsweep.report.figures import plot
+from patchsweep.report.show import top_table
+from patchsweep.results import Results
+from patchsweep.sites import Status
+
+MODEL = "smollm2-135m"
+PAIRS = 8
+COMPONENTS = ("head_z", "mlp_out", "resid_pre")
+METRICS = ("logit_diff", "logprob", "prob", "rank", "kl")
+BATCH = 32  # of the full forwards that are timed for comparison
+
+
+def demo(out: Path, console: Console) -> None:
+    """Sweep both tasks into `out`, draw them, and print what was found and how fast."""
+    console.print(f"Loading {MODEL} (the first time it is unpacked into the cache: some 20 s)")
+    model = load_model(MODEL)
+    for task, title in (("ioi", "indirect object identification"), ("facts", "facts")):
+        pairs = tasks.build(task, model.tokenizer, PAIRS)
+        console.rule(f"{PAIRS} pairs: {title}")
+        console.print(
+            f"clean    {model.tokenizer.decode(pairs[0].clean)}\n"
+            f"corrupt  {model.tokenizer.decode(pairs[0].corrupt)}\n"
+            f"answer  {model.tokenizer.decode(pairs[0].answer)}, "
+            f"wrong  {model.tokenizer.decode(pairs[0].wrong)}\n"
+            f"{', '.join(COMPONENTS)} x every position, denoise; {', '.join(METRICS)}",
+            highlight=False,
+        )
+        results = sweep(
+            model,
+            pairs,
+            components=list(COMPONENTS),
+            metrics=list(METRICS),
+            direction="denoise",
+            out=out / f"{task}.zarr",
+            overwrite=True,
+        )
+        figures = plot(results, out / f"{task}-figures", formats=("png",))
+        console.print(top_table(results, "head_z", "logit_diff", "denoise"))
+        _report(results, full_forwards(model, pairs[0]), console)
+        console.print(f"{len(figures)} figures in {out / f'{task}-figures'}\n", highlight=False)
+    console.print(f"Look closer: patchsweep show {out / 'ioi.zarr'}", highlight=False)
+
+
+@dataclass(frozen=True)
+class FullForwards:
+    """Seconds per cell of unpatched full forwards, one by one and in batches of BATCH."""
+
+    single: float
+    batched: float
+
+
+@torch.no_grad()
+def full_forwards(model: Model, pair: Pair, repeats: int = 3) -> FullForwards:
+    """Time the model's own forwards of a prompt, logits at the last token only.
+
+    Nothing is patched in them, so this is the least that any sweep by full forwards takes.
+    """
+    tokens = torch.tensor([pair.corrupt], device=model.device)
+
+    def seconds(batch: int) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            began = time.perf_counter()
+            model.hf_model(
+                input_ids=tokens.expand(batch, -1), use_cache=False, logits_to_keep=1
+            ).logits[0, 0, 0].item()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times[1:])) / batch
+
+    return FullForwards(seconds(1), seconds(BATCH))
+
+
+def _report(results: Results, full: FullForwards, console: Console) -> None:
+    counts = [results.counts(c, "logit_diff") for c in results.components]
+    exact = sum(c[Status.EXACT] for c in counts)
+    structural = sum(c[Status.STRUCTURAL] for c in counts)
+    seconds = results.attrs["measured"]["seconds"]
+    test = results.attrs["self_test"]
+    floor = float(np.nanmax(results.noise_floor("logit_diff")))
+    cells = exact + structural
+    console.print(
+        f"exact       {exact:,} cells were run; {test['cells']} of them, run again as full "
+        f"forwards, differ by at most {test['cell_difference']:.1e} logits\n"
+        f"structural  {structural:,} cells cannot differ from the baseline: nothing was run\n"
+        f"noise floor {floor:.1e} logits: a null patch against the baseline\n"
+        f"measured    {seconds:.1f} s for {cells:,} cells: {cells / seconds:,.0f} cells/s, "
+        f"{exact / seconds:,.0f} of them run\n"
+        f"            full forwards, measured now on the first pair without any patching: "
+        f"{1e3 * full.single:.0f} ms a cell one by one, {1e3 * full.batched:.1f} ms in batches "
+        f"of {BATCH}\n"
+        f"            so this sweep was {cells * full.single / seconds:.0f} and "
+        f"{cells * full.batched / seconds:.0f} times faster over the grid, "
+        f"{exact * full.single / seconds:.0f} and {exact * full.batched / seconds:.0f} times "
+        "over the cells that were run",
+        highlight=False,
+    )

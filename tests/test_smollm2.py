@@ -1,0 +1,129 @@
+"""The trained SmolLM2-135M in float32: whole grids against full forwards with plain hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import patchsweep as ps
+
+IOI = (
+    "When John and Mary went to the store, John gave a drink to",
+    "When John and Mary went to the store, Mary gave a drink to",
+    " Mary",
+    " John",
+)
+FACT = ("The capital of France is", "The capital of Japan is", " Paris", " Tokyo")
+GRIDS = [(IOI, "head_z"), (FACT, "head_z"), (IOI, "mlp_out"), (FACT, "resid_pre")]
+
+
+@pytest.fixture(scope="module")
+def model() -> ps.Model:
+    return ps.load_model("smollm2-135m")
+
+
+def sweep(model: ps.Model, texts: tuple[str, ...], out: Path, **settings: Any) -> ps.Results:
+    return ps.sweep(model, [ps.make_pair(model.tokenizer, *texts)], out=out, **settings)
+
+
+def hooked_grid(model: ps.Model, pair: ps.Pair, component: str) -> np.ndarray:
+    """logit_diff [layer, unit, position]: every cell a row of a batch of full forwards."""
+    layers = model.hf_model.model.layers
+    heads = model.hf_model.config.num_attention_heads if component == "head_z" else 1
+    units, positions = np.divmod(np.arange(heads * len(pair)), len(pair))
+    rows = torch.arange(len(units))
+    where = {
+        "head_z": lambda layer: (layer.self_attn.o_proj, True),
+        "mlp_out": lambda layer: (layer.mlp, False),
+        "resid_pre": lambda layer: (layer, True),
+    }[component]
+
+    def logits(ids: Tensor, module: Any, change: Callable[[Tensor], Tensor], at_input: bool) -> Any:
+        if at_input:
+            handle = module.register_forward_pre_hook(lambda _, a: (change(a[0]), *a[1:]))
+        else:
+            handle = module.register_forward_hook(lambda _, __, out: change(out))
+        with torch.no_grad():
+            out = model.hf_model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[:, 0]
+        handle.remove()
+        return out
+
+    grid = []
+    for layer in layers:
+        module, at_input = where(layer)
+        source: list[Tensor] = []
+        logits(torch.tensor([pair.clean]), module, lambda x, s=source: s.append(x) or x, at_input)
+
+        def patch(x: Tensor, donor: Tensor = source[0]) -> Tensor:
+            x = x.clone()
+            view, given = (t.view(*t.shape[:2], heads, -1) for t in (x, donor))
+            view[rows, positions, units] = given[0, positions, units]
+            return x
+
+        out = logits(torch.tensor([pair.corrupt] * len(units)), module, patch, at_input)
+        grid.append(out[:, pair.answer[0]] - out[:, pair.wrong[0]])
+    return torch.stack(grid).view(len(layers), heads, len(pair)).float().numpy()
+
+
+@pytest.mark.parametrize(("texts", "component"), GRIDS)
+def test_whole_grid(
+    model: ps.Model, tmp_path: Path, texts: tuple[str, ...], component: str
+) -> None:
+    pair = ps.make_pair(model.tokenizer, *texts)
+    found = sweep(model, texts, tmp_path / "r.zarr", components=[component])
+    values = found.store.read(f"{component}/logit_diff")[0, 0, 0, 0]
+    assert np.abs(values - hooked_grid(model, pair, component)).max() <= 2e-4
+
+
+def test_known_figures(model: ps.Model, tmp_path: Path) -> None:
+    results = sweep(model, IOI, tmp_path / "r.zarr", components=["head_z"])
+    clean, corrupt = results.baseline("logit_diff")[:, 0, 0]
+    assert clean == pytest.approx(4.605, abs=5e-4)
+    assert corrupt == pytest.approx(-6.474, abs=5e-4)
+    top = results.top("head_z", "logit_diff", "denoise", 4)
+    assert [(c.layer, c.unit, c.position) for c in top] == [
+        (23, 3, 13),
+        (29, 1, 13),
+        (20, 0, 13),
+        (29, 0, 13),
+    ]
+    assert [c.effect for c in top] == pytest.approx([0.558, 0.306, 0.274, -0.237], abs=5e-4)
+    assert float(np.nanmax(results.noise_floor("logit_diff"))) < 1e-4
+
+
+def test_twice_the_same_bits_and_pairs_share_waves(model: ps.Model, tmp_path: Path) -> None:
+    """Prompts of different lengths in one wave; the same plan gives the same bits."""
+    pairs = [ps.make_pair(model.tokenizer, *texts) for texts in (IOI, FACT)]
+    runs = [
+        ps.sweep(
+            model,
+            pairs,
+            components=["mlp_out", "resid_post"],
+            metrics=["logit_diff", "kl", "rank"],
+            out=tmp_path / name,
+        )
+        for name in ("a.zarr", "b.zarr")
+    ]
+    assert runs[0].attrs["plan"]["waves"] == 1
+    for metric in ("logit_diff", "kl", "rank"):
+        for component in ("mlp_out", "resid_post"):
+            a, b = (r.store.read(f"{component}/{metric}").tobytes() for r in runs)
+            assert a == b
+
+
+def test_bfloat16_rounds_like_a_full_forward(tmp_path: Path) -> None:
+    """The wave's bfloat16 error is at most 1.5 times that of full bfloat16 forwards."""
+    exact, half = (ps.load_model("smollm2-135m", dtype) for dtype in ("float32", "bfloat16"))
+    pair = ps.make_pair(exact.tokenizer, *FACT)
+    truth = hooked_grid(exact, pair, "mlp_out")
+    full = hooked_grid(half, pair, "mlp_out")
+    results = sweep(half, FACT, tmp_path / "r.zarr", components=["mlp_out"])
+    wave = results.store.read("mlp_out/logit_diff")[0, 0, 0, 0]
+    ratio = np.sqrt(((wave - truth) ** 2).mean() / ((full - truth) ** 2).mean())
+    assert ratio <= 1.5

@@ -1,0 +1,337 @@
+"""Sweeps through the library: bad input, values that are not finite, determinism, memory.
+
+The small model, pairs and spec here are those of test_cli.py and test_resume.py too.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+import zarr
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import patchsweep as ps
+from patchsweep.engine import plan_sweep
+from patchsweep.sites import Status
+from patchsweep.spec import parse_settings
+
+WORDS = ["?", *string.ascii_letters]
+BROKEN = "Z"  # the word whose embedding `broken` makes infinite
+
+
+def build(layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
+    """A tiny Llama whose random weights are large enough for effects far above rounding."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Every letter is a word."""
+    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+
+
+def save(folder: Path, hf_model: PreTrainedModel | None = None) -> Path:
+    """The folder, with a model and the tokenizer in it."""
+    (hf_model or build()).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def broken() -> LlamaForCausalLM:
+    hf_model = build()
+    with torch.no_grad():
+        hf_model.get_input_embeddings().weight[WORDS.index(BROKEN)] = float("inf")
+    return hf_model
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs of 5 to 8 lower-case letters that differ in one to three places."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        length = rng.integers(5, 9)
+        clean = rng.choice(list(string.ascii_lowercase), length)
+        corrupt = clean.copy()
+        for place in rng.permutation(length - 1)[: rng.integers(1, 4)]:
+            corrupt[place] = rng.choice(list(string.ascii_uppercase[:20]))
+        answer, wrong = rng.choice(list(string.ascii_lowercase), 2, replace=False)
+        made.append(
+            {
+                "clean": " ".join(clean),
+                "corrupt": " ".join(corrupt),
+                "answer": f" {answer}",
+                "wrong": f" {wrong}",
+                "labels": {"END": -1},
+            }
+        )
+    return made
+
+
+def write_pairs(path: Path, pairs: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
+    return path
+
+
+def write_spec(folder: Path, model: Path, **changes: Any) -> Path:
+    """A spec beside `pairs.jsonl`, with some keys changed (None: left out)."""
+    data = {
+        "model": str(model),
+        "device": "cpu",
+        "prompts": {"file": "pairs.jsonl"},
+        "components": ["head_z", "mlp_out", "resid_pre"],
+        "direction": "both",
+        "metrics": ["logit_diff", "prob", "rank", "kl"],
+        "out": str(folder / "r.zarr"),
+        **changes,
+    }
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}))
+    return path
+
+
+def arrays(path: Path) -> dict[str, bytes]:
+    """Every array of a results folder, as raw bytes."""
+    members = zarr.open_group(path, mode="r").members(max_depth=None)
+    found = {n: np.asarray(a[...]) for n, a in members if isinstance(a, zarr.Array)}
+    assert found
+    text = {n: json.dumps(a.tolist()).encode() for n, a in found.items() if a.dtype.kind in "OUT"}
+    return {n: text[n] if n in text else a.tobytes() for n, a in found.items()}
+
+
+def values(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of metrics, and of their statuses, of every component."""
+    group = zarr.open_group(path, mode="r")
+    metrics = [m["name"] for m in group.attrs["metrics"]]
+    names = [
+        f"{component}/{metric}{suffix}"
+        for component in group.attrs["components"]
+        for metric in metrics
+        for suffix in ("", "_status")
+    ]
+    return {name: np.asarray(group[name][...]) for name in names}
+
+
+SETTINGS: dict[str, Any] = {
+    "components": ["head_z", "mlp_out", "resid_pre"],
+    "metrics": ["logit_diff", "prob", "rank", "kl"],
+    "direction": "both",
+}
+
+
+@pytest.fixture
+def model() -> ps.Model:
+    return ps.wrap(build(), tokenizer(), "tiny")
+
+
+def pairs_of(model: ps.Model, made: list[dict[str, Any]]) -> list[ps.Pair]:
+    return [ps.make_pair(model.tokenizer, **row) for row in made]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"components": ["head_x"]}, ["unknown component 'head_x'", "head_z"]),
+        ({"metrics": ["logit_dif"]}, ["unknown metric 'logit_dif'", "logit_diff"]),
+        ({"metric": ["kl"]}, ["unknown key 'metric'", "metrics"]),
+        ({"direction": "sideways"}, ["direction", "denoise", "sideways"]),
+        ({"positions": [8]}, ["8 is outside every prompt", "use -8 to 7"]),
+        ({"positions": ["S2"]}, ["unknown label 'S2'", "END"]),
+        ({"token_budget": 0}, ["token_budget", "above 0"]),
+        ({"token_budget": 3}, ["token_budget 3 is too small", "it needs"]),
+    ],
+)
+def test_bad_settings(
+    model: ps.Model, tmp_path: Path, settings: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(ps.BadInput) as error:
+        pairs = pairs_of(model, rows(6))
+        ps.sweep(model, pairs, out=tmp_path / "r.zarr", **{**SETTINGS, **settings})
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_pairs(model: ps.Model, tmp_path: Path) -> None:
+    with pytest.raises(ps.BadInput, match="no prompt pairs: give at least one"):
+        ps.sweep(model, [], out=tmp_path / "r.zarr", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_wrong_answer(model: ps.Model, tmp_path: Path) -> None:
+    made = rows(2)
+    del made[1]["wrong"]
+    pairs = pairs_of(model, made)
+    with pytest.raises(ps.BadInput, match="pair 1 has no wrong answer"):
+        ps.sweep(model, pairs, out=tmp_path / "r.zarr", **SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+    only_kl = {**SETTINGS, "metrics": ["kl", "prob"]}
+    assert ps.sweep(model, pairs, out=tmp_path / "r.zarr", **only_kl).complete
+
+
+def test_results_of_another_sweep(model: ps.Model, tmp_path: Path) -> None:
+    """Going on needs the same pairs, settings and weights."""
+    out, pairs = tmp_path / "r.zarr", pairs_of(model, rows(2))
+    ps.sweep(model, pairs, out=out, **SETTINGS)
+    before = arrays(out)
+    other = ps.wrap(build(seed=1), tokenizer(), "tiny")
+    for changed, what in (
+        ((model, pairs_of(model, rows(2, seed=1)), SETTINGS), "other prompts"),
+        ((model, pairs, {**SETTINGS, "components": ["head_z"]}), "components"),
+        ((model, pairs, {**SETTINGS, "metrics": ["kl"]}), "other metrics"),
+        ((other, pairs, SETTINGS), "another model"),
+    ):
+        with pytest.raises(ps.BadInput, match=f"results of another sweep .*{what}"):
+            ps.sweep(changed[0], changed[1], out=out, resume=True, **changed[2])
+    with pytest.raises(ps.BadInput, match="exists already: use --resume .* or --overwrite"):
+        ps.sweep(model, pairs, out=out, **SETTINGS)
+    assert arrays(out) == before
+    ps.sweep(other, pairs, out=out, overwrite=True, **SETTINGS)
+    assert arrays(out) != before
+    assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_the_same_sweep_twice(model: ps.Model, tmp_path: Path) -> None:
+    pairs = pairs_of(model, rows(5))
+    for name in "ab":
+        ps.sweep(model, pairs, out=tmp_path / name, **SETTINGS, token_budget=200)
+    assert arrays(tmp_path / "a") == arrays(tmp_path / "b")
+
+
+def test_both_directions_are_each_apart(tmp_path: Path) -> None:
+    model = ps.wrap(build().double(), tokenizer())
+    pairs = pairs_of(model, rows(4))
+    found = {}
+    for direction in ("both", "denoise", "noise"):
+        settings = {**SETTINGS, "direction": direction}
+        ps.sweep(model, pairs, out=tmp_path / direction, **settings)
+        found[direction] = values(tmp_path / direction)
+    for name, both in found["both"].items():
+        apart = np.concatenate([found["denoise"][name], found["noise"][name]])
+        np.testing.assert_allclose(both, apart, rtol=1e-10, atol=1e-12, err_msg=name)
+    assert not np.array_equal(*found["both"]["head_z/kl"])
+
+
+def test_the_token_budget_changes_no_number(tmp_path: Path) -> None:
+    model = ps.wrap(build().double(), tokenizer())
+    pairs = pairs_of(model, rows(6))
+    waves = []
+    for name, budget in (("small", 45), ("large", 100_000)):
+        results = ps.sweep(model, pairs, out=tmp_path / name, **SETTINGS, token_budget=budget)
+        waves.append(results.attrs["plan"]["waves"])
+    assert waves[0] > 50
+    assert waves[1] == 1
+    large = values(tmp_path / "large")
+    for name, small in values(tmp_path / "small").items():
+        np.testing.assert_allclose(small, large[name], rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("longest", [False, True], ids=["short", "longest"])
+@pytest.mark.filterwarnings("error")
+def test_values_that_are_not_finite(
+    tmp_path: Path, longest: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are marked and counted where they arise, and every other number stays what it was.
+
+    `longest`: of the pairs, the one that is not finite is the one that the self-test looks at.
+    """
+    made = [r for r in rows(20) if len(r["clean"].split()) == 6][:3]
+    bad = made[1]
+    if longest:
+        bad["clean"], bad["corrupt"] = f"{bad['clean']} a b", f"{bad['corrupt']} a b"
+    words = bad["clean"].split()
+    bad["clean"] = " ".join([words[0], BROKEN, *words[2:]])
+    sound = ps.wrap(build(), tokenizer())
+    pairs = pairs_of(sound, made)
+    ps.sweep(sound, pairs, out=tmp_path / "sound", **SETTINGS)
+    results = ps.sweep(ps.wrap(broken(), tokenizer()), pairs, out=tmp_path / "r", **SETTINGS)
+    assert results.complete
+    expected, found = values(tmp_path / "sound"), values(tmp_path / "r")
+    for name, numbers in found.items():
+        others = np.delete(numbers, 1, axis=3)
+        np.testing.assert_allclose(others, np.delete(expected[name], 1, axis=3), rtol=1e-5)
+        if name.endswith("_status"):
+            value = found[name.removesuffix("_status")]
+            assert (numbers != Status.NOT_DONE).all()
+            inside = numbers != Status.OUTSIDE
+            assert ((numbers == Status.NOT_FINITE) == (inside & ~np.isfinite(value))).all()
+            before = expected[name][:, :, :, 1]
+            assert ((numbers[:, :, :, 1] == Status.OUTSIDE) == (before == Status.OUTSIDE)).all()
+    status = found["head_z/logit_diff_status"][:, 0, 0, 1]
+    # The corrupt run is sound: patched into it, some cells are not finite. Nothing mends the other.
+    assert set(np.unique(status[0])) >= {Status.NOT_FINITE, Status.STRUCTURAL}
+    assert set(np.unique(status[1])) <= {Status.NOT_FINITE, Status.OUTSIDE, Status.EXACT}
+    assert (found["head_z/kl_status"][0, 0, 0, 1] != Status.EXACT).all()  # the clean run is not
+    assert results.counts("head_z", "logit_diff")[Status.NOT_FINITE] == (
+        (found["head_z/logit_diff_status"] == Status.NOT_FINITE).sum()
+    )
+    json.loads((tmp_path / "r" / "zarr.json").read_text(), parse_constant=pytest.fail)
+    assert capsys.readouterr() == ("", "")
+
+
+MEMORY = """
+import json, resource, sys
+from pathlib import Path
+import psutil, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import patchsweep as ps
+from patchsweep.engine import plan_sweep
+from patchsweep.spec import parse_settings
+
+count, budget, out, settings = json.loads(sys.argv[1])
+torch.manual_seed(0)
+config = LlamaConfig(
+    vocab_size=20_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8,
+    num_attention_heads=8, num_key_value_heads=4,
+)
+model = ps.wrap(LlamaForCausalLM(config), type("T", (), {"decode": lambda self, t: str(t)})())
+pairs = []
+for i in range(count):
+    clean, corrupt = torch.randint(20_000, (2, 16)).tolist()
+    corrupt[8:], corrupt[:7] = clean[8:], clean[:7]  # they differ at token 7
+    pairs.append(ps.Pair(tuple(clean), tuple(corrupt), (1,), (2,)))
+plan = plan_sweep(model.dimensions, pairs, parse_settings(settings), torch.device("cpu"))
+with torch.no_grad():
+    model.hf_model(torch.tensor([pairs[0].clean]))
+before = psutil.Process().memory_info().rss
+ps.sweep(model, pairs, out=Path(out), **settings)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"taken": peak - before, "bound": plan.peak_bytes, **plan.counts()}))
+"""
+
+
+def memory(pairs: int, budget: int, out: Path) -> dict[str, int]:
+    """What a sweep in a process of its own took beside the model, in bytes, and its plan."""
+    settings = {
+        "components": ["head_z", "mlp_out", "resid_pre"],
+        "metrics": ["logit_diff", "prob", "rank", "kl"],
+        "token_budget": budget,
+    }
+    given = json.dumps([pairs, budget, str(out), settings])
+    command = [sys.executable, "-c", MEMORY, given]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
