@@ -7,11 +7,13 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 
 T = TypeVar("T")
@@ -49,7 +51,7 @@ def matmul_rate(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Hardware, threads, versions, load and date (UTC): what a JSON of results begins with."""
+    """Hardware, threads, versions and date (UTC): the head of a results file."""
     cuda = device.type == "cuda"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -59,7 +61,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda if cuda else None,
         "tf32": torch.backends.cuda.matmul.allow_tf32 if cuda else None,
         "threads": torch.get_num_threads(),
-        "load_average": os.getloadavg(),  # before the measurement: 0 on a quiet machine
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
 
@@ -72,3 +73,24 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """CPU seconds since the machine started, of all cores: used by others than this program and
+    its children, and altogether, idle ones counted."""
+
+    others: float
+    total: float
+
+    @classmethod
+    def read(cls) -> Clocks:
+        times, own = psutil.cpu_times(), os.times()
+        idle = times.idle + getattr(times, "iowait", 0.0)
+        mine = own.user + own.system + own.children_user + own.children_system
+        return cls(sum(times) - idle - mine, sum(times))
+
+    def others_since(self) -> float:
+        """Share of all cores that other programs used since, in percent."""
+        now = Clocks.read()
+        return max(0.0, 100 * (now.others - self.others) / (now.total - self.total))

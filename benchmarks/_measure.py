@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from benchmarks._full import Cells, FullForwards
@@ -27,7 +27,11 @@ from patchsweep.plan import Plan
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.wave import WaveResult, run_wave
 
-SETTINGS = {"components": ["head_z"], "metrics": ["logit_diff"], "direction": "denoise"}
+SETTINGS: dict[str, Any] = {
+    "components": ["head_z"],
+    "metrics": ["logit_diff"],
+    "direction": "denoise",
+}
 METRIC = "logit_diff"
 SHARE_OF_RUNS = 0.75  # of the sampled cells; the others are structural
 
@@ -96,7 +100,7 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
     device, d = model.device, model.dimensions
     full = FullForwards(model, pair)
     plan = plan_sweep(d, [pair], settings(), device)
-    grid = np.stack(np.indices((d.layers, d.heads, len(pair))), -1).reshape(-1, 3)
+    grid = np.indices((d.layers, d.heads, len(pair))).reshape(3, -1).T
     exists = plan.cells["head_z"].exists[0][grid[:, 0], grid[:, 2]]
     chosen = _sampled(grid, exists, effort.singles)
     singles = grid[chosen]
@@ -123,7 +127,7 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
             seconds, _ = timed(device, partial(_batched, full, some))
             found[f"batch_{n}"] = seconds / sum(map(len, some))
         results = _wavefront(model, pair, plan.token_budget, found)
-        by_wave = grid_values(plan, results)[0][tuple(singles.T)]
+        by_wave = at(grid_values(plan, results), singles)
         found["sweep"] = _whole_sweep(model, pair, plan.token_budget)
         dtype = model.hf_model.dtype
         peak = plan.counts()["peak_tokens"]
@@ -195,9 +199,7 @@ def _batched(full: FullForwards, batches: Sequence[Cells]) -> None:
         full.logit_diff(cells)
 
 
-def _wavefront(
-    model: Model, pair: Pair, budget: int, found: dict[str, float]
-) -> list[WaveResult]:
+def _wavefront(model: Model, pair: Pair, budget: int, found: dict[str, float]) -> list[WaveResult]:
     """Plan, take apart, self-test and every wave, each timed into `found`.
 
     The budget is given: what is free on a GPU changes as the allocator keeps memory.
@@ -222,11 +224,18 @@ def all_waves(forward: Forward, plan: Plan) -> list[WaveResult]:
 def grid_values(plan: Plan, results: Sequence[WaveResult]) -> NDArray[np.float64]:
     """The logit differences [pair, layer, head, position] that the waves found."""
     grid = plan.cells["head_z"].grid
-    values = np.full(grid.shape, np.nan)
+    values: NDArray[np.float64] = np.full(grid.shape[3:], np.nan)
     for result in results:
         for block, found, _ in result.blocks:
-            values[block.region(grid)] = found[METRIC]
-    return values[0, 0, 0]
+            values[block.region(grid)[3:]] = found[METRIC][0, 0, 0]
+    return values
+
+
+def at(values: NDArray[np.float64], cells: Cells) -> NDArray[np.float64]:
+    """Values [pair, layer, head, position] of the first pair at some cells, [cell]."""
+    layer, head, position = cells.T
+    picked: NDArray[np.float64] = values[0, layer, head, position]
+    return picked
 
 
 def _whole_sweep(model: Model, pair: Pair, budget: int) -> float:
@@ -284,7 +293,7 @@ def wave_values(model: Model, pair: Pair, cells: Cells) -> NDArray[np.float64]:
     with attention_is(model.hf_model), deterministic(model.device):
         results = all_waves(take_apart(model.hf_model, len(pair)), plan)
         synchronize(model.device)
-    return grid_values(plan, results)[0][tuple(cells.T)]
+    return at(grid_values(plan, results), cells)
 
 
 def full_values(model: Model, pair: Pair, cells: Cells) -> NDArray[np.float64]:

@@ -13,9 +13,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks._machine import machine
+from benchmarks._machine import Clocks, machine
 from benchmarks._measure import Errors, ManyPairs, Measurement
 from benchmarks._memory import Memory
+
+QUIET = 5  # percent of all cores that other programs may use
+DISTORTED = "measure again on a quiet machine, full forwards suffer more than the wave"
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,16 @@ class Target:
         sign = "<=" if self.at_most else ">="
         verdict = "PASS" if self.met else "MISS"
         return f"{verdict}  {self.what}: {self.measured:.3g} (target {sign} {self.target:g})"
+
+
+@dataclass(frozen=True)
+class Case:
+    """All that was measured of one model, dtype and prompt shape. `low`: what bfloat16 loses."""
+
+    grid: Measurement
+    memory: Memory
+    pairs: ManyPairs | None
+    low: Errors | None
 
 
 @dataclass(frozen=True)
@@ -62,38 +75,27 @@ def largest_difference(m: Measurement) -> float:
     return max(abs(a - b) for a, b in pairs)
 
 
-def speed_targets(m: Measurement) -> list[Target]:
-    """What the specification asks of the speed over full forwards and of the arithmetic."""
-    return [
+def targets(case: Case) -> list[Target]:
+    """What the specification asks for."""
+    m = case.grid
+    found = [
         Target("times faster than batches of 32, whole grid", speedup(m, "batch_32").grid, 15),
         Target("times faster than single forwards, whole grid", speedup(m, "single").grid, 80),
-        matmul_target(m),
+        Target("% of the large matmul's FLOP/s in the wave", 100 * share(m), 60),
     ]
-
-
-def matmul_target(m: Measurement) -> Target:
-    """What the specification asks of the arithmetic."""
-    return Target("% of the large matmul's FLOP/s in the wave", 100 * share(m), 60)
-
-
-def pairs_target(p: ManyPairs) -> Target:
-    """Several pairs should cost no more per cell than one."""
-    ratio = cells_per_second(p, "many") / cells_per_second(p, "one")
-    return Target(f"times the cells/s of 1 pair with {p.pairs} pairs", ratio, 1)
-
-
-def error_targets(e: Errors) -> list[Target]:
-    """Low precision should lose about what it loses in a full forward."""
-    name = "bf16 error of the wave / of full forwards"
-    return [
-        Target(f"{name}, root mean square", e.wave_rms / e.full_rms, 1.5, at_most=True),
-        Target(f"{name}, largest", e.wave_max / e.full_max, 1.5, at_most=True),
-    ]
-
-
-def memory_target(m: Memory) -> Target:
-    """The plan's bound should hold."""
-    return Target("peak memory of the waves / plan", m.waves / m.planned, 1, at_most=True)
+    if case.pairs is not None:
+        p = case.pairs
+        ratio = cells_per_second(p, "many") / cells_per_second(p, "one")
+        found.append(Target(f"times the cells/s of 1 pair with {p.pairs} pairs", ratio, 1))
+    if case.low is not None:
+        e, name = case.low, "bf16 error of the wave / of full forwards"
+        found += [
+            Target(f"{name}, root mean square", e.wave_rms / e.full_rms, 1.5, at_most=True),
+            Target(f"{name}, largest", e.wave_max / e.full_max, 1.5, at_most=True),
+        ]
+    ratio = case.memory.waves / case.memory.planned
+    found.append(Target("peak memory of the waves / plan", ratio, 1, at_most=True))
+    return found
 
 
 def cells_per_second(p: ManyPairs, what: str) -> float:
@@ -175,21 +177,30 @@ def memory_line(m: Memory) -> str:
     )
 
 
-def summary(m: Measurement) -> dict[str, Any]:
-    """A measurement with what follows from it, as data."""
+def show(console: Console, case: Case) -> None:
+    """Print a case: the table, what it leaves out, and the targets."""
+    say(console, [heading(case.grid)])
+    console.print(speed_table(case.grid))
+    lines: list[object] = [*details(case.grid)]
+    if case.pairs is not None:
+        lines += pairs_lines(case.pairs)
+    if case.low is not None:
+        lines.append(error_line(case.low))
+    say(console, [*lines, memory_line(case.memory), *targets(case)])
+
+
+def as_data(case: Case) -> dict[str, Any]:
+    """A case with what follows from it."""
+    m = case.grid
     return {
-        **asdict(m),
+        **asdict(case),
         "median": {k: m.seconds(k) for k in m.rounds[0]},
         "speedup": {k: asdict(speedup(m, k)) for k in m.timed_cells},
         "flops_per_second": m.rate,
         "share_of_matmul": share(m),
         "largest_difference": largest_difference(m),
+        "targets": [{**asdict(t), "met": t.met} for t in targets(case)],
     }
-
-
-def verdicts(targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """Targets as data."""
-    return [{**asdict(t), "met": t.met} for t in targets]
 
 
 def console_of_width() -> Console:
@@ -202,7 +213,7 @@ def start(console: Console, device: torch.device) -> dict[str, Any]:
     facts = machine(device)
     console.print(
         f"{facts['gpu'] or facts['cpu']}, {facts['threads']} CPU threads of {facts['cores']}, "
-        f"torch {facts['versions']['torch']}, load average {facts['load_average'][0]:.1f}",
+        f"torch {facts['versions']['torch']}",
         highlight=False,
     )
     return {"machine": facts}
@@ -218,3 +229,13 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """Write results as JSON, the folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def finish(console: Console, path: Path, record: dict[str, Any], began: Clocks) -> None:
+    """Write the results and say where, and whether the machine was quiet since it `began`."""
+    others = began.others_since()
+    record["machine"]["others_percent"] = others
+    if others > QUIET:
+        say(console, [f"WARNING: other programs used {others:.0f} % of the cores: {DISTORTED}"])
+    write(path, record)
+    say(console, [f"written to {path}"])

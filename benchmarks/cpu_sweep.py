@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import cyclopts
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from benchmarks import _report as report
+from benchmarks._machine import Clocks
 from benchmarks._measure import (
     Effort,
     Errors,
@@ -63,36 +64,21 @@ def cpu_sweep(
     effort = TINY if tiny else Effort(rounds, singles, batches)
     if full:
         effort = replace(effort, singles=None, batches=None)
-    console = report.console_of_width()
+    console, began = report.console_of_width(), Clocks.read()
     name = "tiny-llama" if tiny else REAL
     model = load(name, "float32", "cpu")
     pairs = middle_pairs(model, 14, 8) if tiny else sentence_pairs(model)
-    record = report.start(console, model.device)
+    facts = report.start(console, model.device)
 
     found = measure(model, pairs[0], effort)
-    many = measure_pairs(model, pairs, effort.rounds)
-    lost = _bfloat16(model, pairs[0], found)
-    memory = in_fresh_process(name)
-    targets = [
-        *report.speed_targets(found),
-        report.pairs_target(many),
-        *report.error_targets(lost),
-        report.memory_target(memory),
-    ]
-
-    report.say(console, [report.heading(found)])
-    console.print(report.speed_table(found))
-    lines = [*report.details(found), *report.pairs_lines(many), report.error_line(lost)]
-    report.say(console, [*lines, report.memory_line(memory), *targets])
-    record |= {
-        "grid": report.summary(found),
-        "pairs": asdict(many),
-        "bfloat16": asdict(lost),
-        "memory": asdict(memory),
-        "targets": report.verdicts(targets),
-    }
-    report.write(out, record)
-    report.say(console, [f"written to {out}"])
+    case = report.Case(
+        grid=found,
+        memory=in_fresh_process(name),
+        pairs=measure_pairs(model, pairs, effort.rounds),
+        low=_bfloat16(model, pairs[0], found),
+    )
+    report.show(console, case)
+    report.finish(console, out, {**facts, "tiny": tiny, **report.as_data(case)}, began)
 
 
 def _bfloat16(model: Model, pair: Pair, found: Measurement) -> Errors:

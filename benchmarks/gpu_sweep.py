@@ -8,18 +8,16 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import cyclopts
 import numpy as np
 import torch
-from rich.console import Console
 
 from benchmarks import _report as report
-from benchmarks._machine import matmul_rate
-from benchmarks._measure import Effort, Measurement, errors, measure, measure_pairs
+from benchmarks._machine import Clocks
+from benchmarks._measure import Effort, Errors, Measurement, errors, measure, measure_pairs
 from benchmarks._memory import measure_memory
 from benchmarks._models import REAL, load, middle_pairs, rounded
 from patchsweep.model import Model
@@ -71,23 +69,18 @@ def gpu_sweep(
     if tiny:
         effort, models, lengths = TINY, TINY_MODELS, (6, 9)
     device = torch.device("cpu" if tiny else "cuda")
-    console = report.console_of_width()
-    record = {**report.start(console, device), "tiny": tiny, "matmul": {}, "cases": []}
-    for name in dtypes:
-        rate = matmul_rate((effort.side,) * 3, getattr(torch, name), device)
-        record["matmul"][name] = rate
-        report.say(console, [f"matmul of {effort.side}^3 in {name}: {rate / 1e12:.1f} TFLOP/s"])
-
+    console, began = report.console_of_width(), Clocks.read()
+    record: dict[str, Any] = {**report.start(console, device), "tiny": tiny, "cases": []}
     for name in models:
-        before: dict[int, Measurement] = {}
+        exact: dict[int, Measurement] = {}
         for model in _in_dtypes(name, dtypes, device):
             for length in lengths:
-                before[length] = _case(
-                    model, length, length == min(lengths), effort, before.get(length), record
-                )
-                _show(console, record["cases"][-1], before[length])
+                case = _case(model, length, length == min(lengths), effort, exact.get(length))
+                exact.setdefault(length, case.grid)
+                report.show(console, case)
+                record["cases"].append(report.as_data(case))
                 report.write(out, record)
-    report.say(console, [f"written to {out}"])
+    report.finish(console, out, record, began)
 
 
 def _in_dtypes(name: str, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Model]:
@@ -103,32 +96,28 @@ def _in_dtypes(name: str, dtypes: tuple[str, ...], device: torch.device) -> Iter
 
 
 def _case(
-    model: Model,
-    length: int,
-    with_pairs: bool,
-    effort: Effort,
-    exact: Measurement | None,
-    record: dict[str, Any],
-) -> Measurement:
-    """Measure one model, dtype and length, and add it to the record.
-
-    `exact` is the measurement in float32, if this one is in bfloat16.
-    """
+    model: Model, length: int, with_pairs: bool, effort: Effort, exact: Measurement | None
+) -> report.Case:
+    """Measure one model, dtype and length. `exact` is the same in the first dtype, if there was
+    one before this."""
     pairs = middle_pairs(model, length, PAIRS)
     memory = measure_memory(model, pairs[0])
     found = measure(model, pairs[0], effort)
-    targets = [*report.speed_targets(found), report.memory_target(memory)]
-    lines = [*report.details(found), report.memory_line(memory)]
-    case = {**report.summary(found), "memory": asdict(memory)}
-    if with_pairs:
-        many = measure_pairs(model, pairs, effort.rounds)
-        targets.append(report.pairs_target(many))
-        lines += report.pairs_lines(many)
-        case["pairs"] = asdict(many)
-    if exact is not None:
-        lost = _lost(exact, found)
-        targets += report.error_targets(lost)
-        lines.append(report.error_line(lost))
-        case["bfloat16"] = asdict(lost)
-    record["cases"].append({**case, "lines": lines, "targets": report.verdicts(targets)})
-    return found
+    return report.Case(
+        grid=found,
+        memory=memory,
+        pairs=measure_pairs(model, pairs, effort.rounds) if with_pairs else None,
+        low=None if exact is None else _lost(exact, found),
+    )
+
+
+def _lost(exact: Measurement, low: Measurement) -> Errors:
+    """Errors in low precision over the sampled runs that both measured."""
+    known = dict(zip(map(tuple, exact.sampled), exact.by_full_forward, strict=True))
+    runs = [i for i, cell in enumerate(low.sampled) if low.is_run[i] and tuple(cell) in known]
+    reference = np.array([known[tuple(low.sampled[i])] for i in runs])
+    return errors(reference, np.array(low.by_wave)[runs], np.array(low.by_full_forward)[runs])
+
+
+if __name__ == "__main__":
+    cyclopts.run(gpu_sweep)

@@ -15,11 +15,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own level and from those above it in this list; never further down.
 LEVELS = (
-    ("errors", "sites"),
-    ("pairs", "spec", "model"),
-    ("plan",),
-    ("attention", "wave", "metrics", "sources"),
+    ("errors", "dimensions", "families"),
+    ("sites", "stream", "cone"),
+    ("effect",),
+    ("pairs",),
+    ("tasks", "loading", "store"),
+    ("spec", "reader"),
+    ("attention", "metrics", "table"),
+    ("forward", "results"),
+    ("plan", "model", "report"),
+    ("schedule",),
+    ("wave",),
+    ("selftest",),
     ("engine",),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )

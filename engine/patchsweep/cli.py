@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -42,6 +43,7 @@ class Terminated(BaseException):
 
 def main() -> None:
     """Run a command and exit with its status."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters is said in one line
     signal.signal(signal.SIGTERM, _terminate)
     sys.exit(_status(sys.argv[1:]))
 

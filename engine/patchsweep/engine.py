@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import socket
@@ -142,7 +143,8 @@ def carry_out(
         forward = take_apart(model.hf_model, max(len(p) for p in pairs))
         tested = selftest.check(forward, plan)
         store = existing or _create(out, plan, settings, model, attrs)
-        store.set_attrs(self_test=asdict(tested))
+        finite = {k: v if math.isfinite(v) else None for k, v in asdict(tested).items()}
+        store.set_attrs(self_test=finite)  # JSON knows no NaN
         _run_waves(forward, plan, settings, store)
     return results_of.open(out)
 

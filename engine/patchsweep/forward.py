@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -88,7 +88,7 @@ class Forward:
         idle = torch.zeros(raw.shape[0], self.hf_model.config.get_text_config().hidden_size)
         return self._tail(idle.to(weight), lambda _: raw[:, None])
 
-    @property
+    @cached_property
     def finishes(self) -> bool:
         """Whether logits are more than the unembedding's output: measured on probe values."""
         weight = self.hf_model.get_output_embeddings().weight

@@ -8,11 +8,9 @@ of ratios. Raw metrics stay raw.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,12 +19,11 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from patchsweep.errors import BadInput
-from patchsweep.sites import DIMENSIONS, Grid, Status, component
-from patchsweep.store import RUNS, Store
-
-if TYPE_CHECKING:
-    import pyarrow as pa
+from patchsweep import table
+from patchsweep.effect import change, ratio
+from patchsweep.reader import Reader, one_of
+from patchsweep.sites import DIMENSIONS, Grid, Status
+from patchsweep.store import Store
 
 Array = NDArray[np.float64]
 
@@ -51,40 +48,8 @@ class CellEffect:
     effect: float
 
 
-@dataclass(frozen=True)
-class Results:
+class Results(Reader):
     """The results of a sweep, read from its folder when asked for."""
-
-    store: Store
-
-    @property
-    def path(self) -> Path:
-        """The results folder."""
-        return self.store.path
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The root attributes: spec, model, versions and so on."""
-        return self.store.attrs
-
-    @property
-    def components(self) -> tuple[str, ...]:
-        """Names of the patched components."""
-        return tuple(self.store.grids)
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        return self.store.metrics
-
-    @property
-    def complete(self) -> bool:
-        """Whether every block is done."""
-        return all(self.store.done(name).all() for name in self.components)
-
-    def grid(self, component: str) -> Grid:
-        """The grid of a component; BadInput if it was not patched."""
-        return self.store.grids[_one_of("component", component, self.components)]
 
     def to_xarray(self, component: str) -> xr.Dataset:
         """One component, opened lazily: nothing but coordinates is read until values are used.
@@ -97,7 +62,7 @@ class Results:
         ds = xr.open_zarr(self.path, group=component, consolidated=False, chunks=None)
         for metric in self.metrics:
             effect = _LazyEffect(
-                self.store, f"{component}/{metric}", grid, *self._ends(metric, grid)
+                self.store, f"{component}/{metric}", grid, *self.ends(metric, grid)
             )
             name = f"effect on {metric} (0 = destination, 1 = source)"
             ds[f"{metric}_effect"] = xr.Variable(
@@ -116,27 +81,11 @@ class Results:
         Columns: component, direction, pair, layer, head (missing where there is none), position,
         token (of the destination run), and per metric its raw value, `_effect` and `_status`.
         """
-        return pd.concat(list(self._frames()), ignore_index=True)
+        return pd.concat(list(table.frames(self)), ignore_index=True)
 
     def export(self, path: Path) -> None:
         """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results."""
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ImportError as exc:
-            raise BadInput("Parquet needs pyarrow: pip install 'patchsweep[report]'") from exc
-        schema = self._schema()
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-                for frame in self._frames():
-                    writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-            partial.replace(path)
-        except OSError as exc:
-            reason = (exc.strerror or str(exc)).lower()
-            raise BadInput(f"cannot write {path}: {reason}; choose another path") from exc
-        finally:
-            partial.unlink(missing_ok=True)
+        table.write_parquet(self, path)
 
     def effect(self, component: str, metric: str, direction: str) -> Array:
         """The effect over all pairs, [layer, unit, position], as a ratio of means.
@@ -171,36 +120,11 @@ class Results:
         """How many cells of a component have which status."""
         grid = self.grid(component)
         total = np.zeros(256, dtype=np.int64)
-        for pairs in _tiles(grid):
+        for pairs in grid.pair_tiles():
             region = (slice(None),) * 3 + (slice(pairs.start, pairs.stop),)
             status = self.store.read(f"{component}/{metric}_status", region)
             total += np.bincount(status.ravel(), minlength=256)
         return {status: int(total[status]) for status in Status}
-
-    def baseline(self, metric: str) -> Array:
-        """The metric of the unpatched runs, [run = clean, corrupt; sample; pair]."""
-        name = _one_of("metric", metric, self.metrics)
-        return self.store.read(f"baseline/{name}").astype(np.float64)
-
-    def noise_floor(self, metric: str) -> Array:
-        """Distance of a null patch from the baseline, [run = clean, corrupt; sample; pair]."""
-        name = _one_of("metric", metric, self.metrics)
-        return self.store.read(f"baseline/{name}_noise_floor").astype(np.float64)
-
-    def position_tokens(self, component: str) -> list[str]:
-        """The token text at each position of the grid, where all pairs have the same one.
-
-        "clean/corrupt" where the two runs differ; empty where pairs differ or for `all`. Pairs that
-        end before the position do not count.
-        """
-        grid = self.grid(component)
-        columns = [self._token_column(run, grid) for run in RUNS]
-        out = []
-        for clean, corrupt in zip(*columns, strict=True):
-            seen = {(a, b) for a, b in zip(clean, corrupt, strict=True) if a is not None}
-            both = seen.pop() if len(seen) == 1 else ("", "")
-            out.append(both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}")
-        return out
 
     def warnings(self) -> list[str]:
         """What a reader of these results must know: one line each."""
@@ -230,54 +154,15 @@ class Results:
                 )
         return out
 
-    @cached_property
-    def _text(self) -> dict[str, NDArray[Any]]:
-        return {run: self.store.read(f"prompts/{run}_text") for run in RUNS}
-
-    @cached_property
-    def _lengths(self) -> list[int]:
-        lengths: list[int] = self.store.read("prompts/length").tolist()
-        return lengths
-
-    @cached_property
-    def _labels(self) -> list[dict[str, int]]:
-        labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
-        return labels
-
-    def _token_column(self, run: str, grid: Grid) -> list[list[str | None]]:
-        """Token texts [position of the grid, pair]; None where the pair has no such position."""
-        rows = [self._tokens(run, grid, pair) for pair in range(grid.pairs)]
-        return [list(column) for column in zip(*rows, strict=True)]
-
-    def _tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
-        """Token texts of one prompt at the positions of the grid; None outside, "" for `all`."""
-        out: list[str | None] = []
-        for position in grid.positions:
-            labelled = self._labels[pair].get(position) if isinstance(position, str) else position
-            if labelled is None:
-                out.append("" if position == "all" else None)
-            else:
-                inside = labelled < self._lengths[pair]
-                out.append(str(self._text[run][pair, labelled]) if inside else None)
-        return out
-
-    def _ends(self, metric: str, grid: Grid) -> tuple[Array, Array]:
-        """The metric of the destination and of the source run, [direction, sample, pair] each."""
-        clean, corrupt = self.baseline(metric)
-        denoise = [direction == "denoise" for direction in grid.directions]
-        destination = np.stack([corrupt if d else clean for d in denoise])
-        source = np.stack([clean if d else corrupt for d in denoise])
-        return destination, source
-
     def _over_pairs(self, component: str, metric: str, direction: str) -> tuple[Array, Array]:
         """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each."""
         grid = self.grid(component)
-        _one_of("metric", metric, self.metrics)
-        d = grid.directions.index(_one_of("direction", direction, grid.directions))
-        ends = [end[d][..., None, None, None] for end in self._ends(metric, grid)]
+        one_of("metric", metric, self.metrics)
+        d = grid.directions.index(one_of("direction", direction, grid.directions))
+        ends = [end[d][..., None, None, None] for end in self.ends(metric, grid)]
         # changed, span, patched, number of runs
         sums = np.zeros((4, grid.layers, grid.units, len(grid.positions)))
-        for pairs in _tiles(grid):
+        for pairs in grid.pair_tiles():
             tile = slice(pairs.start, pairs.stop)
             values = self.store.read(f"{component}/{metric}", (d, 0, slice(None), tile))
             status = self.store.read(f"{component}/{metric}_status", (d, 0, slice(None), tile))
@@ -285,10 +170,11 @@ class Results:
             destination, source = (end[:, tile] for end in ends)
             span = source - destination
             use = np.isin(status, MEASURED) & np.isfinite(patched) & np.isfinite(span)
-            for i, term in enumerate((patched - destination, span, patched, 1.0)):
+            moved = change(patched, status, destination)
+            for i, term in enumerate((moved, span, patched, 1.0)):
                 sums[i] += np.where(use, term, 0.0).sum(axis=(0, 1))
         changed, span, patched, runs = sums
-        return _ratio(patched, runs), _ratio(changed, span)
+        return ratio(patched, runs), ratio(changed, span)
 
     def _ranked(
         self, component: str, patched: Array, effect: Array, keep: NDArray[np.bool_]
@@ -307,90 +193,6 @@ class Results:
             )
             for layer, unit, position in cells[order]
         ]
-
-    def _frames(self) -> Iterator[pd.DataFrame]:
-        """The table in pieces: one per component and pair."""
-        for name in self.components:
-            grid = self.grid(name)
-            ends = {metric: self._ends(metric, grid) for metric in self.metrics}
-            for pairs in _tiles(grid):
-                region = (slice(None), 0, 0, slice(pairs.start, pairs.stop))
-                arrays = {
-                    array: self.store.read(f"{name}/{array}", region)
-                    for metric in self.metrics
-                    for array in (metric, f"{metric}_status")
-                }
-                for i, pair in enumerate(pairs):
-                    cells = {array: data[:, i] for array, data in arrays.items()}
-                    yield self._frame(grid, pair, cells, ends)
-
-    def _frame(
-        self,
-        grid: Grid,
-        pair: int,
-        cells: dict[str, NDArray[Any]],
-        ends: dict[str, tuple[Array, Array]],
-    ) -> pd.DataFrame:
-        """The rows of one pair; `cells` are [direction, layer, unit, position]."""
-        left_out = (Status.NOT_DONE, Status.OUTSIDE)
-        status = np.stack([cells[f"{metric}_status"] for metric in self.metrics])
-        keep = ~np.isin(status, left_out).all(axis=0)
-        direction, layer, unit, position = np.nonzero(keep)
-        tokens = np.array(
-            [
-                [token or "" for token in self._tokens(_destination(way), grid, pair)]
-                for way in grid.directions
-            ],
-            dtype=object,
-        )
-        has_units = component(grid.component).unit != ""
-        positions: Any = np.array(grid.positions, dtype=object)[position]
-        rows = len(layer)
-        columns: dict[str, Any] = {
-            "component": _categories([0] * rows, (grid.component,), self.components),
-            "direction": _categories(direction, grid.directions, ("denoise", "noise")),
-            "pair": np.full(rows, pair, dtype=np.int32),
-            "layer": layer.astype(np.int32),
-            "head": pd.arrays.IntegerArray(unit.astype(np.int32), np.full(rows, not has_units)),
-            "position": _strings(positions) if self._labelled else positions.astype(np.int32),
-            "token": _strings(tokens[direction, position]),
-        }
-        names = [s.name.lower() for s in Status]
-        for metric, (destination, source) in ends.items():
-            raw = cells[metric][keep]
-            start = destination[direction, 0, pair]
-            columns[metric] = raw
-            columns[f"{metric}_effect"] = _ratio(
-                raw.astype(np.float64) - start, source[direction, 0, pair] - start
-            )
-            columns[f"{metric}_status"] = _categories(
-                cells[f"{metric}_status"][keep], names, tuple(names)
-            )
-        return pd.DataFrame(columns)
-
-    @cached_property
-    def _labelled(self) -> bool:
-        grids = self.store.grids.values()
-        return any(isinstance(position, str) for grid in grids for position in grid.positions)
-
-    def _schema(self) -> pa.Schema:
-        """The Parquet types of `to_frame`."""
-        import pyarrow as pa
-
-        names = pa.dictionary(pa.int8(), pa.string())
-        value = pa.float64() if self.attrs["dtype"] == "float64" else pa.float32()
-        fields = {
-            "component": names,
-            "direction": names,
-            "pair": pa.int32(),
-            "layer": pa.int32(),
-            "head": pa.int32(),
-            "position": pa.string() if self._labelled else pa.int32(),
-            "token": pa.string(),
-        }
-        for metric in self.metrics:
-            fields |= {metric: value, f"{metric}_effect": pa.float64(), f"{metric}_status": names}
-        return pa.schema(list(fields.items()))
 
 
 def open(path: str | Path) -> Results:
@@ -420,39 +222,9 @@ class _LazyEffect(BackendArray):
 
     def _region(self, key: tuple[Any, ...]) -> Array:
         destination = self._destination[key]
-        patched = self._store.read(self._name, key).astype(np.float64)
-        return _ratio(patched - destination, self._source[key] - destination)
-
-
-def _ratio(numerator: Array, denominator: Array) -> Array:
-    """Their quotient, NaN where the denominator is zero."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(denominator == 0, np.nan, numerator / denominator)
-
-
-def _tiles(grid: Grid) -> Iterator[range]:
-    for start in range(0, grid.pairs, grid.pair_tile):
-        yield range(start, min(start + grid.pair_tile, grid.pairs))
-
-
-def _destination(direction: str) -> str:
-    return "corrupt" if direction == "denoise" else "clean"
-
-
-def _categories(codes: Any, names: Any, categories: tuple[str, ...]) -> pd.Categorical:
-    """A column of names given by number, with the same categories in every piece of the table."""
-    place = np.array([categories.index(name) for name in names], dtype=np.int8)
-    return pd.Categorical.from_codes(place[np.asarray(codes, dtype=np.intp)], list(categories))
-
-
-def _strings(values: Any) -> Any:
-    return pd.array([str(value) for value in values], dtype="str")
-
-
-def _one_of(what: str, name: str, known: tuple[str, ...]) -> str:
-    if name not in known:
-        raise BadInput(f"no {what} '{name}' in these results: use one of {', '.join(known)}")
-    return name
+        patched = self._store.read(self._name, key)
+        status = self._store.read(f"{self._name}_status", key)
+        return ratio(change(patched, status, destination), self._source[key] - destination)
 
 
 def _count(n: int, what: str) -> str:

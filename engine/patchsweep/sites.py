@@ -97,6 +97,11 @@ class Grid:
             -(-len(self.positions) // self.position_tile),
         )
 
+    def pair_tiles(self) -> list[range]:
+        """The ranges of pairs that blocks hold."""
+        starts = range(0, self.pairs, self.pair_tile)
+        return [range(p, min(p + self.pair_tile, self.pairs)) for p in starts]
+
 
 @dataclass(frozen=True)
 class Block:
@@ -133,7 +138,7 @@ def blocks(grid: Grid) -> list[Block]:
     """All blocks of a grid, numbered in C order over its tiles."""
     out: list[Block] = []
     for d in range(len(grid.directions)):
-        for p in range(0, grid.pairs, grid.pair_tile):
+        for pairs in grid.pair_tiles():
             for u in range(0, grid.units, grid.unit_tile):
                 for s in range(0, len(grid.positions), grid.position_tile):
                     out.append(
@@ -141,7 +146,7 @@ def blocks(grid: Grid) -> list[Block]:
                             component=grid.component,
                             index=len(out),
                             direction=d,
-                            pairs=range(p, min(p + grid.pair_tile, grid.pairs)),
+                            pairs=pairs,
                             units=range(u, min(u + grid.unit_tile, grid.units)),
                             positions=range(s, min(s + grid.position_tile, len(grid.positions))),
                         )

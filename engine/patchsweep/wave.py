@@ -106,7 +106,7 @@ def read(
     metrics: Sequence[Metric],
     clean: Reference,
 ) -> MetricHead:
-    """What the metrics need of the logits of `hidden` [row, d_model]; `clean` are the clean runs."""
+    """What the metrics need of the logits of `hidden` [row, d_model]; `clean`: the clean runs."""
     weight, bias = forward.unembedding()
     names = {m.name for m in metrics}
     whole = whole_vocabulary(metrics)

@@ -51,7 +51,7 @@ def plan_table(plan: Plan) -> Table:
         "runs": f"{counts['runs']:,}",
         "blocks": f"{counts['blocks']:,} (chunks of the results)",
         "waves": f"{counts['waves']:,}",
-        "tokens": f"at most {counts['peak_tokens']:,} in a layer call, budget {plan.token_budget:,}",
+        "tokens": f"at most {counts['peak_tokens']:,} a layer call, budget {plan.token_budget:,}",
         "compute": f"{counts['flops'] / 1e12:,.2f} TFLOP",
         "memory": f"at most {counts['peak_bytes'] / 2**20:,.0f} MiB beside the model",
         "disk": f"at most {counts['disk_bytes'] / 2**20:,.1f} MiB before compression",
@@ -106,7 +106,7 @@ def _baselines(results: Results) -> Table:
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
         means = results.baseline(metric).mean(axis=(1, 2))
-        floor = float(np.nanmax(results.noise_floor(metric)))
+        floor = float(np.fmax.reduce(results.noise_floor(metric), axis=None))
         table.add_row(metric, _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
 

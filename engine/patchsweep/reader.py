@@ -1,0 +1,122 @@
+"""What a results folder says: its parts by name, its baselines, its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.effect import Array
+from patchsweep.errors import BadInput
+from patchsweep.sites import Grid
+from patchsweep.store import RUNS, Store
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A results folder; nothing is read before it is asked for."""
+
+    store: Store
+
+    @property
+    def path(self) -> Path:
+        """The results folder."""
+        return self.store.path
+
+    @property
+    def attrs(self) -> dict[str, Any]:
+        """The root attributes: spec, model, versions and so on."""
+        return self.store.attrs
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the patched components."""
+        return tuple(self.store.grids)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics."""
+        return self.store.metrics
+
+    @property
+    def complete(self) -> bool:
+        """Whether every block is done."""
+        return all(self.store.done(name).all() for name in self.components)
+
+    def grid(self, component: str) -> Grid:
+        """The grid of a component; BadInput if it was not patched."""
+        return self.store.grids[one_of("component", component, self.components)]
+
+    def baseline(self, metric: str) -> Array:
+        """The metric of the unpatched runs, [run = clean, corrupt; sample; pair]."""
+        name = one_of("metric", metric, self.metrics)
+        return self.store.read(f"baseline/{name}").astype(np.float64)
+
+    def noise_floor(self, metric: str) -> Array:
+        """Distance of a null patch from the baseline, [run = clean, corrupt; sample; pair]."""
+        name = one_of("metric", metric, self.metrics)
+        return self.store.read(f"baseline/{name}_noise_floor").astype(np.float64)
+
+    def position_tokens(self, component: str) -> list[str]:
+        """The token text at each position of the grid, where all pairs have the same one.
+
+        "clean/corrupt" where the two runs differ; empty where pairs differ or for `all`. Pairs that
+        end before the position do not count.
+        """
+        grid = self.grid(component)
+        columns = [self._token_column(run, grid) for run in RUNS]
+        out = []
+        for clean, corrupt in zip(*columns, strict=True):
+            seen = {(a, b) for a, b in zip(clean, corrupt, strict=True) if a is not None}
+            both = seen.pop() if len(seen) == 1 else ("", "")
+            out.append(both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}")
+        return out
+
+    @cached_property
+    def _text(self) -> dict[str, NDArray[Any]]:
+        return {run: self.store.read(f"prompts/{run}_text") for run in RUNS}
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        lengths: list[int] = self.store.read("prompts/length").tolist()
+        return lengths
+
+    @cached_property
+    def _labels(self) -> list[dict[str, int]]:
+        labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
+        return labels
+
+    def _token_column(self, run: str, grid: Grid) -> list[list[str | None]]:
+        """Token texts [position of the grid, pair]; None where the pair has no such position."""
+        rows = [self.tokens(run, grid, pair) for pair in range(grid.pairs)]
+        return [list(column) for column in zip(*rows, strict=True)]
+
+    def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
+        """Token texts of one prompt at the positions of the grid; None outside, "" for `all`."""
+        out: list[str | None] = []
+        for position in grid.positions:
+            labelled = self._labels[pair].get(position) if isinstance(position, str) else position
+            if labelled is None:
+                out.append("" if position == "all" else None)
+            else:
+                inside = labelled < self._lengths[pair]
+                out.append(str(self._text[run][pair, labelled]) if inside else None)
+        return out
+
+    def ends(self, metric: str, grid: Grid) -> tuple[Array, Array]:
+        """The metric of the destination and of the source run, [direction, sample, pair] each."""
+        clean, corrupt = self.baseline(metric)
+        denoise = [direction == "denoise" for direction in grid.directions]
+        destination = np.stack([corrupt if d else clean for d in denoise])
+        source = np.stack([clean if d else corrupt for d in denoise])
+        return destination, source
+
+
+def one_of(what: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise BadInput(f"no {what} '{name}' in these results: use one of {', '.join(known)}")
+    return name

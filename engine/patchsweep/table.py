@@ -1,0 +1,135 @@
+"""Results as a tidy table: a row per patching experiment, pair by pair, in memory or as Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from patchsweep.effect import Array, change, ratio
+from patchsweep.errors import BadInput
+from patchsweep.reader import Reader
+from patchsweep.sites import Grid, Status, component
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def frames(results: Reader) -> Iterator[pd.DataFrame]:
+    """The table in pieces: one per component and pair."""
+    for name in results.components:
+        grid = results.grid(name)
+        ends = {metric: results.ends(metric, grid) for metric in results.metrics}
+        for pairs in grid.pair_tiles():
+            region = (slice(None), 0, 0, slice(pairs.start, pairs.stop))
+            arrays = {
+                array: results.store.read(f"{name}/{array}", region)
+                for metric in results.metrics
+                for array in (metric, f"{metric}_status")
+            }
+            for i, pair in enumerate(pairs):
+                cells = {array: data[:, i] for array, data in arrays.items()}
+                yield _frame(results, grid, pair, cells, ends)
+
+
+def write_parquet(results: Reader, path: Path) -> None:
+    """Write the table piece by piece; BadInput without pyarrow or if the disk refuses."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as exc:
+        raise BadInput("Parquet needs pyarrow: pip install 'patchsweep[report]'") from exc
+    schema = _schema(results)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+            for frame in frames(results):
+                writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
+        partial.replace(path)
+    except OSError as exc:
+        reason = (exc.strerror or str(exc)).lower()
+        raise BadInput(f"cannot write {path}: {reason}; choose another path") from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _frame(
+    results: Reader,
+    grid: Grid,
+    pair: int,
+    cells: dict[str, NDArray[Any]],
+    ends: dict[str, tuple[Array, Array]],
+) -> pd.DataFrame:
+    """The rows of one pair; `cells` are [direction, layer, unit, position]."""
+    left_out = (Status.NOT_DONE, Status.OUTSIDE)
+    status = np.stack([cells[f"{metric}_status"] for metric in results.metrics])
+    keep = ~np.isin(status, left_out).all(axis=0)
+    direction, layer, unit, position = np.nonzero(keep)
+    destinations = ["corrupt" if way == "denoise" else "clean" for way in grid.directions]
+    tokens = np.array(
+        [[token or "" for token in results.tokens(run, grid, pair)] for run in destinations],
+        dtype=object,
+    )
+    has_units = component(grid.component).unit != ""
+    positions: Any = np.array(grid.positions, dtype=object)[position]
+    rows = len(layer)
+    columns: dict[str, Any] = {
+        "component": _categories([0] * rows, (grid.component,), results.components),
+        "direction": _categories(direction, grid.directions, ("denoise", "noise")),
+        "pair": np.full(rows, pair, dtype=np.int32),
+        "layer": layer.astype(np.int32),
+        "head": pd.arrays.IntegerArray(unit.astype(np.int32), np.full(rows, not has_units)),
+        "position": _strings(positions) if _labelled(results) else positions.astype(np.int32),
+        "token": _strings(tokens[direction, position]),
+    }
+    names = [s.name.lower() for s in Status]
+    for metric, (destination, source) in ends.items():
+        raw = cells[metric][keep]
+        state = cells[f"{metric}_status"][keep]
+        start = destination[direction, 0, pair]
+        columns[metric] = raw
+        columns[f"{metric}_effect"] = ratio(
+            change(raw, state, start), source[direction, 0, pair] - start
+        )
+        columns[f"{metric}_status"] = _categories(state, names, tuple(names))
+    return pd.DataFrame(columns)
+
+
+def _labelled(results: Reader) -> bool:
+    """Whether any grid has positions with names."""
+    grids = results.store.grids.values()
+    return any(isinstance(position, str) for grid in grids for position in grid.positions)
+
+
+def _schema(results: Reader) -> pa.Schema:
+    """The Parquet types of the table."""
+    import pyarrow as pa
+
+    names = pa.dictionary(pa.int8(), pa.string())
+    value = pa.float64() if results.attrs["dtype"] == "float64" else pa.float32()
+    fields = {
+        "component": names,
+        "direction": names,
+        "pair": pa.int32(),
+        "layer": pa.int32(),
+        "head": pa.int32(),
+        "position": pa.string() if _labelled(results) else pa.int32(),
+        "token": pa.string(),
+    }
+    for metric in results.metrics:
+        fields |= {metric: value, f"{metric}_effect": pa.float64(), f"{metric}_status": names}
+    return pa.schema(list(fields.items()))
+
+
+def _categories(codes: Any, names: Any, categories: tuple[str, ...]) -> pd.Categorical:
+    """A column of names given by number, with the same categories in every piece of the table."""
+    place = np.array([categories.index(name) for name in names], dtype=np.int8)
+    return pd.Categorical.from_codes(place[np.asarray(codes, dtype=np.intp)], list(categories))
+
+
+def _strings(values: Any) -> Any:
+    return pd.array([str(value) for value in values], dtype="str")

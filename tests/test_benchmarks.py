@@ -1,0 +1,89 @@
+"""The benchmarks run, on tiny models, and their two ways to the same cell agree. No timings."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+CLOSE = 1e-6  # float32, logits around 0.1
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiny products gain nothing from threads, and lose much on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the process that measures memory
+    monkeypatch.syspath_prepend(str(ROOT))
+    yield
+    torch.set_num_threads(threads)
+
+
+def check(case: dict[str, Any]) -> None:
+    """A case holds what it says, and wave and full forwards agree where effects are larger."""
+    grid, tight = case["grid"], case["grid"]["dtype"] == "float32"
+    full, wave = np.array(grid["by_full_forward"]), np.array(grid["by_wave"])
+    runs = np.array(grid["is_run"])
+    assert len(full) == 12
+    assert np.ptp(full[runs]) > 100 * CLOSE
+    assert np.allclose(full, wave, rtol=0, atol=CLOSE if tight else 1e-2)
+    assert np.ptp(wave[~runs]) == 0  # structural: the baseline
+    assert 0 < grid["runs"] < grid["cells"]
+    assert all(value > 0 for r in grid["rounds"] for value in r.values())
+    assert case["memory"]["planned"] > 0
+    if not tight:
+        assert case["low"]["full_max"] < 1e-2
+
+
+def test_cpu_sweep_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks.cpu_sweep import cpu_sweep
+
+    cpu_sweep(tiny=True, out=tmp_path / "new" / "cpu.json")
+    case = json.loads((tmp_path / "new" / "cpu.json").read_text())
+    check(case)
+    assert case["pairs"]["runs"]["many"] == 8 * case["pairs"]["runs"]["one"]
+    assert case["low"]["cells"] == sum(case["grid"]["is_run"])
+    printed = capsys.readouterr().out
+    assert printed.count("PASS") + printed.count("MISS") == len(case["targets"])
+
+
+def test_every_cell_can_be_measured() -> None:
+    from benchmarks._measure import Effort, measure
+    from benchmarks._models import load, middle_pairs
+
+    model = load("tiny-gpt2", "float32", "cpu")
+    pair = middle_pairs(model, 5, 1)[0]
+    found = measure(model, pair, Effort(rounds=2, singles=None, batches=None, side=8))
+    assert found.whole
+    assert found.timed_cells == {"single": found.cells, "batch_32": found.cells}
+    assert sorted(map(tuple, found.sampled)) == list(np.ndindex(2, 4, 5))
+    assert np.allclose(found.by_wave, found.by_full_forward, rtol=0, atol=CLOSE)
+
+
+def test_gpu_sweep_runs(tmp_path: Path) -> None:
+    from benchmarks.gpu_sweep import gpu_sweep
+
+    gpu_sweep(tiny=True, out=tmp_path / "gpu.json")
+    cases = json.loads((tmp_path / "gpu.json").read_text())["cases"]
+    assert len({(c["grid"]["model"], c["grid"]["dtype"], c["grid"]["tokens"]) for c in cases}) == 8
+    for case in cases:
+        check(case)
+
+
+def test_gpu_sweep_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks.gpu_sweep import gpu_sweep
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as stopped:
+        gpu_sweep()
+    assert stopped.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

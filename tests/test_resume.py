@@ -1,0 +1,146 @@
+"""Runs that are killed or interrupted, again and again, end with the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import patchsweep as ps
+from patchsweep.sites import Status
+from test_sweep import arrays, rows, save, values, write_pairs, write_spec
+
+PATIENCE = 120  # seconds
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep of hundreds of waves, and the results of the run that nothing disturbed."""
+
+    spec: Path
+    whole: Path
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("job")
+    write_pairs(folder / "pairs.jsonl", rows(16))
+    settings = {"metrics": ["logit_diff", "kl"], "token_budget": 60, "out": None}
+    spec = write_spec(folder, save(folder / "model"), **settings)
+    process = start(spec, "--out", str(folder / "whole.zarr"))
+    assert process.wait(PATIENCE) == 0, process.communicate()
+    assert ps.open(folder / "whole.zarr").attrs["plan"]["waves"] > 150
+    return Job(spec, folder / "whole.zarr")
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "patchsweep", "run", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny products; more threads only wait
+        # A shell that started the tests in the background may have told them to ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait(process: subprocess.Popen[str], until: Callable[[], bool]) -> None:
+    """Return once it is so; the process must be running until then."""
+    give_up = time.monotonic() + PATIENCE
+    while not until():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.001)
+
+
+def blocks_done(out: Path) -> int:
+    return sum(1 for _ in out.glob("completion/*/c/[0-9]*"))
+
+
+def being_created(out: Path) -> bool:
+    return any(out.parent.glob(f".{out.name}.*.partial")) or out.exists()
+
+
+def check_what_is_left(out: Path, whole: Path) -> None:
+    """Every cell that has a status has the value that it has in the end."""
+    expected = values(whole)
+    for name, status in (found := values(out)).items():
+        if name.endswith("_status"):
+            metric = name.removesuffix("_status")
+            settled = status != Status.NOT_DONE
+            np.testing.assert_array_equal(status[settled], expected[name][settled])
+            np.testing.assert_array_equal(found[metric][settled], expected[metric][settled])
+            assert not np.isnan(found[metric][status == Status.EXACT]).any()
+
+
+def disturb(job: Job, out: Path, signals: list[signal.Signals], seed: int) -> None:
+    """Run `job` into `out`, with a signal after some share of the blocks in every round."""
+    rng = np.random.default_rng(seed)
+    total = blocks_done(job.whole)
+    command: list[str | Path] = [job.spec, "--out", str(out)]
+    for i, what in enumerate(signals):
+        goal = total * (i + rng.uniform()) / (len(signals) + 1)
+        process = start(*command)
+        wait(process, lambda goal=goal: blocks_done(out) >= goal)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.02))  # somewhere within a wave
+        process.send_signal(what)
+        _, err = process.communicate(timeout=PATIENCE)
+        check_what_is_left(out, job.whole)
+        assert not ps.open(out).complete
+        command = [job.spec, "--out", str(out), "--resume"]
+        if what == signal.SIGKILL:
+            assert (process.returncode, err) == (-signal.SIGKILL, "")
+        else:
+            word, status = {
+                signal.SIGTERM: ("terminated", 143),
+                signal.SIGINT: ("interrupted", 130),
+            }[what]
+            assert process.returncode == status, err
+            said, _, mend = err.partition(": patchsweep run ")
+            assert said == f"patchsweep: {word}; what was finished is kept, go on with"
+            assert shlex.split(mend) == list(map(str, command))
+    assert 0 < blocks_done(out) < total
+    last = start(*command)
+    assert last.wait(PATIENCE) == 0, last.communicate()
+    assert ps.open(out).complete
+    assert arrays(out) == arrays(job.whole)
+    assert [p for p in out.parent.iterdir() if not p.name.startswith(".")] == [out]
+
+
+@pytest.mark.multiproc
+def test_kills_and_signals(job: Job, tmp_path: Path) -> None:
+    kill, term, interrupt = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+    disturb(job, tmp_path / "r.zarr", [kill, term, kill, interrupt, kill], seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+@pytest.mark.parametrize("seed", [1])
+def test_thirty_kills(job: Job, tmp_path: Path, seed: int) -> None:
+    disturb(job, tmp_path / "r.zarr", [signal.SIGKILL] * 30, seed)
+
+
+@pytest.mark.multiproc
+def test_killed_while_the_results_are_laid_out(job: Job, tmp_path: Path) -> None:
+    """What is there then is not taken for results."""
+    out = tmp_path / "r.zarr"
+    process = start(job.spec, "--out", str(out))
+    wait(process, lambda: being_created(out))
+    process.kill()
+    process.communicate(timeout=PATIENCE)
+    if not out.exists():
+        with pytest.raises(ps.BadInput, match="no results at"):
+            ps.open(out)
+    again = start(job.spec, "--out", str(out), "--resume")
+    assert again.wait(PATIENCE) == 0, again.communicate()
+    assert arrays(out) == arrays(job.whole)
