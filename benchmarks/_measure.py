@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from benchmarks._models import first_difference
 from patchsweep import selftest
 from patchsweep.attention import attention_is
 from patchsweep.engine import deterministic, plan_sweep, sweep
+from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, take_apart
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
@@ -96,7 +97,10 @@ def settings() -> Sweep:
 
 
 def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
-    """Time the three ways in turns, after a call of each that is not counted."""
+    """Time the three ways in turns, after a call of each that is not counted.
+
+    BadInput if there are fewer cells or batches to time than rounds.
+    """
     device, d = model.device, model.dimensions
     full = FullForwards(model, pair)
     plan = plan_sweep(d, [pair], settings(), device)
@@ -105,6 +109,10 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
     chosen = _sampled(grid, exists, effort.singles)
     singles = grid[chosen]
     batches = {n: _batches(grid, n, effort.batches) for n in effort.batch_sizes}
+    peak = plan.counts()["peak_tokens"]
+    least = min(len(singles), *map(len, batches.values()))
+    if not 1 <= effort.rounds <= least:
+        raise BadInput(f"{effort.rounds} rounds of {least} cells or batches: use 1 to {least}")
 
     full.logit_diff(singles[:1])
     for parts in batches.values():
@@ -117,26 +125,26 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
     by_wave = values
     began = time.perf_counter()
     for r in range(effort.rounds):
+        if rounds and effort.limit < time.perf_counter() - began:
+            break
+        turn = slice(r, None, effort.rounds)
         found: dict[str, float] = {}
-        mine = np.arange(r, len(singles), effort.rounds)
-        seconds, got = timed(device, partial(_single, full, singles[mine]))
-        found["single"] = seconds / len(mine)
-        values[mine] = got
-        for n, parts in batches.items():
-            some = parts[r :: effort.rounds]
-            seconds, _ = timed(device, partial(_batched, full, some))
-            found[f"batch_{n}"] = seconds / sum(map(len, some))
+        values[turn] = _forwards(
+            full, singles[turn], {n: p[turn] for n, p in batches.items()}, found
+        )
         results = _wavefront(model, pair, plan.token_budget, found)
         by_wave = at(grid_values(plan, results), singles)
         found["sweep"] = _whole_sweep(model, pair, plan.token_budget)
         dtype = model.hf_model.dtype
-        peak = plan.counts()["peak_tokens"]
         found["matmul_square"] = matmul_rate((effort.side,) * 3, dtype, device)
         found["matmul_model"] = matmul_rate((peak, d.d_model, d.widest), dtype, device)
         rounds.append(found)
-        if effort.limit < time.perf_counter() - began:
-            break
-    measured = np.isfinite(values)
+    done = np.arange(len(singles)) % effort.rounds < len(rounds)
+    timed_cells = {"single": int(done.sum())}
+    for n, parts in batches.items():
+        timed_cells[f"batch_{n}"] = sum(
+            len(c) for i, c in enumerate(parts) if i % effort.rounds < len(rounds)
+        )
     return Measurement(
         model=model.name,
         dtype=str(model.hf_model.dtype).removeprefix("torch."),
@@ -150,18 +158,12 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
         token_budget=plan.token_budget,
         peak_tokens=peak,
         whole=effort.singles is None and effort.batches is None and len(rounds) == effort.rounds,
-        timed_cells={
-            "single": int(measured.sum()),
-            **{
-                f"batch_{n}": sum(len(c) for r in range(len(rounds)) for c in p[r :: effort.rounds])
-                for n, p in batches.items()
-            },
-        },
+        timed_cells=timed_cells,
         rounds=rounds,
-        sampled=singles[measured].tolist(),
-        is_run=exists[chosen][measured].tolist(),
-        by_full_forward=values[measured].tolist(),
-        by_wave=by_wave[measured].tolist(),
+        sampled=singles[done].tolist(),
+        is_run=exists[chosen][done].tolist(),
+        by_full_forward=values[done].tolist(),
+        by_wave=by_wave[done].tolist(),
     )
 
 
@@ -188,6 +190,23 @@ def _batches(grid: Cells, size: int, count: int | None) -> list[Cells]:
     if count is None or len(parts) <= count:
         return parts
     return [parts[i] for i in rng.permutation(len(parts) - 1)[:count]]
+
+
+def _forwards(
+    full: FullForwards,
+    singles: Cells,
+    batches: Mapping[int, Sequence[Cells]],
+    found: dict[str, float],
+) -> list[float]:
+    """Run cells singly and batches of cells, the seconds per cell into `found`; the former's
+    values."""
+    device = full.model.device
+    seconds, values = timed(device, partial(_single, full, singles))
+    found["single"] = seconds / len(singles)
+    for n, parts in batches.items():
+        seconds, _ = timed(device, partial(_batched, full, parts))
+        found[f"batch_{n}"] = seconds / sum(map(len, parts))
+    return values
 
 
 def _single(full: FullForwards, cells: Cells) -> list[float]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Final
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ from patchsweep.errors import BadInput
 from patchsweep.model import Model, load_model, wrap
 from patchsweep.pairs import Pair, encode, make_pair
 
-REAL = "smollm2-135m"
+REAL: Final = "smollm2-135m"
 
 # Random weights in shapes that people sweep; speed does not depend on the values.
 SHAPES: dict[str, PretrainedConfig] = {
@@ -94,8 +96,9 @@ def load(name: str, dtype: str, device: str) -> Model:
 def _from_config(
     config: PretrainedConfig, name: str, dtype: torch.dtype, device: torch.device
 ) -> Model:
+    own = copy.deepcopy(config)  # a model keeps and changes the one it is given
     with torch.device(device):
-        hf_model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        hf_model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="sdpa")
     hf_model.requires_grad_(False)
     tokenizer = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
     return wrap(hf_model, tokenizer, name)
@@ -104,9 +107,9 @@ def _from_config(
 def rounded(model: Model, dtype: torch.dtype) -> Model:
     """A copy of a model with its weights in another dtype, buffers as that dtype's model has
     them."""
-    copy = _from_config(model.hf_model.config, model.name, dtype, model.device)
-    copy.hf_model.load_state_dict(model.hf_model.state_dict())
-    return Model(copy.hf_model, model.tokenizer, model.name)
+    low = _from_config(model.hf_model.config, model.name, dtype, model.device)
+    low.hf_model.load_state_dict(model.hf_model.state_dict())
+    return Model(low.hf_model, model.tokenizer, model.name)
 
 
 def sentence_pairs(model: Model) -> list[Pair]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import cyclopts
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +17,7 @@ from rich.table import Table
 from benchmarks._machine import Clocks, machine
 from benchmarks._measure import Errors, ManyPairs, Measurement
 from benchmarks._memory import Memory
+from patchsweep.errors import BadInput
 
 QUIET = 5  # percent of all cores that other programs may use
 DISTORTED = "measure again on a quiet machine, full forwards suffer more than the wave"
@@ -239,3 +241,12 @@ def finish(console: Console, path: Path, record: dict[str, Any], began: Clocks) 
         say(console, [f"WARNING: other programs used {others:.0f} % of the cores: {DISTORTED}"])
     write(path, record)
     say(console, [f"written to {path}"])
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run a benchmark with the arguments of the command line; bad input is one line, status 2."""
+    try:
+        cyclopts.run(command)
+    except BadInput as error:
+        print(f"{command.__name__}: {error}", file=sys.stderr)
+        sys.exit(2)

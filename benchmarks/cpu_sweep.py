@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import cyclopts
 import numpy as np
 import torch
 
@@ -90,4 +89,4 @@ def _bfloat16(model: Model, pair: Pair, found: Measurement) -> Errors:
 
 
 if __name__ == "__main__":
-    cyclopts.run(cpu_sweep)
+    report.run(cpu_sweep)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import cyclopts
 import numpy as np
 import torch
 
@@ -23,9 +22,11 @@ from benchmarks._models import REAL, load, middle_pairs, rounded
 from patchsweep.model import Model
 
 OUT = Path("benchmarks/results/gpu_sweep.json")
-MODELS = (REAL, "gpt2-small", "llama-1b", "llama-7b")
+Name = Literal["smollm2-135m", "gpt2-small", "llama-1b", "llama-7b"]
+MODELS: tuple[Name, ...] = (REAL, "gpt2-small", "llama-1b", "llama-7b")
 TINY_MODELS = ("tiny-llama", "tiny-gpt2")
-DTYPES = ("float32", "bfloat16")  # in this order: bfloat16 is compared with float32
+Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")  # bfloat16 is compared with float32
 LENGTHS = (15, 100)
 PAIRS = 8
 TINY = Effort(rounds=1, singles=12, batches=2, batch_sizes=(8, 32), side=128)
@@ -34,8 +35,8 @@ TINY = Effort(rounds=1, singles=12, batches=2, batch_sizes=(8, 32), side=128)
 def gpu_sweep(
     *,
     out: Path = OUT,
-    models: tuple[str, ...] = MODELS,
-    dtypes: tuple[str, ...] = DTYPES,
+    models: tuple[Name, ...] = MODELS,
+    dtypes: tuple[Dtype, ...] = DTYPES,
     lengths: tuple[int, ...] = LENGTHS,
     rounds: int = 3,
     limit: float = 60,
@@ -52,7 +53,7 @@ def gpu_sweep(
     models
         smollm2-135m (real), or shapes with random weights: gpt2-small, llama-1b, llama-7b.
     dtypes
-        float32, bfloat16, or both, float32 first, to learn what bfloat16 loses.
+        float32, bfloat16, or both, to learn what bfloat16 loses.
     lengths
         Tokens per prompt; the prompts differ in the middle token.
     rounds
@@ -65,15 +66,16 @@ def gpu_sweep(
     if not tiny and not torch.cuda.is_available():
         print("gpu_sweep: torch sees no CUDA device: run it where there is one", file=sys.stderr)
         sys.exit(2)
+    names: tuple[str, ...] = models
     effort = Effort(rounds, batch_sizes=(32, 256), side=8192, limit=limit)
     if tiny:
-        effort, models, lengths = TINY, TINY_MODELS, (6, 9)
+        effort, names, lengths = TINY, TINY_MODELS, (6, 9)
     device = torch.device("cpu" if tiny else "cuda")
     console, began = report.console_of_width(), Clocks.read()
     record: dict[str, Any] = {**report.start(console, device), "tiny": tiny, "cases": []}
-    for name in models:
+    for name in names:
         exact: dict[int, Measurement] = {}
-        for model in _in_dtypes(name, dtypes, device):
+        for model in _in_dtypes(name, [x for x in DTYPES if x in dtypes], device):
             for length in lengths:
                 case = _case(model, length, length == min(lengths), effort, exact.get(length))
                 exact.setdefault(length, case.grid)
@@ -83,15 +85,12 @@ def gpu_sweep(
     report.finish(console, out, record, began)
 
 
-def _in_dtypes(name: str, dtypes: tuple[str, ...], device: torch.device) -> Iterator[Model]:
+def _in_dtypes(name: str, dtypes: Sequence[str], device: torch.device) -> Iterator[Model]:
     """The model in each dtype, with the weights of the first one rounded."""
     model = load(name, dtypes[0], device.type)
     yield model
     for dtype in dtypes[1:]:
         model = rounded(model, getattr(torch, dtype))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
         yield model
 
 
@@ -100,6 +99,9 @@ def _case(
 ) -> report.Case:
     """Measure one model, dtype and length. `exact` is the same in the first dtype, if there was
     one before this."""
+    # A plan counts the memory that is free; what the last case left in the cache is not.
+    gc.collect()
+    torch.cuda.empty_cache()
     pairs = middle_pairs(model, length, PAIRS)
     memory = measure_memory(model, pairs[0])
     found = measure(model, pairs[0], effort)
@@ -120,4 +122,4 @@ def _lost(exact: Measurement, low: Measurement) -> Errors:
 
 
 if __name__ == "__main__":
-    cyclopts.run(gpu_sweep)
+    report.run(gpu_sweep)

@@ -221,6 +221,20 @@ def test_results_of_another_sweep(model: ps.Model, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
 
 
+def test_going_on_keeps_the_token_budget(
+    model: ps.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much memory is free by now: the waves have to be the same ones."""
+    pairs = pairs_of(model, rows(3))
+    for out, budget in (("a", 60), ("b", 300), ("a", 300)):
+        monkeypatch.setattr("patchsweep.engine.auto_budget", lambda *_, b=budget: b)
+        before = arrays(tmp_path / out) if (tmp_path / out).exists() else {}
+        results = ps.sweep(model, pairs, out=tmp_path / out, resume=bool(before), **SETTINGS)
+        assert results.attrs["token_budget"] == {"a": 60, "b": 300}[out]
+        assert before in ({}, arrays(tmp_path / out))
+    assert arrays(tmp_path / "a") != arrays(tmp_path / "b")
+
+
 def test_the_same_sweep_twice(model: ps.Model, tmp_path: Path) -> None:
     pairs = pairs_of(model, rows(5))
     for name in "ab":

@@ -111,7 +111,8 @@ def plan_sweep(
 def auto_budget(dimensions: Dimensions, device: torch.device) -> int:
     """Packed tokens per layer call that fit in half of the memory that is free now."""
     if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + held  # what torch keeps is free for it
     else:
         free = psutil.virtual_memory().available
     fits = int(free * MEMORY_SHARE) // dimensions.bytes_per_token

@@ -66,24 +66,29 @@ def metric_head(
         return MetricHead(picked)
 
     rows = hidden.shape[0]
-    total = hidden.new_full((rows,), float("-inf"), dtype=exact)
-    above = torch.zeros_like(wanted[:, :ranked])
-    divergence = None if reference is None else _Divergence(reference, total)
+    top = hidden.new_full((rows,), float("-inf"), dtype=exact)  # the largest logit so far
+    mass = torch.zeros_like(top)  # Σ exp(z − top)
+    above = torch.zeros_like(picked[:, :ranked])
+    divergence = None if reference is None else _Divergence(reference, top)
     for begin in range(0, weight.shape[0], tile):
         part = slice(begin, min(begin + tile, weight.shape[0]))
         z = logits_of(weight[part], None if bias is None else bias[part])
-        total = torch.logaddexp(total, z.logsumexp(-1))
+        larger = torch.empty_like(z) if ranked else z
         for j in range(ranked):
             own = wanted[:, j, None] - begin
-            larger = z > picked[:, j, None]
+            torch.gt(z, picked[:, j, None], out=larger)  # counted as floats: three times as fast
             # Not the token itself, whose logit may have rounded differently here.
             inside = (own >= 0) & (own < z.shape[1])
-            itself = larger.gather(1, own.clamp(0, z.shape[1] - 1)) & inside
-            above[:, j] += larger.sum(-1) - itself[:, 0].long()
+            itself = larger.gather(1, own.clamp(0, z.shape[1] - 1)) * inside
+            above[:, j] += larger.sum(-1) - itself[:, 0]
         if divergence is not None:
             divergence.add(z)
+        peak = torch.maximum(top, z.amax(-1))
+        mass = mass * torch.exp(top - peak) + z.sub_(peak[:, None]).exp_().sum(-1)
+        top = peak
+    total = top + mass.log()
     kl = None if divergence is None else divergence.kl(total)
-    return MetricHead(picked, total, above if ranked else None, kl)
+    return MetricHead(picked, total, above.long() if ranked else None, kl)
 
 
 class _Divergence:

@@ -17,39 +17,39 @@ if TYPE_CHECKING:
 # relation -> (text up to the subject, text after it, "subject: object" ...)
 RELATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "city": (
-        "",
-        " is in the city of",
+        "The city that is home to",
+        " is",
         (
-            "The Eiffel Tower: Paris",
-            "The Louvre: Paris",
-            "Notre-Dame: Paris",
-            "The Colosseum: Rome",
-            "The Pantheon: Rome",
-            "The Trevi Fountain: Rome",
-            "Big Ben: London",
-            "The British Museum: London",
-            "Buckingham Palace: London",
-            "Tower Bridge: London",
-            "The Brandenburg Gate: Berlin",
-            "The Reichstag: Berlin",
-            "The Kremlin: Moscow",
-            "Red Square: Moscow",
-            "The Bolshoi Theatre: Moscow",
-            "The Prado Museum: Madrid",
-            "The Sagrada Familia: Barcelona",
-            "The Acropolis: Athens",
-            "The Parthenon: Athens",
-            "The Forbidden City: Beijing",
-            "The Hagia Sophia: Istanbul",
-            "The Blue Mosque: Istanbul",
-            "The Space Needle: Seattle",
-            "The Willis Tower: Chicago",
-            "The Fushimi Inari Shrine: Kyoto",
+            " the Eiffel Tower: Paris",
+            " the Louvre: Paris",
+            " Notre-Dame: Paris",
+            " the Colosseum: Rome",
+            " the Pantheon: Rome",
+            " the Trevi Fountain: Rome",
+            " Big Ben: London",
+            " the British Museum: London",
+            " Buckingham Palace: London",
+            " Tower Bridge: London",
+            " the Brandenburg Gate: Berlin",
+            " the Reichstag: Berlin",
+            " the Kremlin: Moscow",
+            " Red Square: Moscow",
+            " the Bolshoi Theatre: Moscow",
+            " the Prado Museum: Madrid",
+            " the Sagrada Familia: Barcelona",
+            " the Acropolis: Athens",
+            " the Parthenon: Athens",
+            " the Forbidden City: Beijing",
+            " the Hagia Sophia: Istanbul",
+            " the Blue Mosque: Istanbul",
+            " the Space Needle: Seattle",
+            " the Willis Tower: Chicago",
+            " the Fushimi Inari Shrine: Kyoto",
         ),
     ),
     "capital": (
         "The capital of",
-        " is the city of",
+        " is",
         (
             " France: Paris",
             " Italy: Rome",
@@ -100,7 +100,7 @@ RELATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "continent": (
         "The country of",
-        " is on the continent of",
+        " is in",
         (
             " France: Europe",
             " Germany: Europe",
@@ -118,8 +118,8 @@ RELATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ),
     ),
     "maker": (
-        "The",
-        " is a product of the company",
+        "The company that makes the",
+        " is",
         (
             " iPhone: Apple",
             " iPad: Apple",
@@ -140,7 +140,7 @@ RELATIONS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "field": (
         "",
-        " is best known for work in the field of",
+        " worked in the field of",
         (
             "Albert Einstein: physics",
             "Isaac Newton: physics",
@@ -176,8 +176,8 @@ def facts(
 ) -> list[Pair]:
     """`n` distinct pairs; the first ones do not depend on `n`, and the relations take turns.
 
-    Clean "The Eiffel Tower is in the city of" is answered by its own object; wrong is the object
-    of the corrupt prompt: another subject of the relation with as many tokens. Labels SUBJECT_LAST,
+    Clean "The capital of France is" is answered by its own object; wrong is the object of the
+    corrupt prompt: another subject of the relation with as many tokens. Labels SUBJECT_LAST,
     END; group: the relation. Facts whose object is not one token are left out; BadInput if `n`
     pairs cannot be had from the others.
     """
