@@ -8,17 +8,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 import patchsweep as ps
 from patchsweep.sites import Status
-from test_sweep import arrays, rows, save, values, write_pairs, write_spec
+from test_sweep import (
+    arrays,
+    build,
+    one_thread,
+    rows,
+    save,
+    tokenizer,
+    values,
+    write_pairs,
+    write_spec,
+)
 
 PATIENCE = 120  # seconds
 
@@ -29,6 +41,12 @@ class Job:
 
     spec: Path
     whole: Path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +167,36 @@ def test_kills_and_signals(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1])
 def test_thirty_kills(job: Job, tmp_path: Path, seed: int) -> None:
     disturb(job, tmp_path / "r.zarr", [signal.SIGKILL] * 30, seed)
+
+
+def test_stopped_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kill rarely hits: each moment from the layout's last to the second block."""
+    model = ps.wrap(build(), tokenizer())
+    pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(3)]
+    settings = {"components": ["head_z"], "metrics": ["logit_diff", "kl"], "token_budget": 60}
+    write = zarr.Array.__setitem__
+    written: list[str] = []
+
+    def stopping(after: int) -> Callable[[Any, Any, Any], None]:
+        def setitem(array: Any, key: Any, value: Any) -> None:
+            if len(written) == after:
+                raise KeyboardInterrupt
+            write(array, key, value)
+            written.append(array.path)
+
+        return setitem
+
+    whole = tmp_path / "whole"
+    monkeypatch.setattr(zarr.Array, "__setitem__", stopping(-1))
+    ps.sweep(model, pairs, out=whole, **settings)
+    laid_out = written.index("baseline/logit_diff")
+    for after in range(laid_out - 1, laid_out + 10):
+        out = tmp_path / str(after)
+        written.clear()
+        monkeypatch.setattr(zarr.Array, "__setitem__", stopping(after))
+        with pytest.raises(KeyboardInterrupt):
+            ps.sweep(model, pairs, out=out, **settings)
+        check_what_is_left(out, whole)
+        monkeypatch.setattr(zarr.Array, "__setitem__", write)
+        ps.sweep(model, pairs, out=out, resume=True, **settings)
+        assert arrays(out) == arrays(whole)

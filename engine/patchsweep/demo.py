@@ -67,7 +67,7 @@ class FullForwards:
 
 @torch.no_grad()
 def full_forwards(model: Model, pair: Pair, repeats: int = 3) -> FullForwards:
-    """Time the model's own forwards of a prompt, logits at the last token only.
+    """Time the model's own forwards of a prompt, logits at the last token only: the best of a few.
 
     Nothing is patched in them, so this is the least that any sweep by full forwards takes.
     """
@@ -81,7 +81,7 @@ def full_forwards(model: Model, pair: Pair, repeats: int = 3) -> FullForwards:
                 input_ids=tokens.expand(batch, -1), use_cache=False, logits_to_keep=1
             ).logits[0, 0, 0].item()
             times.append(time.perf_counter() - began)
-        return float(np.median(times[1:])) / batch
+        return min(times[1:]) / batch
 
     return FullForwards(seconds(1), seconds(BATCH))
 

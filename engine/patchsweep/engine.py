@@ -35,7 +35,7 @@ from patchsweep.store import Store, remove
 from patchsweep.wave import run_wave
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
-MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
+MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
 

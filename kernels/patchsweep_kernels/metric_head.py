@@ -92,8 +92,8 @@ def metric_head(
 
 
 class _Divergence:
-    """KL(P ‖ Q) = Σ_v P(v) (z_P − z_Q) − log Z_P + log Z_Q, summed tile by tile before Z_P is known:
-    P is taken as exp(z_P − largest z_P so far), and what was summed is rescaled as that grows."""
+    """KL(P ‖ Q) = Σ_v P(v) (z_P − z_Q) − log Z_P + log Z_Q, summed tile by tile before Z_P is
+    known: P is taken as exp(z_P − largest z_P so far); sums are rescaled as that grows."""
 
     def __init__(self, reference: Reference, like: Tensor) -> None:
         self.reference = reference
