@@ -366,3 +366,12 @@ def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     assert many["peak_tokens"] == few["peak_tokens"] > 400
     assert few["taken"] < few["peak_bytes"] < 6 * few["taken"], few
     assert many["taken"] < few["taken"] + 24 * 2**20  # the allocator's own
+
+
+def test_what_is_refused_replaces_nothing(model: ps.Model, tmp_path: Path) -> None:
+    out, pairs = tmp_path / "r.zarr", pairs_of(model, rows(2))
+    ps.sweep(model, pairs, out=out, **SETTINGS)
+    before = arrays(out)
+    with pytest.raises(ps.BadInput, match="99 is outside every prompt"):
+        ps.sweep(model, pairs, out=out, overwrite=True, **{**SETTINGS, "positions": [99]})
+    assert arrays(out) == before

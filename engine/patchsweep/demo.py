@@ -51,8 +51,8 @@ def demo(out: Path, console: Console) -> None:
             overwrite=True,
         )
         figures = plot(results, out / f"{task}-figures", formats=("png",))
-        console.print(top_table(results, "head_z", "logit_diff", "denoise"))
-        _report(results, full_forwards(model, pairs[0]), console)
+        console.print(top_table(results, COMPONENTS[0], "logit_diff", "denoise"))
+        _report(results, full_forwards(model, sorted(pairs, key=len)[PAIRS // 2]), console)
         console.print(f"{len(figures)} figures in {out / f'{task}-figures'}\n", highlight=False)
     console.print(f"Look closer: patchsweep show {out / 'ioi.zarr'}", highlight=False)
 
@@ -101,7 +101,7 @@ def _report(results: Results, full: FullForwards, console: Console) -> None:
         f"noise floor {floor:.1e} logits: a null patch against the baseline\n"
         f"measured    {seconds:.1f} s for {cells:,} cells: {cells / seconds:,.0f} cells/s, "
         f"{exact / seconds:,.0f} of them run\n"
-        f"            full forwards, measured now on the first pair without any patching: "
+        f"            full forwards, measured now on a pair of median length, unpatched: "
         f"{1e3 * full.single:.0f} ms a cell one by one, {1e3 * full.batched:.1f} ms in batches "
         f"of {BATCH}\n"
         f"            so this sweep was {cells * full.single / seconds:.0f} and "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import socket
@@ -129,23 +128,23 @@ def carry_out(
     overwrite: bool,
 ) -> Results:
     """Run the waves whose blocks are not done yet."""
-    if overwrite and out.exists():
-        remove(out)
-    existing = Store.open(out, "r+") if resume and out.exists() else None
+    found = Store.open(out, "r+") if (resume or overwrite) and out.exists() else None
+    existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
     plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget)
     attrs = provenance(model, plan, settings)
     if existing:
         _same_sweep(existing, attrs)
-    elif out.exists():
+    elif out.exists() and not found:
         _create(out, plan, settings, model, attrs)  # says what is wrong with the folder
 
     with attention_is(model.hf_model), deterministic(model.device):
         forward = take_apart(model.hf_model, max(len(p) for p in pairs))
         tested = selftest.check(forward, plan)
+        if overwrite and found:
+            remove(out)  # only now can nothing be refused any more
         store = existing or _create(out, plan, settings, model, attrs)
-        finite = {k: v if math.isfinite(v) else None for k, v in asdict(tested).items()}
-        store.set_attrs(self_test=finite)  # JSON knows no NaN
+        store.set_attrs(self_test=asdict(tested))
         _run_waves(forward, plan, settings, store)
     return results_of.open(out)
 

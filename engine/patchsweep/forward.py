@@ -138,6 +138,11 @@ def take_apart(hf_model: PreTrainedModel, length: int) -> Forward:
     The model must be using patchsweep's attention (`attention.registered`).
     """
     layers = layers_of(hf_model)
+    if getattr(getattr(hf_model.get_output_embeddings(), "weight", None), "dim", int)() != 2:
+        raise BadInput(
+            f"{type(hf_model).__name__} has no unembedding with a plain weight matrix: "
+            "this model cannot run on the wavefront"
+        )
     device = hf_model.get_input_embeddings().weight.device
     tokens = torch.zeros(1, length, dtype=torch.long, device=device)
     positions = torch.arange(length, device=device)[None]

@@ -128,5 +128,5 @@ def _max_positions(hf_model: PreTrainedModel) -> int | None:
     vocab_rows = hf_model.get_input_embeddings()
     for module in hf_model.modules():
         if isinstance(module, nn.Embedding) and module is not vocab_rows:
-            return int(hf_model.config.get_text_config().max_position_embeddings)
+            return getattr(hf_model.config.get_text_config(), "max_position_embeddings", None)
     return None
