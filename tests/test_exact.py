@@ -180,6 +180,28 @@ def test_every_family(name: str) -> None:
     assert check(case, 70) > 10
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_in_float32(name: str, tmp_path: Path) -> None:
+    """In float32 a conversion to float32 is no copy: every write to the stream, still found."""
+    pair = pair_of(np.random.default_rng(5), 50, 6, 1)
+    family, hf_model = FAMILIES[name], FAMILIES[name].build(3, dtype=torch.float32)
+    components = [c for c in components_of(name) if c != "head_z"]
+    results = ps.sweep(
+        ps.wrap(hf_model, Letters()),
+        [pair],
+        components=components,
+        metrics=["logit"],
+        out=tmp_path / "r.zarr",
+    )
+    for component in components:
+        found = results.store.read(f"{component}/logit")[0, 0, 0, 0, :, 0]
+        for layer, position in ((0, 5), (1, 4), (2, 5)):
+            logits = oracle.run(
+                hf_model, family, pair.corrupt, pair.clean, component, layer, None, [position]
+            )
+            assert abs(found[layer, position] - oracle.logit(logits, pair.answer)) < 2e-5
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere"])
 def test_whole_grids(name: str) -> None:
     """Every single cell, the structural ones among them."""

@@ -90,6 +90,7 @@ def test_metric_head(tile, bias, finish):
     wanted = rng.integers(0, vocab, (rows, 3))
     of = rng.integers(0, 2, rows)
     references = np.array([4, 0])
+    of[references] = [0, 1]
 
     found = metric_head(
         torch.from_numpy(hidden),
@@ -107,6 +108,7 @@ def test_metric_head(tile, bias, finish):
     chosen = np.take_along_axis(logits, wanted, 1)
     assert np.allclose(found.logits, chosen, atol=1e-12)
     assert np.allclose(found.logsumexp, logsumexp(logits, 1), atol=1e-12)
+    assert np.array_equal(found.kl[references], [0, 0])
     above = (logits[:, None] > chosen[:, :2, None]).sum(-1)
     assert np.array_equal(found.rank, above)
     p = softmax(logits[references[of]], 1)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,10 +53,14 @@ class LayerCall:
 
 @dataclass(frozen=True)
 class Stacked:
-    """A full forward of a batch, under the model's masks; tokens are counted through the batch."""
+    """A full forward of a batch, under the model's masks; tokens are counted through the batch.
 
-    heads: HeadOverwrite | None
-    stream: ResidualStream | None
+    `seen` collects every attention call inside: heads, window and queries.
+    """
+
+    heads: HeadOverwrite | None = None
+    stream: ResidualStream | None = None
+    seen: list[tuple[int, int | None, int]] = field(default_factory=list)
 
 
 _call: ContextVar[LayerCall | Stacked | None] = ContextVar("patchsweep_call", default=None)
@@ -111,6 +115,7 @@ def _attention(
             )
             z[call.injected :] = z[call.copied]
         else:
+            call.seen.append((query.shape[1], sliding_window, query.shape[2]))
             _check_mask(attention_mask, sliding_window)
             z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux)
         if call.heads is not None:

@@ -27,7 +27,7 @@ from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import wanted, whole_vocabulary
 from patchsweep.model import Model, dimensions_of, load_model
 from patchsweep.pairs import Pair, read_pairs, resolve_positions
-from patchsweep.plan import Plan, make_plan
+from patchsweep.plan import BudgetTooSmall, Plan, make_plan
 from patchsweep.results import Results
 from patchsweep.spec import Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
@@ -94,28 +94,47 @@ def plan_sweep(
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
     wanted(pairs, settings.metrics, torch.device("cpu"))
+    for i, pair in enumerate(pairs):
+        used = {*pair.clean, *pair.corrupt, *pair.answer, *pair.wrong}
+        if len(pair.clean) != len(pair.corrupt) or pair.clean == pair.corrupt:
+            raise BadInput(f"pair {i}: the prompts must differ and have equal numbers of tokens")
+        if min(used) < 0 or max(used) >= dimensions.vocab:
+            raise BadInput(f"pair {i} has a token that is not in the model's vocabulary")
+
+    def planned(budget: int) -> Plan:
+        return make_plan(
+            pairs,
+            settings.components,
+            settings.directions,
+            resolve_positions(pairs, settings.positions),
+            dimensions,
+            budget,
+            len(settings.metrics),
+            whole_vocabulary(settings.metrics),
+        )
+
     chosen = token_budget or settings.token_budget
-    return make_plan(
-        pairs,
-        settings.components,
-        settings.directions,
-        resolve_positions(pairs, settings.positions),
-        dimensions,
-        auto_budget(dimensions, device) if chosen == "auto" else chosen,
-        len(settings.metrics),
-        whole_vocabulary(settings.metrics),
-    )
+    if chosen != "auto":
+        return planned(chosen)
+    usual, most = auto_budget(dimensions, device)
+    try:
+        return planned(usual)
+    except BudgetTooSmall as error:
+        if error.least > most:
+            raise
+        return planned(error.least)
 
 
-def auto_budget(dimensions: Dimensions, device: torch.device) -> int:
-    """Packed tokens per layer call that fit in half of the memory that is free now."""
+def auto_budget(dimensions: Dimensions, device: torch.device) -> tuple[int, int]:
+    """Packed tokens per layer call: what is usual, and the most that fits in half of the memory
+    that is free now."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held  # what torch keeps is free for it
     else:
         free = psutil.virtual_memory().available
     fits = int(free * MEMORY_SHARE) // dimensions.bytes_per_token
-    return max(1, min(fits, MOST_TOKENS[device.type]))
+    return max(1, min(fits, MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]))), fits
 
 
 def carry_out(
@@ -138,7 +157,8 @@ def carry_out(
     elif out.exists() and not found:
         _create(out, plan, settings, model, attrs)  # says what is wrong with the folder
 
-    with attention_is(model.hf_model), deterministic(model.device):
+    exact = torch.autocast(model.device.type, enabled=False)
+    with attention_is(model.hf_model), deterministic(model.device), exact:
         forward = take_apart(model.hf_model, max(len(p) for p in pairs))
         tested = selftest.check(forward, plan)
         if overwrite and found:

@@ -175,7 +175,7 @@ def _returns_tuple(
 
     hook = layer.register_forward_hook(stop)
     try:
-        with attention_call(Stacked(None, None)):
+        with attention_call(Stacked()):
             hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
     except _Seen as seen:
         return bool(seen.args[0])

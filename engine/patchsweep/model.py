@@ -15,7 +15,7 @@ from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
 
-# Bytes of each weight tensor that go into the fingerprint: every tensor counts, none is read whole.
+# Values of each weight tensor that go into the fingerprint beside its sum.
 SAMPLED = 64
 
 
@@ -38,14 +38,17 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies architecture, dtype and weights, by a sample of every tensor."""
-        config = self.hf_model.config
-        digest = hashlib.sha256(f"{type(self.hf_model).__name__} {config.model_type}".encode())
+        """Identifies architecture, config, dtype and weights, by a sample and the sum of every
+        tensor."""
+        config = self.hf_model.config.to_diff_dict()
+        config.pop("_name_or_path", None)
+        digest = hashlib.sha256(f"{type(self.hf_model).__name__} {config}".encode())
         for name, tensor in sorted(self.hf_model.state_dict().items()):
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.float64)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.numpy().tobytes())
+            digest.update(f"{float(flat.sum(dtype=torch.float64))}".encode())
         return digest.hexdigest()[:16]
 
 

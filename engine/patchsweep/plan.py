@@ -33,6 +33,17 @@ TAIL_TILE = 256
 SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
 
 
+class BudgetTooSmall(BadInput):
+    """The smallest block of a sweep does not fit the token budget; `least` would do."""
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(
+            f"token_budget {budget} is too small for one block of this sweep: "
+            f"it needs {least}; raise it or sweep fewer positions"
+        )
+        self.least = least
+
+
 @dataclass(frozen=True)
 class Cells:
     """The grid of one component over all pairs, in one direction (both directions are alike).
@@ -298,10 +309,7 @@ def _tiled(
                     grids[n] = replace(grids[n], **{tile: smaller})
     least = max(map(peak, grids.values()))
     if least > budget:
-        raise BadInput(
-            f"token_budget {budget} is too small for one block of this sweep: "
-            f"it needs {least}; raise it or sweep fewer positions"
-        )
+        raise BudgetTooSmall(budget, least)
     return {name: replace(c, grid=grids[name]) for name, c in cells.items()}
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from patchsweep.attention import Stacked, attention_call, attention_is
+from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, replaced
 from patchsweep.plan import Ints, Plan, arranged
@@ -60,7 +60,7 @@ def check(forward: Forward, plan: Plan) -> SelfTest:
     with attention_is(forward.hf_model, "eager"):
         own = _last_logits(forward, prompts)
     hidden = carry(forward, schedule)
-    patched = _stacked(forward, schedule, chosen, prompts)
+    patched = _stacked(forward, plan.dimensions, schedule, chosen, prompts)
     wave = forward.logits(hidden)
 
     tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
@@ -134,14 +134,16 @@ def _last_logits(forward: Forward, tokens: Tensor) -> Tensor:
 
     Called as a user would: no positions are given, the model finds its own.
     """
-    weight, bias = forward.unembedding()
     output = forward.hf_model.get_output_embeddings()
-    with replaced(output, lambda hidden: F.linear(hidden[:, -1:], weight, bias)):
+    own = output.forward
+    with replaced(output, lambda hidden: own(hidden[:, -1:])):
         logits: Tensor = forward.hf_model(input_ids=tokens, use_cache=False).logits
     return logits[:, 0]
 
 
-def _stacked(forward: Forward, schedule: Schedule, chosen: Ints, prompts: Tensor) -> Tensor:
+def _stacked(
+    forward: Forward, dimensions: Dimensions, schedule: Schedule, chosen: Ints, prompts: Tensor
+) -> Tensor:
     """Logits [run, vocab] of the chosen runs as one batch of full forwards: the two prompts, then
     a copy of the destination for every run, patched from the source's row."""
     length = prompts.shape[1]
@@ -154,6 +156,7 @@ def _stacked(forward: Forward, schedule: Schedule, chosen: Ints, prompts: Tensor
     run, position = schedule.token_run, schedule.token_position
     target, donor = row_of[run] * length + position, source * length + position
     edits: list[dict[str, Edit]] = [{} for _ in forward.layers]
+    calls: list[list[tuple[int, int | None, int]]] = [[] for _ in forward.layers]
     keys = np.stack([runs.component[run], runs.layer[run]], 1)
     for code, layer in np.unique(keys, axis=0):
         mine = (keys == (code, layer)).all(1)
@@ -161,13 +164,26 @@ def _stacked(forward: Forward, schedule: Schedule, chosen: Ints, prompts: Tensor
         edits[layer][schedule.components[code]] = edit
 
     with ExitStack() as stack:
-        stack.enter_context(attention_call(Stacked(None, None)))
-        for module, places in zip(forward.layers, edits, strict=True):
-            stack.enter_context(replaced(module, _patched(module, places, prompts.device)))
-        return _last_logits(forward, batch)[2:]
+        stack.enter_context(attention_call(Stacked()))
+        for module, places, call in zip(forward.layers, edits, calls, strict=True):
+            stack.enter_context(replaced(module, _patched(module, places, call, prompts.device)))
+        logits = _last_logits(forward, batch)[2:]
+    for layer, (call, window) in enumerate(zip(calls, dimensions.windows, strict=True)):
+        if call != [(dimensions.heads, window, length)]:
+            raise BadInput(
+                f"layer {layer} of {type(forward.hf_model).__name__} does not attend once with "
+                f"{dimensions.heads} heads and window {window}, as its config says: "
+                "this model cannot run on the wavefront"
+            )
+    return logits
 
 
-def _patched(module: nn.Module, edits: dict[str, Edit], device: torch.device) -> Callable[..., Any]:
+def _patched(
+    module: nn.Module,
+    edits: dict[str, Edit],
+    seen: list[tuple[int, int | None, int]],
+    device: torch.device,
+) -> Callable[..., Any]:
     """The layer's forward for whole sequences, with some tokens' activations replaced."""
     own = module.forward
     stream, heads = overwrites(edits, device)
@@ -181,7 +197,7 @@ def _patched(module: nn.Module, edits: dict[str, Edit], device: torch.device) ->
 
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden = at_border("resid_pre", hidden)
-        with attention_call(Stacked(heads, stream)):
+        with attention_call(Stacked(heads, stream, seen)):
             call = own if stream is None else partial(stream.watch, own)
             out = call(hidden, *args, **kwargs)
         if isinstance(out, tuple):

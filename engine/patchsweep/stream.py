@@ -26,8 +26,9 @@ MISSING = {
     "attn_out": "what attention adds to the residual stream was not found",
     "mlp_out": "what the MLP adds to the residual stream was not found",
 }
-# Functions whose result is the same activation in another shape.
-SAME = {"view", "reshape", "contiguous", "flatten", "unsqueeze", "squeeze", "dropout", "to"}
+# Functions whose result is the same activation in another shape or dtype.
+SAME = {"view", "reshape", "contiguous", "flatten", "unsqueeze", "squeeze", "dropout", "clone"}
+SAME |= {"detach", "to", "float", "double", "half", "bfloat16", "type", "type_as"}
 
 # What a tensor is, seen from the residual stream: the stream itself before and after attention's
 # addition, or something computed from it: by attention, from the stream before, from the stream
@@ -88,9 +89,12 @@ class ResidualStream(TorchFunctionMode):
         else:
             out = func(*args, **(kwargs or {}))
             role = self._derived(name, args)
+            if name == "__setitem__" and role is not None:
+                self._roles[args[0]] = role
         if role is not None:
             for t in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(t, Tensor):
+                # A conversion that has nothing to do returns its input, which keeps its role.
+                if isinstance(t, Tensor) and (name in ADDITIONS or t not in self._roles):
                     self._roles[t] = role
         return out
 
@@ -119,6 +123,8 @@ class ResidualStream(TorchFunctionMode):
         if STREAM in by_role or MID in by_role:
             onto = STREAM if STREAM in by_role else MID
             (kind,) = by_role.keys() - {onto}
+            if kind is None:  # of unknown origin: better not found than taken for the MLP
+                return None
             if kind == SUM:
                 return MID
             if kind == ATTENTION:

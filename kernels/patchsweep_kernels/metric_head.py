@@ -15,7 +15,7 @@ Finish = Callable[[Tensor], Tensor]
 @dataclass(frozen=True)
 class Reference:
     """Whose distribution a row's KL is taken from: `rows` [reference] are rows of the call, and
-    `of` [row] says which of them is the row's."""
+    `of` [row] says which of them is the row's; a reference is its own."""
 
     rows: Tensor
     of: Tensor
@@ -81,6 +81,9 @@ def metric_head(
             inside = (own >= 0) & (own < z.shape[1])
             itself = larger.gather(1, own.clamp(0, z.shape[1] - 1)) * inside
             above[:, j] += larger.sum(-1) - itself[:, 0]
+        if begin == 0:
+            anchor = z.amax(-1)  # sums of logits cancel less when they are small
+        z = z.sub_(anchor[:, None])
         if divergence is not None:
             divergence.add(z)
         peak = torch.maximum(top, z.amax(-1))
@@ -88,7 +91,7 @@ def metric_head(
         top = peak
     total = top + mass.log()
     kl = None if divergence is None else divergence.kl(total)
-    return MetricHead(picked, total, above.long() if ranked else None, kl)
+    return MetricHead(picked, anchor + total, above.long() if ranked else None, kl)
 
 
 class _Divergence:
@@ -99,7 +102,6 @@ class _Divergence:
         self.reference = reference
         self.top = torch.full_like(like[reference.rows], float("-inf"))  # [reference]
         self.mass = torch.zeros_like(self.top)
-        self.own = torch.zeros_like(self.top)  # Σ P z_P
         self.cross = torch.zeros_like(like)  # [row] Σ P z_Q
 
     def add(self, z: Tensor) -> None:
@@ -110,12 +112,11 @@ class _Divergence:
         shrink = torch.exp(self.top - top)
         p = torch.exp(z_p - top[:, None])
         self.mass = self.mass * shrink + p.sum(-1)
-        self.own = self.own * shrink + (p * z_p).sum(-1)
         self.cross = self.cross * shrink[of] + (z @ p.T).gather(1, of[:, None])[:, 0]
         self.top = top
 
     def kl(self, logsumexp: Tensor) -> Tensor:
         """[row] in nats, given every row's log Z [row]."""
         rows, of = self.reference.rows, self.reference.of
-        gap = (self.own[of] - self.cross) / self.mass[of]
+        gap = (self.cross[rows][of] - self.cross) / self.mass[of]
         return gap - logsumexp[rows][of] + logsumexp
