@@ -236,7 +236,7 @@ def test_going_on_keeps_the_token_budget(
     """However much memory is free by now: the waves have to be the same ones."""
     pairs = pairs_of(model, rows(3))
     for out, budget in (("a", 60), ("b", 300), ("a", 300)):
-        monkeypatch.setattr("patchsweep.engine.auto_budget", lambda *_, b=budget: b)
+        monkeypatch.setattr("patchsweep.engine.auto_budget", lambda *_, b=budget: (b, b))
         before = arrays(tmp_path / out) if (tmp_path / out).exists() else {}
         results = ps.sweep(model, pairs, out=tmp_path / out, resume=bool(before), **SETTINGS)
         assert results.attrs["token_budget"] == {"a": 60, "b": 300}[out]
@@ -375,3 +375,18 @@ def test_what_is_refused_replaces_nothing(model: ps.Model, tmp_path: Path) -> No
     with pytest.raises(ps.BadInput, match="99 is outside every prompt"):
         ps.sweep(model, pairs, out=out, overwrite=True, **{**SETTINGS, "positions": [99]})
     assert arrays(out) == before
+
+
+def test_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    """Dynamic rotary scaling turns a prompt longer than the table by other angles."""
+    hf_model = build()
+    config = hf_model.config
+    config.max_position_embeddings = 6
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    model = ps.wrap(LlamaForCausalLM(config).eval(), tokenizer())
+    pairs = [
+        ps.make_pair(model.tokenizer, " ".join(words), " ".join(["X", *words[1:]]), "a", "b")
+        for words in (["c", "d", "e", "f"], ["c", "d", "e", "f", "g", "h", "i", "j", "k"])
+    ]
+    with pytest.raises(ps.BadInput, match="positions that depend on the prompt's length"):
+        ps.sweep(model, pairs, out=tmp_path / "r.zarr", **SETTINGS)

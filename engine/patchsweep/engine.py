@@ -147,6 +147,8 @@ def carry_out(
     overwrite: bool,
 ) -> Results:
     """Run the waves whose blocks are not done yet."""
+    if any(p.is_meta for p in model.hf_model.parameters()):
+        raise BadInput(f"{model.name} is partly offloaded: load it whole onto one device")
     found = Store.open(out, "r+") if (resume or overwrite) and out.exists() else None
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
@@ -159,7 +161,8 @@ def carry_out(
 
     exact = torch.autocast(model.device.type, enabled=False)
     with attention_is(model.hf_model), deterministic(model.device), exact:
-        forward = take_apart(model.hf_model, max(len(p) for p in pairs))
+        lengths = [len(p) for p in pairs]
+        forward = take_apart(model.hf_model, max(lengths), min(lengths))
         tested = selftest.check(forward, plan)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more

@@ -6,7 +6,7 @@ with its layers made to pass their input on, and the layers with the arguments t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -132,10 +132,11 @@ class Forward:
             yield
 
 
-def take_apart(hf_model: PreTrainedModel, length: int) -> Forward:
-    """Record once how the model calls its layers, for prompts of up to `length` tokens.
+def take_apart(hf_model: PreTrainedModel, length: int, shortest: int | None = None) -> Forward:
+    """Record once how the model calls its layers, for prompts of `shortest` to `length` tokens.
 
-    The model must be using patchsweep's attention (`attention.registered`).
+    The model must be using patchsweep's attention (`attention.attention_is`). BadInput if it has no
+    plain unembedding, or if what it computes per position depends on the prompt's length.
     """
     layers = layers_of(hf_model)
     if getattr(getattr(hf_model.get_output_embeddings(), "weight", None), "dim", int)() != 2:
@@ -143,22 +144,61 @@ def take_apart(hf_model: PreTrainedModel, length: int) -> Forward:
             f"{type(hf_model).__name__} has no unembedding with a plain weight matrix: "
             "this model cannot run on the wavefront"
         )
+    returns_tuple = _returns_tuple(hf_model, layers[0], *_tokens(hf_model, length))
+    calls = _recorded(hf_model, layers, returns_tuple, length)
+    if shortest is not None and shortest < length:
+        short = _recorded(hf_model, layers, returns_tuple, shortest)
+        positions = torch.arange(shortest, device=hf_model.get_input_embeddings().weight.device)
+        first = _tensors([_Positions(length, positions)(v) for v in _values(calls)])
+        for a, b in zip(first, _tensors(_values(short)), strict=True):
+            if a.shape != b.shape or not torch.allclose(a.double(), b.double(), atol=1e-6):
+                raise BadInput(
+                    f"{type(hf_model).__name__} computes positions that depend on the prompt's "
+                    f"length (here {shortest} to {length} tokens): sweep prompts of one length"
+                )
+    return Forward(hf_model, list(layers), length, calls, returns_tuple)
+
+
+Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+def _tokens(hf_model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
+    """Some tokens and their positions, [1, length]."""
     device = hf_model.get_input_embeddings().weight.device
     tokens = torch.zeros(1, length, dtype=torch.long, device=device)
-    positions = torch.arange(length, device=device)[None]
-    calls = []
+    return tokens, torch.arange(length, device=device)[None]
+
+
+def _recorded(
+    hf_model: PreTrainedModel, layers: Iterable[nn.Module], returns_tuple: bool, length: int
+) -> Calls:
+    """The arguments, after the hidden states, of every layer's call."""
+    calls: Calls = []
 
     def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append((args, kwargs))
         return (hidden,) if returns_tuple else hidden
 
-    returns_tuple = _returns_tuple(hf_model, layers[0], tokens, positions)
+    tokens, positions = _tokens(hf_model, length)
     with ExitStack() as stack:
         for layer in layers:
             stack.enter_context(replaced(layer, record))
         stack.enter_context(replaced(hf_model.get_output_embeddings(), _nothing))
         hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    return Forward(hf_model, list(layers), length, calls, returns_tuple)
+    return calls
+
+
+def _values(calls: Calls) -> list[Any]:
+    return [v for args, kwargs in calls for v in (*args, *kwargs.values())]
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [t for v in value for t in _tensors(v)] if isinstance(value, (list, tuple)) else []
 
 
 class _Seen(Exception):

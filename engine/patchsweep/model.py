@@ -48,7 +48,9 @@ class Model:
             sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.float64)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.numpy().tobytes())
-            digest.update(f"{float(flat.sum(dtype=torch.float64))}".encode())
+            # In pieces: a sum in float64 copies what it sums.
+            total = sum(piece.sum(dtype=torch.float64) for piece in flat.split(1 << 20))
+            digest.update(f"{float(total)}".encode())
         return digest.hexdigest()[:16]
 
 
