@@ -1,10 +1,8 @@
-"""The sweep as data: validated, hashed, saved with the results."""
+"""The sweep as data: validated, saved with the results."""
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -198,16 +196,6 @@ class Spec(Sweep):
     device: StrictStr = "auto"
     prompts: Prompts
     out: Path | None = None
-
-    def hash(self) -> str:
-        """sha256 of all that determines the numbers: everything but `out`, and of a prompts file
-        its content in place of its path. BadInput if that file cannot be read."""
-        data = self.model_dump(mode="json", exclude={"out"})
-        if self.prompts.file is not None:
-            content = _read(self.prompts.file, "prompts file")
-            data["prompts"]["file"] = hashlib.sha256(content).hexdigest()
-        canonical = json.dumps(data, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()
 
     @field_validator("device")
     @classmethod
