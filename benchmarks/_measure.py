@@ -24,8 +24,9 @@ from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, take_apart
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
-from patchsweep.plan import Plan
+from patchsweep.plan import Plan, Wave
 from patchsweep.spec import Sweep, parse_settings
+from patchsweep.values import Values
 from patchsweep.wave import WaveResult, run_wave
 
 SETTINGS: dict[str, Any] = {
@@ -105,7 +106,7 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
     full = FullForwards(model, pair)
     plan = plan_sweep(d, [pair], settings(), device)
     grid = np.indices((d.layers, d.heads, len(pair))).reshape(3, -1).T
-    exists = plan.cells["head_z"].exists[0][grid[:, 0], grid[:, 2]]
+    exists = plan.layout(plan.waves[0].blocks[0]).exists[0][grid[:, 0], grid[:, 2]]
     chosen = _sampled(grid, exists, effort.singles)
     singles = grid[chosen]
     batches = {n: _batches(grid, n, effort.batches) for n in effort.batch_sizes}
@@ -118,7 +119,7 @@ def measure(model: Model, pair: Pair, effort: Effort) -> Measurement:
     for parts in batches.values():
         full.logit_diff(parts[0])
     with attention_is(model.hf_model), deterministic(device):
-        run_wave(take_apart(model.hf_model, len(pair)), plan, plan.waves[-1], settings().metrics)
+        one_wave(take_apart(model.hf_model, len(pair)), plan, plan.waves[-1])
 
     rounds: list[dict[str, float]] = []
     values = np.full(len(singles), np.nan)
@@ -229,20 +230,26 @@ def _wavefront(model: Model, pair: Pair, budget: int, found: dict[str, float]) -
     )
     with attention_is(model.hf_model), deterministic(device):
         found["take_apart"], forward = timed(device, lambda: take_apart(model.hf_model, len(pair)))
-        found["self_test"], _ = timed(device, lambda: selftest.check(forward, plan))
+        found["self_test"], _ = timed(
+            device, lambda: selftest.check(forward, plan, Values(plan.sources))
+        )
         found["wave"], results = timed(device, lambda: all_waves(forward, plan))
     return results
 
 
+def one_wave(forward: Forward, plan: Plan, wave: Wave) -> WaveResult:
+    """A wave of a plan."""
+    return run_wave(forward, plan, wave, settings().metrics, Values(plan.sources))
+
+
 def all_waves(forward: Forward, plan: Plan) -> list[WaveResult]:
     """Every wave of a plan."""
-    metrics = settings().metrics
-    return [run_wave(forward, plan, wave, metrics) for wave in plan.waves]
+    return [one_wave(forward, plan, wave) for wave in plan.waves]
 
 
 def grid_values(plan: Plan, results: Sequence[WaveResult]) -> NDArray[np.float64]:
     """The logit differences [pair, layer, head, position] that the waves found."""
-    grid = plan.cells["head_z"].grid
+    grid = plan.grids["head_z"]
     values: NDArray[np.float64] = np.full(grid.shape[3:], np.nan)
     for result in results:
         for block, found, _ in result.blocks:
@@ -291,7 +298,7 @@ def measure_pairs(model: Model, pairs: Sequence[Pair], rounds: int) -> ManyPairs
     times: list[dict[str, float]] = []
     with attention_is(model.hf_model), deterministic(device):
         forward = take_apart(model.hf_model, max(map(len, pairs)))
-        run_wave(forward, plans["one"], plans["one"].waves[-1], settings().metrics)
+        one_wave(forward, plans["one"], plans["one"].waves[-1])
         for _ in range(rounds):
             times.append(
                 {k: timed(device, partial(all_waves, forward, p))[0] for k, p in plans.items()}

@@ -165,7 +165,7 @@ def test_wrong_use(command: Command, arguments: list[str], words: list[str]) -> 
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("components=[head_x]", ["unknown component 'head_x'", "use one of resid_pre"]),
+        ("components=[head_x]", ["unknown component 'head_x'", "use one of embed, resid_pre"]),
         ("metrics=[logit_dif]", ["unknown metric 'logit_dif'", "did you mean 'logit_diff'"]),
         ("metric=kl", ["unknown key 'metric'", "did you mean 'metrics'"]),
         ("prompts.tasks=ioi", ["unknown key 'prompts.tasks'", "did you mean 'task'"]),

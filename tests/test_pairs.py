@@ -97,7 +97,19 @@ def test_jsonl_and_csv_agree(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
         ("{", ["p.jsonl:2", "not a JSON object"]),
         ("[1]", ["p.jsonl:2", "not a JSON object"]),
         ({**ROW, "wrng": "x"}, ["p.jsonl:2", "'wrng'", "'wrong'"]),
-        ({**ROW, "zzz": "x"}, ["p.jsonl:2", "'zzz'", "clean, corrupt, answer"]),
+        ({**ROW, "zzz": "x"}, ["p.jsonl:2", "'zzz'", "clean, answer, corrupt"]),
+        ({**ROW, "align": "middle"}, ["p.jsonl:2: align is 'middle'", '"end"']),
+        ({**ROW, "align": [[0]]}, ["align: [0] is no [clean, corrupt] pair"]),
+        ({**ROW, "align": [[0, 99]]}, ["align: [0, 99] is outside"]),
+        ({**ROW, "align": [[0, 0], [0, 1]]}, ["align: [0, 1]: position 0 of clean is there twice"]),
+        ({**ROW, "align": [[0, 14]]}, ["the last tokens of both prompts"]),
+        ({**ROW, "align": "labels", "labels": {"a": 1}}, ["no name in common"]),
+        ({**ROW, "corrupt_labels": {"a": 99}}, ["corrupt label 'a' at 99 is outside"]),
+        ({**ROW, "others": {"zero": CLEAN}}, ["others: 'zero' cannot name a prompt"]),
+        ({**ROW, "others": {"far": "When"}}, ["others: 'far' has 2 tokens, clean has 15"]),
+        ({**ROW, "others": ["When"]}, ["others is not {name: text}"]),
+        ({**ROW, "continuation": ["a"]}, ["continuation is not a text"]),
+        ({**ROW, "corrupt": "When John"}, ["clean has 15 tokens, corrupt has 3", 'align: "end"']),
         ({"clean": CLEAN, "corrupt": CORRUPT}, ["p.jsonl:2", "missing key 'answer'"]),
         ({**ROW, "answer": " elephant"}, ["p.jsonl:2: answer", "tokens ('Ġ", "not one"]),
         ({**ROW, "wrong": [" John", "John?"]}, ["wrong 'John?'", "leading space"]),
@@ -184,25 +196,67 @@ def test_an_answer_outside_the_vocabulary() -> None:
         make_pair(tokenizer, "", "b b", " c")
 
 
+def test_prompts_of_unequal_length(tokenizer: PreTrainedTokenizerFast) -> None:
+    short = "When John and went to the store, Mary gave a drink to"
+
+    def aligned(**more: Any) -> list[int]:
+        made = make_pair(tokenizer, CLEAN, short, " Mary", " John", **more)
+        assert (len(made.clean), len(made.corrupt)) == (15, 14)
+        return made.alignment.tolist()
+
+    assert aligned(align="end") == [-1, *range(14)]
+    by_label = {"labels": {"S2": 10, "x": 1}, "corrupt_labels": {"S2": 9, "y": 1}}
+    expected = [-1] * 15
+    expected[10], expected[14] = 9, 13  # and the last ones, where the answer is read
+    assert aligned(align="labels", **by_label) == expected
+    expected[1] = 2
+    assert aligned(align=[[1, 2], [-5, -5], [-1, -1]]) == expected
+    assert make_pair(tokenizer, CLEAN, CORRUPT, " Mary").alignment.tolist() == list(range(15))
+    assert make_pair(tokenizer, CLEAN, answer=" Mary").alignment.tolist() == [-1] * 15
+
+
+def test_continuations_and_further_prompts(tokenizer: PreTrainedTokenizerFast) -> None:
+    other = "When Mary and Mary went to the store, Mary gave a drink to"
+    made = make_pair(
+        tokenizer,
+        CLEAN,
+        CORRUPT,
+        " Mary",
+        labels={"END": -1},
+        others={"both": other},
+        continuation=" Mary and John",
+    )
+    words = [" Mary", " and", " John"]
+    assert [tokenizer.decode([t]) for t in made.continuation] == words
+    assert made.clean == encode(tokenizer, CLEAN + " Mary and")
+    assert made.corrupt == encode(tokenizer, CORRUPT + " Mary and")
+    assert made.others == {"both": encode(tokenizer, other + " Mary and")}
+    assert made.read == 14 == made.labels["END"]
+    with pytest.raises(BadInput, match="continuation 'k' changes the prompt's own tokens"):
+        make_pair(tokenizer, "gave a drin", answer=" Mary", continuation="k")
+    found = resolve_positions([made], [-1, "END"]).members[0]
+    assert found.argmax(1).tolist() == [14, 14]  # from the end of the prompt proper
+
+
 def pair(length: int, **labels: int) -> Pair:
     return Pair(tuple(range(length)), (9, *range(1, length)), (1,), labels=labels)
 
 
+def members(pairs: list[Pair], positions: Any) -> tuple[Any, list[list[list[int]]]]:
+    """The names, and the positions of every entry of every pair."""
+    found = resolve_positions(pairs, positions)
+    return found.names, [[np.flatnonzero(e).tolist() for e in pair] for pair in found.members]
+
+
 def test_positions() -> None:
     pairs = [pair(3, S=1), pair(2, S=0, T=1)]
-    names, index = resolve_positions(pairs, "each")
-    assert names == (0, 1, 2)
-    np.testing.assert_array_equal(index, [[0, 1, 2], [0, 1, -1]])
-    names, index = resolve_positions(pairs, "all")
-    assert names == ("all",)
-    np.testing.assert_array_equal(index, [[0], [0]])
-    names, index = resolve_positions(pairs, [2, -1, -3])
-    assert names == (2, -1, -3)
-    np.testing.assert_array_equal(index, [[2, 2, 0], [-1, 1, -1]])
-    names, index = resolve_positions(pairs, ["S", -1, "T"])
-    assert names == ("S", "-1", "T")
-    np.testing.assert_array_equal(index, [[1, 2, -1], [0, 1, 1]])
-    assert index.dtype == np.int64
+    assert members(pairs, "each") == ((0, 1, 2), [[[0], [1], [2]], [[0], [1], []]])
+    assert members(pairs, "all") == (("all",), [[[0, 1, 2]], [[0, 1]]])
+    assert members(pairs, [2, -1, -3]) == ((2, -1, -3), [[[2], [2], [0]], [[], [1], []]])
+    named = (("S", "-1", "T"), [[[1], [2], []], [[0], [1], [1]]])
+    assert members(pairs, ["S", -1, "T"]) == named
+    groups = {"names": ["S", "T"], "rest": [-1]}
+    assert members(pairs, groups) == (("names", "rest"), [[[1], [2]], [[0, 1], [1]]])
 
 
 @pytest.mark.parametrize(
@@ -213,10 +267,12 @@ def test_positions() -> None:
         ([-4], "-4 is outside every prompt"),
         ("S", r"use each, all, or a list such as \[S\]"),
         ([], "list is empty"),
+        ({}, "mapping is empty"),
+        ({"a": ["s"]}, "unknown label 's'"),
         ([1, "S", 1], "1 is there twice"),
     ],
 )
-def test_bad_positions(positions: str | list[int | str], words: str) -> None:
+def test_bad_positions(positions: Any, words: str) -> None:
     with pytest.raises(BadInput, match=words):
         resolve_positions([pair(3, S=1), pair(2, T=1)], positions)
 

@@ -57,6 +57,7 @@ def make(
     attrs = {
         "spec": {"prompts": {"task": "ioi", "n": len(pairs)}, "direction": "both"},
         "model": "tiny",
+        "sources": [{"name": "other", "normalised": True}],
         "model_fingerprint": "f" * 64,
         "versions": {"torch": "2.13.0", "transformers": "5.23.0", "zarr": "3.1.6"},
         "host": "somewhere",
@@ -64,9 +65,13 @@ def make(
         "measured": {"seconds": 12.5, "cells_per_second": 314.159},
     }
     store = Store.create(path, grids, metrics, pairs, token_text, attrs, "float32")
-    base = np.array([[[3.0] * len(pairs)], [[-1.0] * len(pairs)]])
+    base = np.array([[3.0] * len(pairs), [-1.0] * len(pairs)])
     store.write_baseline(
-        range(len(pairs)), dict.fromkeys(metrics, base), dict.fromkeys(metrics, base * 0 + 1e-6)
+        0,
+        0,
+        range(len(pairs)),
+        dict.fromkeys(metrics, base),
+        dict.fromkeys(metrics, base * 0 + 1e-6),
     )
     rng = np.random.default_rng(0)
     for grid in grids:
@@ -107,7 +112,7 @@ def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
     assert "12.3 14 ' to' -3 -0.500" in lines
     assert "12 14 ' to' -3 -0.500" in lines
     assert any(line.startswith("Beyond 2 SD of the mean effect:") for line in lines)
-    assert "No warnings" in lines
+    assert "- head_z, denoise: negative: 12.3@14" in lines
     assert "measured seconds 12.5, cells_per_second 314.2" in lines
     assert "f" * 60 in text
 

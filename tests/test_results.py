@@ -23,6 +23,7 @@ PAIRS = [
     Pair((5, 6, 7), (5, 1, 7), (2,), (3,), {"END": 2}),
     Pair((5, 6), (5, 1), (2,), (3,), {"END": 1}),
 ]
+SOURCES = [{"name": "other", "normalised": True}]
 CLEAN, CORRUPT = (4.0, 2.0), (0.0, 1.0)
 
 
@@ -54,11 +55,11 @@ def make(
     skip: tuple[int, ...] = (),
     clean: tuple[float, float] = CLEAN,
 ) -> Results:
-    attrs = {"spec": {"model": "tiny"}, "model": "tiny"}
+    attrs = {"spec": {"model": "tiny"}, "model": "tiny", "sources": SOURCES}
     store = Store.create(path, [GRID], ["logit_diff"], PAIRS, lambda t: f" t{t}", attrs, "float32")
     values, status = hand_made()
-    base = np.array([[clean], [CORRUPT]])
-    store.write_baseline(range(2), {"logit_diff": base}, {"logit_diff": np.zeros((2, 1, 2))})
+    base = np.array([clean, CORRUPT])
+    store.write_baseline(0, 0, range(2), {"logit_diff": base}, {"logit_diff": np.zeros((2, 2))})
     for block in blocks(GRID):
         if block.index not in skip:
             region = block.region(GRID)
@@ -133,11 +134,11 @@ def test_to_xarray_reads_only_what_is_used(results: Results) -> None:
 def test_to_frame_is_tidy(results: Results) -> None:
     frame = results.to_frame()
     assert list(frame.columns) == [
-        "component", "direction", "pair", "layer", "head", "position", "token",
+        "component", "direction", "source", "sample", "pair", "layer", "unit", "position", "token",
         "logit_diff", "logit_diff_effect", "logit_diff_status",
     ]  # fmt: skip
     assert len(frame) == 2 * (12 + 8)
-    row = frame.query("pair == 0 and layer == 1 and head == 0 and position == 1")
+    row = frame.query("pair == 0 and layer == 1 and unit == 0 and position == 1")
     row = row.set_index("direction")
     assert row.loc["denoise", "token"] == " t1"  # the destination run is the corrupt one
     assert row.loc["noise", "token"] == " t6"
@@ -155,7 +156,7 @@ def test_parquet_round_trip(results: Results, tmp_path: Path) -> None:
     frame = results.to_frame()
     pd.testing.assert_frame_equal(back, frame, check_dtype=False, check_categorical=False)
     schema = pq.read_schema(tmp_path / "t.parquet")
-    assert [str(schema.field(n).type) for n in ("pair", "head", "position")] == ["int32"] * 3
+    assert [str(schema.field(n).type) for n in ("pair", "unit", "position")] == ["int32"] * 3
     assert str(schema.field("logit_diff").type) == "float"
     assert str(schema.field("logit_diff_effect").type) == "double"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.zarr", "t.parquet"]
@@ -166,7 +167,13 @@ def test_parquet_round_trip(results: Results, tmp_path: Path) -> None:
 def test_labels_no_units_and_nothing_done(tmp_path: Path) -> None:
     grid = Grid("mlp_out", ("denoise",), 2, 2, 1, ("END",), 2, 1, 1)
     store = Store.create(
-        tmp_path / "r.zarr", [grid], ["prob"], PAIRS, lambda t: f" t{t}", {}, "float64"
+        tmp_path / "r.zarr",
+        [grid],
+        ["prob"],
+        PAIRS,
+        lambda t: f" t{t}",
+        {"sources": SOURCES},
+        "float64",
     )
     results = patchsweep.results.open(str(tmp_path / "r.zarr"))
     assert len(results.to_frame()) == 0
@@ -174,14 +181,14 @@ def test_labels_no_units_and_nothing_done(tmp_path: Path) -> None:
     assert len(pd.read_parquet(tmp_path / "empty.parquet")) == 0
     assert results.top("mlp_out", "prob", "denoise") == []
     assert results.detections("mlp_out", "prob", "denoise") == []
-    base = np.array([[[1.0, 1.0]], [[0.0, 0.0]]])
-    store.write_baseline(range(2), {"prob": base}, {"prob": base * 0})
+    base = np.array([[1.0, 1.0], [0.0, 0.0]])
+    store.write_baseline(0, 0, range(2), {"prob": base}, {"prob": base * 0})
     shape = (1, 1, 1, 2, 2, 1, 1)
     store.write_block(
         blocks(grid)[0], {"prob": np.full(shape, 0.5)}, {"prob": np.ones(shape, np.uint8)}
     )
     frame = results.to_frame()
-    assert frame["head"].isna().all()
+    assert frame["unit"].isna().all()
     assert frame["position"].tolist() == ["END"] * 4
     assert frame["token"].tolist() == [" t7", " t7", " t1", " t1"]  # each pair's own END
     assert frame["prob_effect"].tolist() == [0.5] * 4

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 import patchsweep as ps
+from oracle import heads
+from oracle.families import Family
 
 IOI = (
     "When John and Mary went to the store, John gave a drink to",
@@ -83,7 +85,7 @@ def test_whole_grid(
 
 def test_known_figures(model: ps.Model, tmp_path: Path) -> None:
     results = sweep(model, IOI, tmp_path / "r.zarr", components=["head_z"])
-    clean, corrupt = results.baseline("logit_diff")[:, 0, 0]
+    clean, corrupt = results.baseline("logit_diff")[:, 0, 0, 0]
     assert clean == pytest.approx(4.605, abs=5e-4)
     assert corrupt == pytest.approx(-6.474, abs=5e-4)
     top = results.top("head_z", "logit_diff", "denoise", 4)
@@ -127,3 +129,65 @@ def test_bfloat16_rounds_like_a_full_forward(tmp_path: Path) -> None:
     wave = results.store.read("mlp_out/logit_diff")[0, 0, 0, 0]
     ratio = np.sqrt(((wave - truth) ** 2).mean() / ((full - truth) ** 2).mean())
     assert ratio <= 1.5
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "pairs": {"direction": "both"},
+    "noise": {"corrupt": {"gaussian": {"sigma": 3, "tokens": [3, 9]}}, "direction": "both"},
+    "zero": {"source": "zero", "direction": "noise"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_component(model: ps.Model, tmp_path: Path, kind: str) -> None:
+    """Cells of every component, and sets of neurons and heads, against full forwards."""
+    given = KINDS[kind]
+    neurons = [f"neuron.{layer}.{unit}@{at}" for layer, unit, at in ((3, 7, -1), (20, 900, 9))]
+    sets = {
+        "neurons": [*neurons, "neuron.29.1535@13"],
+        "circuit": ["head_z.23.3@-1", "head_v.20.0@9", "head_q.25.1@-1", "mlp_out.27@-1"],
+    }
+    components = ["embed", "head_q", "head_k", "head_v", "head_pattern", "attn_out", "resid_mid"]
+    results = sweep(
+        model, IOI, tmp_path / "r", components=components, positions=[9, -1], sets=sets, **given
+    )
+    pair = ps.make_pair(model.tokenizer, *IOI)
+    rng = np.random.default_rng(0)
+    cells: list[tuple[str, Any]] = []
+    for name in components:
+        status = results.store.read(f"{name}/logit_diff_status")
+        ran = np.argwhere(status == 1)
+        for index in ran[rng.integers(len(ran), size=3)]:
+            position = (9, len(pair) - 1)[index[6]]
+            cells.append((name, (index, [(name, int(index[4]), int(index[5]), position)])))
+    for i, sites in enumerate(sets.values()):
+        for d in range(len(results.grid("sets").directions)):
+            parts = [ps.parse_site(site) for site in sites]
+            places = [(p.component, p.layer, p.unit or 0, int(p.position) % 14) for p in parts]
+            cells.append(("sets", ((d, 0, 0, 0, 0, 0, i), places)))
+
+    noise = None
+    if kind == "noise":
+        width = model.hf_model.config.hidden_size
+        scale = 3 * results.attrs["noise_scale"]
+        noise = torch.zeros(len(pair), width)
+        for slot, position in enumerate((3, 9)):
+            drawn = np.random.default_rng([0, 0, 0, slot]).standard_normal(width)
+            noise[position] = torch.from_numpy(drawn * scale)
+        used = model.hf_model.get_input_embeddings()(torch.tensor([pair.clean[3], pair.clean[9]]))
+        assert results.attrs["noise_scale"] == pytest.approx(
+            float(used.std(correction=0)), rel=1e-4
+        )
+    clean = heads.Prompt(pair.clean)
+    other = heads.Prompt(pair.corrupt) if noise is None else heads.Prompt(pair.clean, noise)
+    llama = Family("llama")
+    for name, (index, places) in cells:
+        denoise = results.grid(name).directions[index[0]] == "denoise"
+        source: Any = clean if denoise else other
+        if kind == "zero":
+            source = torch.zeros(())
+        patches = [heads.Patch(c, layer, unit, {p: p}, source) for c, layer, unit, p in places]
+        logits = heads.logits(model.hf_model, llama, other if denoise else clean, patches)[-1]
+        expected = float(logits[pair.answer[0]] - logits[pair.wrong[0]])
+        found = results.store.read(f"{name}/logit_diff")[tuple(index)]
+        assert abs(found - expected) <= 2e-4, (name, index)

@@ -12,7 +12,15 @@ from pydantic import ValidationError
 
 from patchsweep.errors import BadInput
 from patchsweep.loading import DTYPES
-from patchsweep.spec import METRICS, Dtype, Metric, load_spec, parse_metric, parse_spec
+from patchsweep.spec import (
+    METRICS,
+    REQUIRED,
+    Dtype,
+    Metric,
+    load_spec,
+    parse_metric,
+    parse_spec,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA: dict[str, Any] = {
@@ -72,7 +80,12 @@ def test_metrics() -> None:
     assert [m.column for m in spec.metrics] == ["kl", "accuracy_k5", "accuracy", "logit_diff"]
     assert parse_metric({"logit_diff": {"reduce": "sum"}}).column == "logit_diff_sum"
     assert parse_metric({"accuracy": {"k": 1}}) == Metric("accuracy")
-    assert [parse_metric(name).column for name in METRICS] == list(METRICS)
+    plain = [name for name, options in METRICS.items() if REQUIRED not in options.values()]
+    assert [parse_metric(name).column for name in plain] == plain
+    assert parse_metric({"kl": {"at": "S2"}}).column == "kl_at_S2"
+    assert parse_metric({"callable": {"path": "a.b:my_metric"}}).column == "my_metric"
+    inner = {"attention": {"layer": 9, "head": 6, "query": "END", "key": "IO"}}
+    assert parse_metric(inner).column == "attention_9_6_END_IO"
 
 
 def test_a_dump_can_be_read_again() -> None:
@@ -133,8 +146,26 @@ def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
         ({"model": ""}, ["model: "]),
         ({"dtype": "float8"}, ["dtype: ", "'bfloat16'", "'float8'"]),
         ({"device": "cuda:x"}, ["device: 'cuda:x'", "cuda:N"]),
-        ({"corrupt": "gaussian"}, ["corrupt: ", "'pairs'"]),
-        ({"source": "zero"}, ["source: ", "'other'"]),
+        ({"corrupt": "gausian"}, ["corrupt: 'gausian'", "use pairs or gaussian"]),
+        ({"corrupt": {"gaussian": {"sigma": 0}}}, ["gaussian: sigma: 0 is no number above 0"]),
+        ({"corrupt": {"gaussian": {"sigma": [3, -1]}}}, ["sigma: -1 is no number above 0"]),
+        ({"corrupt": {"gaussian": {"sigm": 3}}}, ["unknown key 'sigm'", "'sigma'"]),
+        ({"corrupt": {"gaussian": {"samples": 0}}}, ["gaussian: samples: ", "is 0"]),
+        ({"corrupt": {"gaussian": {"std": "all"}}}, ["gaussian: std: ", "'table'"]),
+        ({"source": "mean"}, ["source: source mean needs the prompts", "{mean: {prompts: clean}}"]),
+        ({"source": {"mean": {"prompt": "x"}}}, ["needs the prompts"]),
+        ({"source": {"vector": {}}}, ["source vector: missing key 'file'"]),
+        ({"source": {"zero": {"k": 1}}}, ["source zero has no options"]),
+        ({"source": ["zero", "zero"]}, ["'zero' is there twice"]),
+        ({"windows": [1]}, ["windows.0: ", "is 1"]),
+        ({"windows": [3], "components": ["head_z"]}, ["windows are over resid_pre"]),
+        ({"sets": {"a": ["head_z.1"]}}, ["site 'head_z.1'", "head_z.layer.head@position"]),
+        ({"sets": {"a": ["foo.1"]}}, ["unknown component 'foo'"]),
+        ({"sets": {"a": ["what?"]}}, ["'what?' is no site"]),
+        ({"sets": {"a": []}}, ["sets.a: the list is empty"]),
+        ({"sets": {"a": {"within": ["head_z"]}}}, ["missing key 'besides'"]),
+        ({"components": ["sae_feature"]}, ["sae_feature needs an autoencoder", "sae: {file: ...}"]),
+        ({"circuit": {"sizes": [1]}}, ["missing key 'circuit.ranking'"]),
         ({"direction": "up"}, ["direction: ", "'both'"]),
         ({"prompts": {}}, ["prompts: give either task or file"]),
         ({"prompts": {"task": "ioi", "file": "x", "n": 1}}, ["either task or file"]),
@@ -146,7 +177,7 @@ def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
         ({"prompts": {"task": "ioi", "n": 8, "seed": -1}}, ["prompts.seed: "]),
         ({"prompts": {"task": "ioi", "n": 8, "bos": "yes"}}, ["prompts.bos: ", "'always'"]),
         ({"prompts": "ioi"}, ["prompts: "]),
-        ({"components": []}, ["components: the list is empty"]),
+        ({"components": []}, ["components is missing", "[head_z, mlp_out]"]),
         ({"components": "head_z"}, ["components: 'head_z' is not a list"]),
         ({"components": ["head"]}, ["unknown component 'head'", "head_z"]),
         ({"components": [1]}, ["components.0: "]),
@@ -160,7 +191,11 @@ def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
         ({"metrics": ["kll"]}, ["unknown metric 'kll'", "'kl'"]),
         ({"metrics": [3]}, ["metrics: 3 is not one metric"]),
         ({"metrics": [{"kl": {}, "prob": {}}]}, ["is not one metric"]),
-        ({"metrics": [{"kl": {"k": 1}}]}, ["unknown option 'k' of kl", "it has none"]),
+        ({"metrics": [{"kl": {"k": 1}}]}, ["unknown option 'k' of kl", "use one of at"]),
+        ({"metrics": [{"sequence_logprob": {"k": 1}}]}, ["it has none"]),
+        ({"metrics": ["attention"]}, ["attention needs layer"]),
+        ({"metrics": [{"kl": {"at": 1.5}}]}, ["at of kl is 1.5", "a token index or a label"]),
+        ({"metrics": [{"callable": {"path": "f"}}]}, ["package.module:function"]),
         ({"metrics": [{"accuracy": {"top": 1}}]}, ["unknown option 'top' of accuracy"]),
         ({"metrics": [{"accuracy": 5}]}, ["the options of accuracy are 5"]),
         ({"metrics": [{"accuracy": {"k": 0}}]}, ["k of accuracy is 0"]),

@@ -102,12 +102,12 @@ def test_marks_from_many_threads_are_all_kept(tmp_path: Path) -> None:
 
 def test_prompts_and_baseline(tmp_path: Path) -> None:
     store = make(tmp_path / "r.zarr")
-    values = np.array([[[1.0, 2.0]], [[3.0, 4.0]]])
+    values = np.array([[1.0, 2.0], [3.0, 4.0]])
     store.write_baseline(
-        range(1, 3), dict.fromkeys(METRICS, values), dict.fromkeys(METRICS, values / 1e6)
+        0, 0, range(1, 3), dict.fromkeys(METRICS, values), dict.fromkeys(METRICS, values / 1e6)
     )
     baseline = xr.open_zarr(tmp_path / "r.zarr", group="baseline", consolidated=False)
-    assert baseline.logit_diff.dims == ("run", "sample", "pair")
+    assert baseline.logit_diff.dims == ("run", "source", "sample", "pair")
     assert baseline.logit_diff.sel(run="corrupt", pair=2).item() == 4.0
     assert np.isnan(baseline.logit_diff.sel(pair=0)).all()
     assert baseline.prob_noise_floor.sel(run="clean", pair=1).item() == np.float32(1e-6)
@@ -127,7 +127,7 @@ def test_xarray_opens_the_folder_by_itself(tmp_path: Path) -> None:
         write(store, block, HEADS)
     root = xr.open_zarr(tmp_path / "r.zarr", consolidated=False)
     assert root.attrs["spec"] == {"model": "tiny"}
-    assert root.attrs["patchsweep_schema"] == 1
+    assert root.attrs["patchsweep_schema"] == 2
     ds = xr.open_zarr(tmp_path / "r.zarr", group="head_z", consolidated=False)
     assert ds.attrs == {"unit_name": "head"}
     picked = ds.logit_diff.sel(direction="noise", pair=2, layer=1, unit=0, position=4)
@@ -187,9 +187,10 @@ def test_open_refuses_what_is_not_ours(tmp_path: Path) -> None:
         Store.open(tmp_path / "foreign.zarr")
 
 
-def test_open_refuses_a_newer_schema(tmp_path: Path) -> None:
-    make(tmp_path / "r.zarr").set_attrs(patchsweep_schema=2)
-    with pytest.raises(BadInput, match="schema 2, this patchsweep reads up to 1"):
+@pytest.mark.parametrize(("schema", "mend"), [(3, "update it"), (1, "--overwrite")])
+def test_open_refuses_another_schema(tmp_path: Path, schema: int, mend: str) -> None:
+    make(tmp_path / "r.zarr").set_attrs(patchsweep_schema=schema)
+    with pytest.raises(BadInput, match=f"schema {schema}, this patchsweep reads 2: .*{mend}"):
         Store.open(tmp_path / "r.zarr")
 
 

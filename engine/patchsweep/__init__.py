@@ -9,21 +9,26 @@ if TYPE_CHECKING:
     from patchsweep import tasks
     from patchsweep.engine import run, sweep
     from patchsweep.errors import BadInput
+    from patchsweep.metrics import Context
     from patchsweep.model import Model, load_model, wrap
     from patchsweep.pairs import Pair, make_pair, read_pairs
     from patchsweep.results import Results, open
+    from patchsweep.sites import Site, parse_site
     from patchsweep.spec import Spec, load_spec
 
 __all__ = [
     "BadInput",
+    "Context",
     "Model",
     "Pair",
     "Results",
+    "Site",
     "Spec",
     "load_model",
     "load_spec",
     "make_pair",
     "open",
+    "parse_site",
     "read_pairs",
     "run",
     "sweep",
@@ -33,14 +38,17 @@ __all__ = [
 
 _HOME = {
     "BadInput": "errors",
+    "Context": "metrics",
     "Model": "model",
     "Pair": "pairs",
     "Results": "results",
+    "Site": "sites",
     "Spec": "spec",
     "load_model": "model",
     "load_spec": "spec",
     "make_pair": "pairs",
     "open": "results",
+    "parse_site": "sites",
     "read_pairs": "pairs",
     "run": "engine",
     "sweep": "engine",

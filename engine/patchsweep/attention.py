@@ -1,13 +1,13 @@
 """The attention and mask functions that are registered with transformers.
 
-Attention is the one place of a model that knows rows and prefixes, and where a head's z can be
-replaced before the output projection. What a call has to do is set by `packed` (one layer of a
-wave) or `stacked` (full forwards under the masks that the model itself makes, for the self-test).
+Attention is the one place of a model that knows rows and prefixes, and where queries, keys, values,
+patterns and z of heads are seen. What a call has to do is said by a LayerCall (one layer of a wave)
+or Stacked (full forwards under the masks that the model itself makes, for the self-test).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,34 +20,64 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 
 from patchsweep.errors import BadInput
-from patchsweep.stream import ResidualStream
-from patchsweep_kernels import Rows, packed_attention
+from patchsweep.stream import ResidualStream, Tap
+from patchsweep_kernels import Rows, attention_rows, packed_attention
 
 NAME = "patchsweep"
+# Values gathered at once where a pattern is applied, in elements.
+GATHERED = 1 << 22
 
 
 @dataclass(frozen=True)
-class HeadOverwrite:
-    """z of head `head` of token `target` is taken from the same head of token `source`. [edit]"""
+class PatternEdit:
+    """Rows of attention that are replaced: of head `head` of the tokens `target`. [edit]
+
+    The probabilities are those of the query of token `donor` over the tokens `keys` [edit, slot],
+    of which the first `count` are there; or `given` [edit, slot]. They weigh the values of the
+    tokens `values` [edit, slot].
+    """
 
     target: Tensor
-    source: Tensor
     head: Tensor
+    donor: Tensor
+    keys: Tensor
+    values: Tensor
+    count: Tensor
+    given: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PatternRead:
+    """Attention probabilities that a metric reads: those of the `edited` edits are already known.
+
+    tokens [row]: whose query; keys [row, slot]; count [row]; of one head, at the slots `key` [row].
+    `out` takes the values [row]. edited: (row, edit) pairs, edits counted over all.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    count: Tensor
+    head: int
+    key: Tensor
+    edited: Tensor  # [2, edited]
+    out: Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
 class LayerCall:
     """What attention has to do in one layer.
 
-    `rows` say who attends to whom in a packed call. The tokens from `injected` on belong to no row:
-    their z is that of the tokens `copied` [token]. `heads` are overwritten last, and `stream` is
+    `rows` say who attends to whom in a packed call. The tokens `borrowers` belong to no row: their
+    z is that of the tokens `lenders`. `taps` see head_q, head_k, head_v and head_z, and `stream` is
     told which tensor is z.
     """
 
     rows: Sequence[Rows]
-    injected: int
-    copied: Tensor
-    heads: HeadOverwrite | None
+    borrowers: Tensor
+    lenders: Tensor
+    taps: Mapping[str, Tap]
+    patterns: Sequence[PatternEdit]
+    pattern_reads: Sequence[PatternRead]
     stream: ResidualStream | None
 
 
@@ -55,12 +85,14 @@ class LayerCall:
 class Stacked:
     """A full forward of a batch, under the model's masks; tokens are counted through the batch.
 
-    `seen` collects every attention call inside: heads, window and queries.
+    `seen` collects every attention call inside: heads, key-value heads, window and queries. Of a
+    pattern edit only target, head and donor are used.
     """
 
-    heads: HeadOverwrite | None = None
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    pattern: PatternEdit | None = None
     stream: ResidualStream | None = None
-    seen: list[tuple[int, int | None, int]] = field(default_factory=list)
+    seen: list[tuple[int, int, int | None, int]] = field(default_factory=list)
 
 
 _call: ContextVar[LayerCall | Stacked | None] = ContextVar("patchsweep_call", default=None)
@@ -109,22 +141,81 @@ def _attention(
     assert call is not None, "patchsweep's attention was called outside a sweep"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with BaseTorchFunctionMode():
+        query = _tapped(query, call.taps.get("head_q"))
+        key = _tapped(key, call.taps.get("head_k"))
+        value = _tapped(value, call.taps.get("head_v"))
         if isinstance(call, LayerCall):
-            z = packed_attention(
-                query[0], key[0], value[0], call.rows, scaling, sliding_window, softcap, s_aux
-            )
-            z[call.injected :] = z[call.copied]
+            how = (scaling, sliding_window, softcap, s_aux)
+            z = packed_attention(query[0], key[0], value[0], call.rows, *how)
+            z[call.borrowers] = z[call.lenders]
+            _patterns(call, z, query[0], key[0], value[0], *how)
         else:
-            call.seen.append((query.shape[1], sliding_window, query.shape[2]))
+            call.seen.append((query.shape[1], key.shape[1], sliding_window, query.shape[2]))
             _check_mask(attention_mask, sliding_window)
-            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux)
-        if call.heads is not None:
-            tokens, edit = z.view(-1, *z.shape[-2:]), call.heads
-            tokens[edit.target, edit.head] = tokens[edit.source, edit.head]
+            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux, call.pattern)
+        if "head_z" in call.taps:
+            call.taps["head_z"](z.view(-1, *z.shape[-2:]))
         z = z.view(query.shape[0], query.shape[2], *z.shape[-2:])
     if call.stream is not None:
         call.stream.from_attention(z)
     return z, None
+
+
+def _tapped(x: Tensor, tap: Tap | None) -> Tensor:
+    """[batch, head, token, d] after a tap has seen, and perhaps changed, a copy of it."""
+    if tap is None:
+        return x
+    tokens = x.transpose(1, 2).flatten(0, 1).clone(memory_format=torch.contiguous_format)
+    tap(tokens)
+    return tokens.view(x.shape[0], x.shape[2], *tokens.shape[1:]).transpose(1, 2)
+
+
+def _patterns(
+    call: LayerCall,
+    z: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Replace rows of attention in z [token, head, d_head], and read those that metrics ask for."""
+    how = (scaling, window, softcap, sinks)
+    known = [_replaced(edit, z, query, key, value, how) for edit in call.patterns]
+    for read in call.pattern_reads:
+        head = torch.full_like(read.tokens, read.head)
+        rows = attention_rows(query, key, read.tokens, read.keys, read.count, head, *how)
+        found = rows.gather(1, read.key[:, None])[:, 0]
+        if read.edited.shape[1]:
+            row, edit = read.edited
+            wide = [nn.functional.pad(p, (0, rows.shape[1] - p.shape[1])) for p in known]
+            found[row] = torch.cat(wide).to(rows.dtype)[edit, read.key[row]]
+        read.out(found)
+
+
+def _replaced(
+    edit: PatternEdit,
+    z: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    how: tuple[float, int | None, float | None, Tensor | None],
+) -> Tensor:
+    """Make a pattern edit in z; its probabilities [edit, slot]."""
+    rows = edit.given
+    if rows is None:
+        rows = attention_rows(query, key, edit.donor, edit.keys, edit.count, edit.head, *how)
+    kv_head = edit.head // (query.shape[0] // value.shape[0])
+    step = max(1, GATHERED // (edit.values.shape[1] * value.shape[-1]))
+    for i in range(0, len(edit.target), step):
+        part = slice(i, i + step)
+        weighed = value[kv_head[part, None], edit.values[part]]
+        z[edit.target[part], edit.head[part]] = torch.einsum(
+            "nk,nkd->nd", rows[part].to(value.dtype), weighed
+        )
+    return rows
 
 
 def _own_mask(
@@ -135,6 +226,7 @@ def _own_mask(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
+    edit: PatternEdit | None,
 ) -> Tensor:
     """Attention of whole sequences under the model's own mask, in plain terms."""
     group = query.shape[1] // key.shape[1]
@@ -147,6 +239,10 @@ def _own_mask(
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     pattern = scores.softmax(-1)[..., : key.shape[2]]
+    if edit is not None:
+        rows = pattern.transpose(1, 2).flatten(0, 1).clone()  # [token, head, key]
+        rows[edit.target, edit.head] = rows[edit.donor, edit.head]
+        pattern = rows.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
     z = pattern @ value.repeat_interleave(group, 1)
     return z.transpose(1, 2).contiguous()
 

@@ -1,8 +1,8 @@
 """Which cells can differ from the baseline at all: the two maps over (layer, position).
 
 A place *differs* if the source's activation there can differ from the destination's, and *matters*
-if it can still influence the logits that are read. Both follow from the tokens and the attention
-windows alone. Where either is false a cell equals the baseline by construction.
+if it can still influence what is read. Both follow from the tokens and the attention windows alone.
+Where either is false a cell equals the baseline by construction.
 """
 
 from __future__ import annotations
@@ -17,25 +17,37 @@ Map = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Cone:
-    """The maps of one pair, [layer, position]; `pre` maps have a further layer for the output."""
+    """The maps of one run, [layer, position]; differs_pre has a further layer for the output."""
 
     differs_pre: Map
     differs_attention: Map
     matters_pre: Map
+    matters_keys: Map
     matters_post: Map
 
     def exists(self, component: str) -> Map:
         """[layer, position]: where patching `component` can change what is read."""
-        if component == "resid_pre":
-            return self.differs_pre[:-1] & self.matters_pre
-        if component in ("head_z", "attn_out"):
-            return self.differs_attention & self.matters_post
-        # resid_mid, mlp_out, resid_post: all computed from the stream after attention
+        match component:
+            case "embed":
+                return self.differs_pre[:1] & self.matters_pre[:1]
+            case "resid_pre":
+                return self.differs_pre[:-1] & self.matters_pre
+            case "head_k" | "head_v":
+                return self.differs_pre[:-1] & self.matters_keys
+            case "head_q":
+                return self.differs_pre[:-1] & self.matters_post
+            case "head_pattern" | "head_z" | "attn_out":
+                return self.differs_attention & self.matters_post
+        # resid_mid, mlp_out, neuron, resid_post: all computed from the stream after attention
         return self.differs_pre[1:] & self.matters_post
 
 
-def cone(differs: Map, windows: tuple[int | None, ...], read: int) -> Cone:
-    """The maps of a pair whose tokens differ where `differs` [position] says, read at `read`."""
+def cone(differs: Map, windows: tuple[int | None, ...], reads: Map, inner: Map) -> Cone:
+    """The maps of a run whose embeddings differ from the source's where `differs` [position] says.
+
+    Logits are read where `reads` [position] says, activations inside where `inner` [layer,
+    position] does.
+    """
     layers, length = len(windows), differs.shape[0]
     pre = np.zeros((layers + 1, length), bool)
     attention = np.zeros((layers, length), bool)
@@ -43,14 +55,13 @@ def cone(differs: Map, windows: tuple[int | None, ...], read: int) -> Cone:
     for layer, window in enumerate(windows):
         attention[layer] = reach(pre[layer], window)
         pre[layer + 1] = pre[layer] | attention[layer]
-    matters_post = np.zeros((layers, length), bool)
-    matters_pre = np.zeros((layers, length), bool)
-    needed = np.arange(length) == read
+    post, keys, matters = (np.zeros((layers, length), bool) for _ in range(3))
+    needed = reads
     for layer in reversed(range(layers)):
-        matters_post[layer] = needed
-        needed = needed | reach(needed[::-1], windows[layer])[::-1]
-        matters_pre[layer] = needed
-    return Cone(pre, attention, matters_pre, matters_post)
+        post[layer] = needed = needed | inner[layer]
+        keys[layer] = reach(needed[::-1], windows[layer])[::-1]
+        matters[layer] = needed = needed | keys[layer]
+    return Cone(pre, attention, matters, keys, post)
 
 
 def reach(marked: Map, window: int | None) -> Map:

@@ -25,6 +25,7 @@ class Dimensions:
     widest: int
     bytes_per_value: int
     max_positions: int | None
+    neurons: int | None = None  # in the MLP of a layer; None where it has experts
 
     @property
     def bytes_per_token(self) -> int:

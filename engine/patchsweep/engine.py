@@ -20,21 +20,28 @@ from tqdm import tqdm
 from patchsweep import results as results_of
 from patchsweep import selftest, tasks
 from patchsweep.attention import attention_is
+from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, take_apart
+from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
-from patchsweep.metrics import wanted, whole_vocabulary
+from patchsweep.metrics import check as check_metrics
 from patchsweep.model import Model, dimensions_of, load_model
-from patchsweep.pairs import Pair, read_pairs, resolve_positions
+from patchsweep.pairs import Pair, read_pairs
 from patchsweep.plan import BudgetTooSmall, Plan, make_plan
-from patchsweep.results import Results
+from patchsweep.prepare import digest, prepare
+from patchsweep.results import CellEffect, Results
+from patchsweep.sae import SAE, load_sae
+from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
+from patchsweep.values import Values
 from patchsweep.wave import run_wave
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
+JOINT = 10  # cells that are patched together once a sweep is done
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
 
@@ -51,7 +58,9 @@ def plan_spec(spec: Spec) -> Plan:
     """The plan of a spec, from the model's config and tokenizer alone."""
     dimensions = dimensions_of(load_config(spec.model), spec.dtype)
     pairs = build_pairs(spec.prompts, load_tokenizer(spec.model))
-    return plan_sweep(dimensions, pairs, spec, resolve_device(spec.device))
+    return plan_sweep(
+        dimensions, pairs, spec, resolve_device(spec.device), sae=load_autoencoder(spec)
+    )
 
 
 def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
@@ -89,40 +98,51 @@ def plan_sweep(
     settings: Sweep,
     device: torch.device,
     token_budget: int | None = None,
+    sae: SAE | None = None,
 ) -> Plan:
     """The plan of a sweep; `token_budget` is that of results to go on with, if there are any."""
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
-    wanted(pairs, settings.metrics, torch.device("cpu"))
+    check_metrics(pairs, settings.metrics)
     for i, pair in enumerate(pairs):
-        used = {*pair.clean, *pair.corrupt, *pair.answer, *pair.wrong}
-        if len(pair.clean) != len(pair.corrupt) or pair.clean == pair.corrupt:
-            raise BadInput(f"pair {i}: the prompts must differ and have equal numbers of tokens")
+        others = [t for tokens in pair.others.values() for t in tokens]
+        used = {*pair.clean, *pair.corrupt, *others, *pair.answer, *pair.wrong, *pair.continuation}
         if min(used) < 0 or max(used) >= dimensions.vocab:
             raise BadInput(f"pair {i} has a token that is not in the model's vocabulary")
-
-    def planned(budget: int) -> Plan:
-        return make_plan(
-            pairs,
-            settings.components,
-            settings.directions,
-            resolve_positions(pairs, settings.positions),
-            dimensions,
-            budget,
-            len(settings.metrics),
-            whole_vocabulary(settings.metrics),
-        )
-
+        unequal = pair.align is None and len(pair.clean) != len(pair.corrupt)
+        if pair.corrupt and (unequal or pair.clean == pair.corrupt):
+            raise BadInput(f"pair {i}: the prompts must differ and have equal numbers of tokens")
+    settings = with_circuit(settings, ranking_of(settings))
+    features = Features(sae.layer, sae.at, sae.features, sae.width) if sae else None
     chosen = token_budget or settings.token_budget
     if chosen != "auto":
-        return planned(chosen)
+        return make_plan(pairs, settings, dimensions, chosen, features)
     usual, most = auto_budget(dimensions, device)
     try:
-        return planned(usual)
+        return make_plan(pairs, settings, dimensions, usual, features)
     except BudgetTooSmall as error:
         if error.least > most:
             raise
-        return planned(error.least)
+        return make_plan(pairs, settings, dimensions, error.least, features)
+
+
+def ranking_of(settings: Sweep) -> tuple[Site, ...]:
+    """The sites of a sweep's circuit, best first."""
+    if settings.circuit is None:
+        return ()
+    given = settings.circuit.ranking
+    if isinstance(given, tuple):
+        return given
+    found = results_of.open(given.results).top(
+        given.component, given.metric, given.direction, given.top
+    )
+    return tuple(_site_of(given.component, cell) for cell in found)
+
+
+def load_autoencoder(settings: Sweep) -> SAE | None:
+    """The sweep's sparse autoencoder, if it has one."""
+    given = settings.sae
+    return load_sae(given.file, given.layer, given.at) if given else None
 
 
 def auto_budget(dimensions: Dimensions, device: torch.device) -> tuple[int, int]:
@@ -152,7 +172,8 @@ def carry_out(
     found = Store.open(out, "r+") if (resume or overwrite) and out.exists() else None
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
-    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget)
+    sae = load_autoencoder(settings)
+    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae)
     attrs = provenance(model, plan, settings)
     if existing:
         _same_sweep(existing, attrs)
@@ -161,29 +182,95 @@ def carry_out(
 
     exact = torch.autocast(model.device.type, enabled=False)
     with attention_is(model.hf_model), deterministic(model.device), exact:
-        lengths = [len(p) for p in pairs]
+        lengths = [n for p in pairs for n in (len(p.clean), len(p.corrupt)) if n]
         forward = take_apart(model.hf_model, max(lengths), min(lengths))
-        tested = selftest.check(forward, plan)
+        values = prepare(forward, plan, settings, model.tokenizer, sae)
+        attrs["values"] = digest(values)
+        if existing and existing.attrs.get("values") != attrs["values"]:
+            raise _another(existing, "other means, vectors, probes or autoencoder")
+        tested = selftest.check(forward, plan, values)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         store = existing or _create(out, plan, settings, model, attrs)
-        store.set_attrs(self_test=asdict(tested))
-        _run_waves(forward, plan, settings, store)
+        store.set_attrs(self_test=asdict(tested), noise_scale=values.noise_scale)
+        _run_waves(forward, plan, settings, store, values)
+        store.set_attrs(joint=_joint(forward, plan, settings, values, results_of.open(out)))
     return results_of.open(out)
 
 
-def _run_waves(forward: Forward, plan: Plan, settings: Sweep, store: Store) -> None:
-    done = {name: store.done(name) for name in plan.cells}
+def _joint(
+    forward: Forward, plan: Plan, settings: Sweep, values: Values, results: Results
+) -> dict[str, Any]:
+    """Per component and direction, one run more: the cells of largest effect patched together, by
+    the first metric and source; its effect beside theirs alone."""
+    found: dict[str, Any] = {}
+    metric = settings.metrics[0]
+    for name in (c for c in plan.grids if c != SETS):
+        for direction in plan.directions:
+            top = results.top(name, metric.column, direction, JOINT)
+            if len(top) < 2:
+                continue
+            sites = [_site_of(name, cell) for cell in top]
+            effect = _effect_of_set(forward, plan, settings, values, sites, direction)
+            singles = [cell.effect for cell in top]
+            entry = {"sites": list(map(str, sites)), "joint": effect, "singles": singles}
+            found.setdefault(name, {})[direction] = entry
+    return found
+
+
+def _site_of(component: str, cell: CellEffect) -> Site:
+    layer = None if component in ("embed", "sae_feature") else cell.layer
+    return Site(component, layer, cell.unit if unit_name(component) else None, cell.position)
+
+
+def _effect_of_set(
+    forward: Forward,
+    plan: Plan,
+    settings: Sweep,
+    values: Values,
+    sites: Sequence[Site],
+    direction: Direction,
+) -> float:
+    """The effect over all pairs of patching some sites together: of the first metric and source."""
+    alone = settings.model_copy(
+        update={
+            "components": (),
+            "windows": (),
+            "circuit": None,
+            "sets": {"joint": tuple(sites)},
+            "direction": direction,
+            "metrics": settings.metrics[:1],
+        }
+    )
+    one = make_plan(plan.pairs, alone, plan.dimensions, plan.token_budget, plan.layouts.features)
+    moved = span = 0.0
+    for wave in one.waves:
+        if wave.source or wave.sample:
+            continue
+        result = run_wave(forward, one, wave, alone.metrics, values)
+        [(_, found, _)] = result.blocks
+        [column] = found
+        clean, corrupt = result.baseline[column]
+        destination, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+        moved += float((found[column].ravel() - destination).sum())
+        run = one.sources[0].kind == "run"
+        span += float((source - destination).sum()) if run else len(destination)
+    return moved / span if span else float("nan")
+
+
+def _run_waves(forward: Forward, plan: Plan, settings: Sweep, store: Store, values: Values) -> None:
+    done = {name: store.done(name) for name in plan.grids}
     todo = [w for w in plan.waves if not all(done[b.component][b.index] for b in w.blocks)]
     began = time.perf_counter()
     cells = sum(plan.cells_of(w) for w in todo)
     with tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar:
         for wave in todo:
-            result = run_wave(forward, plan, wave, settings.metrics)
+            result = run_wave(forward, plan, wave, settings.metrics, values)
             if wave.owner:
-                store.write_baseline(wave.pairs, result.baseline, result.noise_floor)
-            for block, values, status in result.blocks:
-                store.write_block(block, values, status)
+                at = (wave.source, wave.sample, wave.pairs)
+                store.write_baseline(*at, result.baseline, result.noise_floor)
+            for block, found, status in result.blocks:
+                store.write_block(block, found, status)
             bar.update(plan.cells_of(wave))
     if len(todo) == len(plan.waves):
         seconds = time.perf_counter() - began
@@ -194,13 +281,30 @@ def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[st
     double = model.hf_model.dtype == torch.float64
     return Store.create(
         out,
-        plan.grids,
+        list(plan.grids.values()),
         [m.column for m in settings.metrics],
         plan.pairs,
         lambda token: model.tokenizer.decode([token]),
         attrs,
         "float64" if double else "float32",
+        _site_columns(plan),
     )
+
+
+def _site_columns(plan: Plan) -> dict[str, Any]:
+    """The sites of the sets, as the results keep them, [site]."""
+    table = plan.layouts.table
+    if table is None:
+        return {}
+    sources = ["", *(s.name for s in plan.sources)]
+    return {
+        "set": table.set,
+        "component": [NAMES[code] for code in table.component],
+        "layer": table.layer,
+        "unit": table.unit,
+        "position": [table.entries[entry] for entry in table.entry],
+        "source": [sources[number + 1] for number in table.source],
+    }
 
 
 def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
@@ -217,6 +321,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
         "model_fingerprint": model.fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
         "backend": "wavefront",
+        "sources": [{"name": s.name, "normalised": s.kind == "run"} for s in plan.sources],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -238,10 +343,14 @@ def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
     now = {**attrs, "metrics": attrs["spec"]["metrics"]}
     for key, what in IDENTITY.items():
         if before.get(key) != now[key]:
-            raise BadInput(
-                f"{store.path} holds the results of another sweep ({what}): "
-                "choose another --out, or --overwrite to replace it"
-            )
+            raise _another(store, what)
+
+
+def _another(store: Store, what: str) -> BadInput:
+    return BadInput(
+        f"{store.path} holds the results of another sweep ({what}): "
+        "choose another --out, or --overwrite to replace it"
+    )
 
 
 @contextmanager

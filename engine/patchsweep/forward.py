@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from patchsweep.attention import Stacked, attention_call
+from patchsweep.attention import LayerCall, Stacked, attention_call
 from patchsweep.errors import BadInput
-from patchsweep.stream import ResidualStream
+from patchsweep.stream import ResidualStream, Tap
+from patchsweep_kernels import Rows
 
 
 def layers_of(hf_model: PreTrainedModel) -> nn.ModuleList:
@@ -44,32 +45,81 @@ class Forward:
     calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]  # a layer's arguments after the first
     returns_tuple: bool
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """The residual stream that the first layer receives, [token, d_model]."""
+    @property
+    def device(self) -> torch.device:
+        """Where the residual stream lives."""
+        device: torch.device = self.hf_model.get_input_embeddings().weight.device
+        return device
+
+    def embed(self, tokens: Tensor, positions: Tensor, tap: Tap | None = None) -> Tensor:
+        """The residual stream that the first layer receives, [token, d_model].
+
+        `tap` sees what the embedding module returns, before positions are added.
+        """
         seen: list[Tensor] = []
 
         def first(hidden: Tensor) -> Tensor:
             seen.append(hidden)
             return hidden
 
-        with self._bypassed(first), replaced(self.hf_model.get_output_embeddings(), _nothing):
+        embedding = self.hf_model.get_input_embeddings()
+        own = embedding.forward
+
+        def embedded(ids: Tensor) -> Tensor:
+            out: Tensor = own(ids)
+            if tap is not None:
+                tap(out.view(-1, 1, out.shape[-1]))
+            return out
+
+        with (
+            self._bypassed(first),
+            replaced(embedding, embedded),
+            replaced(self.hf_model.get_output_embeddings(), _nothing),
+        ):
             self._forward(tokens[None], positions[None])
         return seen[0][0]
 
     def layer(
-        self, index: int, hidden: Tensor, positions: Tensor, stream: ResidualStream | None
+        self,
+        index: int,
+        hidden: Tensor,
+        positions: Tensor,
+        stream: ResidualStream | None = None,
+        neurons: Tap | None = None,
     ) -> Tensor:
         """Output of layer `index` for packed tokens [token, d_model] at `positions` [token].
 
-        `stream` watches the layer if it is given.
+        `stream` watches the layer if it is given; `neurons` sees the MLP's neurons.
         """
         args, kwargs = self.calls[index]
         pick = _Positions(self.length, positions)
         layer = self.layers[index]
         call = layer if stream is None else partial(stream.watch, layer)
-        out = call(hidden[None], *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
+        with neurons_seen(self.down_projections[index] if neurons else None, neurons):
+            out = call(hidden[None], *map(pick, args), **{k: pick(v) for k, v in kwargs.items()})
         first: Tensor = out[0] if self.returns_tuple else out
         return first.view(hidden.shape)
+
+    @cached_property
+    def down_projections(self) -> list[nn.Module]:
+        """Of every layer the module that maps the MLP's neurons to what the MLP adds to the
+        residual stream, found in a forward of one token. BadInput if there is none."""
+        zero = torch.zeros(1, dtype=torch.long, device=self.device)
+        hidden = self.embed(zero, zero)
+        found = []
+        for index, layer in enumerate(self.layers):
+            stream = ResidualStream({})
+            call = LayerCall([Rows(0, 1, 1)], zero[:0], zero[:0], {}, (), (), stream)
+            with attention_call(call):
+                hidden = self.layer(index, hidden, zero, stream)
+            owners = [m for m in layer.modules() if getattr(m, "weight", None) is stream.down]
+            if stream.down is None or len(owners) != 1:
+                raise BadInput(
+                    f"neuron cannot be patched in this model: the MLP of layer {index} does not "
+                    "end in a linear map that only it uses"
+                )
+            found += owners
+        return found
 
     def final_norm(self, hidden: Tensor) -> Tensor:
         """What the unembedding receives when the last layer returns `hidden`, [row, d_model]."""
@@ -222,6 +272,25 @@ def _returns_tuple(
     finally:
         hook.remove()
     raise BadInput(f"{type(hf_model).__name__} did not call its first layer")
+
+
+@contextmanager
+def neurons_seen(down: nn.Module | None, tap: Tap | None) -> Iterator[None]:
+    """Inside, the tap sees the input of a down projection, [token, neuron, 1]."""
+    if down is None or tap is None:
+        yield
+        return
+
+    def see(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        neurons = args[0].clone()
+        tap(neurons.view(-1, neurons.shape[-1], 1))
+        return (neurons, *args[1:])
+
+    hook = down.register_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _nothing(hidden: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def dimensions(hf_model: PreTrainedModel) -> Dimensions:
     return Dimensions(
         layers=len(layers),
         heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        kv_heads=_kv_heads(config, layers[0]),
         d_model=config.hidden_size,
         d_head=d_head or config.hidden_size // heads,
         vocab=config.vocab_size,
@@ -98,6 +98,7 @@ def dimensions(hf_model: PreTrainedModel) -> Dimensions:
         widest=max(_widest(layer) for layer in layers),
         bytes_per_value=weight.dtype.itemsize,
         max_positions=_max_positions(hf_model),
+        neurons=_neurons(config, layers[0]),
     )
 
 
@@ -111,11 +112,36 @@ def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
 
+def _kv_heads(config: PretrainedConfig, layer: nn.Module) -> int:
+    """Physical key-value heads. A config may name a number that its family does not use, so a
+    projection has to have that size; the self-test checks it."""
+    heads: int = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    sizes = {size for p in layer.parameters() for size in p.shape}
+    return kv if sizes & {kv * d_head, 2 * kv * d_head, (heads + 2 * kv) * d_head} else heads
+
+
+def _neurons(config: PretrainedConfig, layer: nn.Module) -> int | None:
+    """The width of an MLP's hidden layer, of those that configs name one that a weight has; None
+    where layers have experts."""
+    if _experts(config):
+        return None
+    names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    sizes = {size for p in layer.parameters() for size in p.shape}
+    named = [getattr(config, name, None) for name in names]
+    return next((n for n in (*named, 4 * config.hidden_size) if n in sizes), None)
+
+
+def _experts(config: PretrainedConfig) -> int | None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((n for n in (getattr(config, name, None) for name in names) if n), None)
+
+
 def _active_weights(layer: nn.Module, config: PretrainedConfig) -> int:
     """Weights that multiply one token in this layer; of experts, those that one token visits."""
     total = 0.0
-    experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
-    experts = experts or getattr(config, "n_routed_experts", None)
+    experts = _experts(config)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
     for name, p in layer.named_parameters():
         if p.dim() >= 2:

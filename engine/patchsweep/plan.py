@@ -1,8 +1,9 @@
 """From cells to runs, blocks and waves, with their cost: pure, no tensors.
 
 A *run* is one patched forward, carried from its layer and first position on; a *block* is whole
-chunks of the results (`sites.Grid`); a *wave* is a set of blocks of the same pairs that goes up the
-layers together. The plan is a function of the pairs, the model's dimensions and the token budget.
+chunks of the results (`sites.Grid`); a *wave* is a set of blocks of the same pairs and the same
+source that goes up the layers together. The plan is a function of the pairs, the model's dimensions
+and the token budget.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.cone import cone
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
+from patchsweep.layout import OWN, Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
-from patchsweep.sites import Block, Direction, Grid, blocks, component
+from patchsweep.reads import (
+    TAIL_ARRAYS,
+    TAIL_ELEMENTS,
+    TAIL_TILE,
+    resolve_reads,
+    whole_vocabulary,
+)
+from patchsweep.sites import SETS, Block, Direction, Grid, blocks
+from patchsweep.sources import Source, resolve
+from patchsweep.spec import Sweep
 
 Ints = NDArray[np.int64]
 
-# A patched token passes the layer beside the rows, and its row is born from what comes out.
-INJECTED = frozenset({"head_z", "attn_out", "resid_mid", "mlp_out"})
-# Logits held at once in the tail, in elements, and how many arrays of that size there are.
-TAIL_ELEMENTS, TAIL_ARRAYS = 1 << 23, 5
-TAIL_TILE = 256
 # Attention scores held at once, in elements, and how many arrays of that size there are.
 SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
 
@@ -45,41 +50,19 @@ class BudgetTooSmall(BadInput):
 
 
 @dataclass(frozen=True)
-class Cells:
-    """The grid of one component over all pairs, in one direction (both directions are alike).
-
-    exists, start, patched are [pair, layer, entry], entry being the grid's positions: whether there
-    is a run, its row's first position, and how many tokens it replaces. inside [pair, entry] tells
-    which entries lie in the prompt.
-    """
-
-    grid: Grid
-    exists: NDArray[np.bool_]
-    start: Ints
-    patched: Ints
-    inside: NDArray[np.bool_]
-    places: NDArray[np.bool_] | None  # `all`: the patched [pair, layer, position]
-
-    @property
-    def joins(self) -> int:
-        """How many layers after its own a run's row is first carried."""
-        return 0 if self.grid.component == "resid_pre" else 1
-
-    @property
-    def injected(self) -> bool:
-        return self.grid.component in INJECTED
-
-
-@dataclass(frozen=True)
 class Wave:
-    """Blocks that go up the layers together. `owner` waves write the baselines of their pairs."""
+    """Blocks that go up the layers together, of one source and sample. `owner` waves write the
+    baselines of their pairs. `runs` are the sources whose runs are carried beside the clean one."""
 
     index: int
     pairs: range
+    source: int
+    sample: int
+    runs: tuple[int, ...]
     blocks: tuple[Block, ...]
     owner: bool
     tokens: int  # packed tokens in its largest layer call
-    rows: int  # whose logits are read: runs, baselines and null patches
+    rows: int  # logits read: of runs, baselines and null patches
     flops: int
 
 
@@ -87,32 +70,49 @@ class Wave:
 class Plan:
     """Everything a sweep will do, before it does it."""
 
-    pairs: Sequence[Pair]
-    directions: tuple[Direction, ...]
-    dimensions: Dimensions
+    layouts: Layouts
     token_budget: int
-    cells: dict[str, Cells]
+    grids: dict[str, Grid]
     waves: tuple[Wave, ...]
     metric_count: int
     tail_weights: int  # vocabulary rows that multiply one read token
 
     @property
-    def grids(self) -> list[Grid]:
-        return [c.grid for c in self.cells.values()]
+    def pairs(self) -> Sequence[Pair]:
+        return self.layouts.pairs
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        return self.layouts.directions
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return self.layouts.dimensions
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.layouts.sources
+
+    def variant(self, block: Block) -> Variant:
+        return Variant(block.direction, block.source, block.sample)
+
+    def layout(self, block: Block) -> Layout:
+        """The layout that a block is a part of."""
+        return self.layouts.layout(block.component, self.variant(block))
 
     def counts(self) -> dict[str, int]:
         """Totals: cells, structural cells, runs, blocks, waves, tokens·layers, FLOPs, bytes."""
-        cells = runs = outside = disk = 0
+        cells = runs = disk = 0
         value = 8 if self.dimensions.bytes_per_value == 8 else 4
-        for c in self.cells.values():
-            per_cell = len(self.directions) * c.grid.units
-            cells += int(np.prod(c.grid.shape))
-            runs += int(c.exists.sum()) * per_cell
-            outside += int((~c.inside).sum()) * per_cell * c.grid.layers
-            disk += int(np.prod(c.grid.shape)) * self.metric_count * (value + 1)
+        for name, grid in self.grids.items():
+            for variant in variants(self.layouts):
+                layout = self.layouts.layout(name, variant)
+                cells += int(layout.inside.sum()) * grid.layers * grid.units
+                runs += int(layout.exists.sum()) * grid.units
+            disk += int(np.prod(grid.shape)) * self.metric_count * (value + 1)
         return {
-            "cells": cells - outside,
-            "structural": cells - outside - runs,
+            "cells": cells,
+            "structural": cells - runs,
             "runs": runs,
             "blocks": sum(len(w.blocks) for w in self.waves),
             "waves": len(self.waves),
@@ -125,11 +125,13 @@ class Plan:
     def cells_of(self, wave: Wave) -> int:
         """Cells of the grid that a wave settles, structural ones counted."""
         return sum(
-            len(b.units)
-            * self.dimensions.layers
-            * int(self.cells[b.component].inside[entries_of(b)].sum())
+            len(b.units) * self.grids[b.component].layers * int(self.inside(b).sum())
             for b in wave.blocks
         )
+
+    def inside(self, b: Block) -> NDArray[np.bool_]:
+        """[pair, entry] of a block: whether the prompt has the entry."""
+        return self.layout(b).inside[entries_of(b)]
 
     @property
     def peak_bytes(self) -> int:
@@ -143,14 +145,34 @@ class Plan:
 
     @cached_property
     def hash(self) -> str:
-        """Identifies the waves: equal for equal pairs, dimensions, grids and budget."""
+        """Identifies the waves: equal for equal pairs, sources, dimensions, grids and budget."""
+        table = self.layouts.table
         said = {
-            "pairs": [asdict(replace(p, labels=dict(p.labels))) for p in self.pairs],
+            "pairs": [_said(p) for p in self.pairs],
+            "sources": [_said_of(s) for s in self.sources],
             "dimensions": asdict(self.dimensions),
-            "grids": [asdict(g) for g in self.grids],
+            "features": self.layouts.features and asdict(self.layouts.features),
+            "grids": [asdict(g) for g in self.grids.values()],
+            "members": _digest(self.layouts.positions.members),
+            "sites": table
+            and {k: _digest(v) for k, v in vars(table).items() if k not in ("names", "entries")},
             "waves": [[(b.component, b.index) for b in w.blocks] for w in self.waves],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _said(pair: Pair) -> dict[str, object]:
+    return {k: dict(v) if k in ("labels", "others") else v for k, v in vars(pair).items()}
+
+
+def _said_of(source: Source) -> dict[str, object]:
+    given = source.given.model_dump(mode="json") if source.given else None
+    others = [[(o.tokens, o.align.tolist(), o.noised) for o in row] for row in source.others]
+    return {"name": source.name, "given": given, "others": others}
+
+
+def _digest(array: NDArray[np.generic]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
 
 
 def entries_of(b: Block) -> tuple[slice, slice]:
@@ -158,111 +180,139 @@ def entries_of(b: Block) -> tuple[slice, slice]:
     return slice(b.pairs.start, b.pairs.stop), slice(b.positions.start, b.positions.stop)
 
 
+def variants(layouts: Layouts) -> list[Variant]:
+    """Every direction with every source and sample."""
+    return [
+        Variant(d, s, n)
+        for d in range(len(layouts.directions))
+        for s in range(len(layouts.sources))
+        for n in range(layouts.samples)
+    ]
+
+
 def make_plan(
     pairs: Sequence[Pair],
-    components: Sequence[str],
-    directions: tuple[Direction, ...],
-    positions: tuple[tuple[int, ...] | tuple[str, ...], Ints],
+    settings: Sweep,
     dimensions: Dimensions,
     token_budget: int,
-    metric_count: int,
-    whole_vocabulary: bool,
+    features: Features | None = None,
 ) -> Plan:
-    """Plan a sweep. `positions`: the entries' names and their index [pair, entry], −1 outside."""
-    longest = max(len(p) for p in pairs)
+    """Plan a sweep; `features` are those of its autoencoder. BadInput for what the pairs or the
+    model do not have."""
+    sources = resolve(settings, pairs)
+    longest = max(
+        len(tokens)
+        for i, p in enumerate(pairs)
+        for tokens in (p.clean, *(o.tokens for s in sources for row in s.others for o in (row[i],)))
+    )
     if dimensions.max_positions is not None and longest > dimensions.max_positions:
         raise BadInput(
             f"a prompt has {longest} tokens, the model takes {dimensions.max_positions}: shorten it"
         )
-    cells = {name: _cells(name, pairs, *positions, directions, dimensions) for name in components}
-    tail_weights = dimensions.vocab if whole_vocabulary else 2
-    empty = Plan(pairs, directions, dimensions, token_budget, {}, (), metric_count, tail_weights)
-    return arranged(empty, cells)
+    reads = resolve_reads(pairs, settings.metrics)
+    layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
+    names = [*settings.components, *([SETS] if layouts.table else [])]
+    tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
+    return arranged(layouts, names, token_budget, len(settings.metrics), tail_weights)
 
 
-def arranged(plan: Plan, whole: dict[str, Cells]) -> Plan:
-    """The plan of other cells: their blocks and waves under the same budget."""
-    pairs, d = plan.pairs, plan.dimensions
-    costs = {name: _cost(c, pairs, d) for name, c in whole.items()}
-    beside = _beside(pairs, len(plan.directions), d)
-    cells = _tiled(whole, costs, beside, plan.token_budget)
-    waves = _waves(cells, costs, beside, d, plan.token_budget, plan.tail_weights)
-    return replace(plan, cells=cells, waves=waves)
+def arranged(
+    layouts: Layouts, names: Sequence[str], token_budget: int, metric_count: int, tail_weights: int
+) -> Plan:
+    """The blocks and waves of some components under a budget."""
+    whole = {name: layouts.grid(name) for name in names}
+    costs = _Costs(layouts)
+    grids = _tiled(whole, costs, token_budget)
+    waves = _waves(grids, costs, token_budget, tail_weights)
+    return Plan(layouts, token_budget, grids, waves, metric_count, tail_weights)
 
 
 @dataclass(frozen=True)
 class _Cost:
     """What rows take. tokens [pair, layer, entry] in a layer call; reads [pair, entry], the keys
-    read by all queries in all layers; rows [pair, entry]. Of a component: for one unit."""
+    read by all queries in all layers, of all heads; rows [pair, entry]. Of a component: for one
+    unit."""
 
     tokens: Ints
     reads: Ints
     rows: Ints
 
-    def part(self, pairs: range, entries: range) -> tuple[Ints, int, int]:
-        """Tokens [layer], reads and rows of a range of pairs and entries."""
+    def of_block(self, b: Block) -> _Part:
+        return self.part(b.pairs, b.positions, len(b.units))
+
+    def part(self, pairs: range, entries: range, units: int) -> _Part:
+        """Of a range of pairs and entries."""
         p, e = slice(pairs.start, pairs.stop), slice(entries.start, entries.stop)
-        return (
-            self.tokens[p, :, e].sum((0, 2)),
-            int(self.reads[p, e].sum()),
-            int(self.rows[p, e].sum()),
+        return _Part(
+            self.tokens[p, :, e].sum((0, 2)) * units,
+            int(self.reads[p, e].sum()) * units,
+            int(self.rows[p, e].sum()) * units,
         )
 
 
-def _cells(
-    name: str,
-    pairs: Sequence[Pair],
-    names: tuple[int, ...] | tuple[str, ...],
-    index: Ints,
-    directions: tuple[Direction, ...],
-    d: Dimensions,
-) -> Cells:
-    """The grid of a component, not yet cut into blocks."""
-    entire = names == ("all",)
-    shape = (len(pairs), d.layers, len(names))
-    exists, start, patched = np.zeros(shape, bool), np.zeros(shape, int), np.zeros(shape, int)
-    places = np.zeros((len(pairs), d.layers, max(map(len, pairs))), bool)
-    for i, pair in enumerate(pairs):
-        there = cone(differs(pair), d.windows, len(pair) - 1).exists(name)
-        places[i, :, : len(pair)] = there
-        if entire:
-            exists[i, :, 0] = there.any(1)
-            start[i, :, 0] = there.argmax(1)
-            patched[i, :, 0] = there.sum(1)
-        else:
-            exists[i] = there[:, index[i]] & (index[i] >= 0)
-            start[i] = index[i]
-            patched[i] = exists[i]
-    units = d.heads if component(name).unit == "head" else 1
-    grid = Grid(name, directions, len(pairs), d.layers, units, names, len(pairs), units, len(names))
-    inside = np.ones((len(pairs), 1), bool) if entire else index >= 0
-    return Cells(grid, exists, start, patched, inside, places if entire else None)
+@dataclass(frozen=True)
+class _Part:
+    """Tokens [layer], reads and rows of some blocks."""
+
+    tokens: Ints
+    reads: int
+    rows: int
+
+    def __add__(self, other: _Part) -> _Part:
+        return _Part(self.tokens + other.tokens, self.reads + other.reads, self.rows + other.rows)
 
 
-def differs(pair: Pair) -> NDArray[np.bool_]:
-    """[position]: where the two prompts' tokens differ."""
-    return np.not_equal(pair.clean, pair.corrupt)
+class _Costs:
+    """What every block takes, and what every wave carries beside its blocks."""
+
+    def __init__(self, layouts: Layouts) -> None:
+        self.layouts = layouts
+        self._of: dict[tuple[str, int], _Cost] = {}
+        self._beside: dict[tuple[int, int], _Cost] = {}
+
+    def of(self, name: str, variant: Variant) -> _Cost:
+        """One unit's runs of a component in a variant."""
+        layout = self.layouts.layout(name, variant)
+        key = (name, id(layout))  # layouts are kept
+        if key not in self._of:
+            self._of[key] = _cost(layout, self.layouts, variant)
+        return self._of[key]
+
+    def distinct(self, name: str) -> list[_Cost]:
+        """The costs of a component in all variants, each once."""
+        found = [self.of(name, v) for v in variants(self.layouts)]
+        return list({id(c): c for c in found}.values())
+
+    def beside(self, source: int, sample: int) -> _Cost:
+        """Both runs of every pair, and a null patch per direction."""
+        if (source, sample) not in self._beside:
+            self._beside[source, sample] = _beside(self.layouts, source, sample)
+        return self._beside[source, sample]
 
 
-def _cost(c: Cells, pairs: Sequence[Pair], d: Dimensions) -> _Cost:
+def _cost(layout: Layout, layouts: Layouts, variant: Variant) -> _Cost:
     """Cost of one unit's runs."""
-    lengths = np.array([len(p) for p in pairs])
-    carried = np.cumsum(c.exists * (lengths[:, None, None] - c.start), 1)
-    tokens = _later(carried, c.joins) + (c.exists * c.patched if c.injected else 0)
-    reads = np.zeros((len(pairs), c.exists.shape[2]), int)
-    for window in set(d.windows):
-        total = _total_context(lengths.max(), window)
-        row = total[lengths][:, None, None] - total[np.maximum(c.start, 0)]
-        by_layer = _later(np.cumsum(c.exists * row, 1), c.joins)
-        reads += by_layer[:, [w == window for w in d.windows]].sum(1)
-    return _Cost(tokens, reads, c.exists.sum(1))
-
-
-def _later(by_layer: Ints, layers: int) -> Ints:
-    """[pair, layer, entry] moved up by 0 or 1 layers."""
-    if not layers:
-        return by_layer
-    return np.concatenate([np.zeros_like(by_layer[:, :1]), by_layer[:, :-1]], 1)
+    d = layouts.dimensions
+    there = layouts.exists_at_all(variant)
+    lengths = np.array(
+        [f.length for f in layouts.frames(variant)] if there else [0] * len(layouts.pairs)
+    )
+    pair, entry = np.indices((len(lengths), layout.exists.shape[2]), sparse=True)
+    shape = (len(lengths), d.layers + 1, layout.exists.shape[2])
+    kinds = list(dict.fromkeys(d.windows))
+    totals = [_total_context(max(1, lengths.max()), window) for window in kinds]
+    # What rows that are first carried into a layer call add to it and to all calls after.
+    tokens, reads = np.zeros(shape, np.int64), np.zeros((len(kinds), *shape), np.int64)
+    for i in range(layout.exists.shape[1]):
+        start, joins, exists = layout.start[:, i], layout.joins[:, i], layout.exists[:, i]
+        tokens[pair, joins, entry] += exists * (lengths[:, None] - start)
+        for k, total in enumerate(totals):
+            reads[k][pair, joins, entry] += exists * (total[lengths][:, None] - total[start])
+    tokens = tokens.cumsum(1)[:, :-1] + layout.extra
+    by_layer = reads.cumsum(2)[:, :, :-1]
+    read = sum(by_layer[kinds.index(w), :, i] for i, w in enumerate(d.windows))
+    every = d.heads * (read + layout.extra_reads) + layout.head_reads
+    return _Cost(tokens, every, layout.exists.sum(1) * layouts.reads.positions.shape[1])
 
 
 def _total_context(length: int, window: int | None) -> Ints:
@@ -271,35 +321,67 @@ def _total_context(length: int, window: int | None) -> Ints:
     return np.concatenate([[0], np.cumsum(context)])
 
 
-def _beside(pairs: Sequence[Pair], directions: int, d: Dimensions) -> _Cost:
-    """Cost of what every wave carries for its pairs: both runs, and a null patch per direction."""
-    lengths = np.array([len(p) for p in pairs])
-    first = np.array([differs(p).argmax() for p in pairs])
-    tokens = 2 * lengths + directions * (lengths - first)
-    reads = np.zeros(len(pairs), int)
+def carried_runs(layouts: Layouts, source: int) -> tuple[int, ...]:
+    """The sources whose runs a wave carries: its own, and those that sites name."""
+    used = {source}
+    if layouts.table is not None:
+        used |= set(layouts.table.source[layouts.table.source != OWN].tolist())
+    return tuple(sorted(s for s in used if layouts.sources[s].kind == "run"))
+
+
+def null_start(layouts: Layouts, variant: Variant, pair: int) -> int:
+    """The first position of a null patch's row: the first that differs from the source."""
+    return int(layouts.frames(variant)[pair].differs.argmax())
+
+
+def _beside(layouts: Layouts, source: int, sample: int) -> _Cost:
+    """Cost of what every wave carries for its pairs: the runs, and a null patch per direction."""
+    d, runs = layouts.dimensions, carried_runs(layouts, source)
+    rows = []  # (pair, first position, length)
+    for i, pair in enumerate(layouts.pairs):
+        others = [layouts.other(s, sample, i) for s in runs]
+        rows += [(i, 0, len(pair)), *((i, 0, len(o.tokens)) for o in others if o)]
+        if sample < layouts.sources[source].samples:
+            for direction in range(len(layouts.directions)):
+                variant = Variant(direction, source, sample)
+                frame = layouts.frames(variant)[i]
+                rows.append((i, null_start(layouts, variant, i), frame.length))
+    pair, first, length = np.array(rows).T
+    count = len(layouts.pairs)
+    tokens = np.bincount(pair, length - first, count).astype(np.int64)
+    reads = np.zeros(count, np.int64)
     for window in d.windows:
-        total = _total_context(lengths.max(), window)
-        reads += 2 * total[lengths] + directions * (total[lengths] - total[first])
-    rows = np.full((len(pairs), 1), 2 + directions)
-    return _Cost(np.repeat(tokens[:, None, None], d.layers, 1), reads[:, None], rows)
+        total = _total_context(length.max(), window)
+        reads += np.bincount(pair, total[length] - total[first], count).astype(np.int64)
+    read = np.bincount(pair, minlength=count) * layouts.reads.positions.shape[1]
+    every = np.repeat(tokens[:, None, None], d.layers, 1)
+    return _Cost(every, d.heads * reads[:, None], read[:, None])
 
 
-def _tiled(
-    cells: dict[str, Cells], costs: dict[str, _Cost], beside: _Cost, budget: int
-) -> dict[str, Cells]:
+def _tiled(whole: dict[str, Grid], costs: _Costs, budget: int) -> dict[str, Grid]:
     """Blocks as large as the budget allows: fewer pairs first, then positions, then units."""
-    pairs = len(beside.tokens)
+    layouts = costs.layouts
+    pairs = len(layouts.pairs)
+    always = [
+        costs.beside(s, n).tokens
+        for s in range(len(layouts.sources))
+        for n in range(layouts.samples)
+    ]
+    beside = np.maximum.reduce(always)
 
     def peak(grid: Grid) -> int:
-        tokens = np.add.reduceat(
-            costs[grid.component].tokens, np.arange(0, pairs, grid.pair_tile), 0
+        firsts, entries = (
+            np.arange(0, pairs, grid.pair_tile),
+            np.arange(0, len(grid.positions), grid.position_tile),
         )
-        entries = np.arange(0, len(grid.positions), grid.position_tile)
-        always = np.add.reduceat(beside.tokens, np.arange(0, pairs, grid.pair_tile), 0)
-        together = np.add.reduceat(tokens, entries, 2) * grid.unit_tile + always
-        return int(together.max())
+        least = np.add.reduceat(beside, firsts, 0)
+        most = 0
+        for cost in costs.distinct(grid.component):
+            together = np.add.reduceat(np.add.reduceat(cost.tokens, firsts, 0), entries, 2)
+            most = max(most, int((together * grid.unit_tile + least).max()))
+        return most
 
-    grids = {name: c.grid for name, c in cells.items()}
+    grids = dict(whole)
     for tile in ("pair_tile", "position_tile", "unit_tile"):
         for name in grids:
             while peak(grids[name]) > budget and getattr(grids[name], tile) > 1:
@@ -310,56 +392,74 @@ def _tiled(
     least = max(map(peak, grids.values()))
     if least > budget:
         raise BudgetTooSmall(budget, least)
-    return {name: replace(c, grid=grids[name]) for name, c in cells.items()}
+    return grids
 
 
 def _waves(
-    cells: dict[str, Cells],
-    costs: dict[str, _Cost],
-    beside: _Cost,
-    d: Dimensions,
-    budget: int,
-    tail_weights: int,
+    grids: dict[str, Grid], costs: _Costs, budget: int, tail_weights: int
 ) -> tuple[Wave, ...]:
-    """Blocks of the same pairs packed into waves, costliest first; waves in order of their cost."""
-    by_pairs: dict[range, list[Block]] = {}
-    for c in cells.values():
-        for block in blocks(c.grid):
-            by_pairs.setdefault(block.pairs, []).append(block)
-
-    def total(members: Sequence[Block], pairs: range) -> tuple[Ints, int, int]:
-        tokens, reads, rows = beside.part(pairs, range(1))
-        for b in members:
-            more = costs[b.component].part(b.pairs, b.positions)
-            tokens = tokens + more[0] * len(b.units)
-            reads += more[1] * len(b.units)
-            rows += more[2] * len(b.units)
-        return tokens, reads, rows
+    """Blocks of the same pairs and source packed into waves, costliest first; waves in order of
+    their cost."""
+    layouts = costs.layouts
+    d = layouts.dimensions
+    together: dict[tuple[range, int, int], list[Block]] = {}
+    for grid in grids.values():
+        for block in blocks(grid):
+            together.setdefault((block.pairs, block.source, block.sample), []).append(block)
 
     waves = []
-    for pairs, members in by_pairs.items():
-        alone = [(b, total([b], pairs)[0] - total([], pairs)[0]) for b in members]
-        alone.sort(key=lambda item: -int(item[1].sum()))
-        bins: list[tuple[list[Block], Ints]] = []
-        for block, tokens in alone:
+    for (pairs, source, sample), members in together.items():
+        always = costs.beside(source, sample).part(pairs, range(1), 1)
+        parts = [
+            (b, costs.of(b.component, Variant(b.direction, source, sample)).of_block(b))
+            for b in members
+        ]
+        parts.sort(key=lambda part: -int(part[1].tokens.sum()))
+        bins: list[tuple[list[Block], _Part]] = []
+        for block, part in parts:
             for i, (inside, held) in enumerate(bins):
-                if (held + tokens).max() <= budget:
-                    inside.append(block)
-                    bins[i] = (inside, held + tokens)
+                if (held.tokens + part.tokens).max() <= budget:
+                    bins[i] = ([*inside, block], held + part)
                     break
             else:
-                bins.append(([block], total([], pairs)[0] + tokens))
-        for inside, _ in bins:
-            tokens, reads, rows = total(inside, pairs)
+                bins.append(([block], always + part))
+        for inside, held in bins:
             flops = (
-                2 * d.layer_weights * int(tokens.sum())
-                + 4 * d.heads * d.d_head * reads
-                + 2 * d.d_model * tail_weights * rows
+                2 * d.layer_weights * int(held.tokens.sum())
+                + 4 * d.d_head * held.reads
+                + 2 * d.d_model * tail_weights * held.rows
+                + _encoding(layouts, inside, source, sample)
             )
-            waves.append(Wave(0, pairs, tuple(inside), False, int(tokens.max()), rows, flops))
+            waves.append(
+                Wave(
+                    index=0,
+                    pairs=pairs,
+                    source=source,
+                    sample=sample,
+                    runs=carried_runs(layouts, source),
+                    blocks=tuple(inside),
+                    owner=False,
+                    tokens=int(held.tokens.max()),
+                    rows=held.rows,
+                    flops=flops,
+                )
+            )
     waves.sort(key=lambda w: -w.flops)
-    owned: set[range] = set()
+    owned: set[tuple[range, int, int]] = set()
     for i, wave in enumerate(waves):
-        waves[i] = replace(wave, index=i, owner=wave.pairs not in owned)
-        owned.add(wave.pairs)
+        key = (wave.pairs, wave.source, wave.sample)
+        waves[i] = replace(wave, index=i, owner=key not in owned)
+        owned.add(key)
     return tuple(waves)
+
+
+def _encoding(layouts: Layouts, inside: Sequence[Block], source: int, sample: int) -> int:
+    """FLOPs of an autoencoder, which encodes the unpatched runs once per wave."""
+    f = layouts.features
+    if f is None or not any(b.component == "sae_feature" for b in inside):
+        return 0
+    others = [
+        layouts.other(s, sample, i) for s in carried_runs(layouts, source) for i in inside[0].pairs
+    ]
+    tokens = sum(len(layouts.pairs[i]) for i in inside[0].pairs)
+    return 2 * f.width * f.features * (tokens + sum(len(o.tokens) for o in others if o))

@@ -52,12 +52,12 @@ class Reader:
         return self.store.grids[one_of("component", component, self.components)]
 
     def baseline(self, metric: str) -> Array:
-        """The metric of the unpatched runs, [run = clean, corrupt; sample; pair]."""
+        """The metric of the unpatched runs, [run = clean, corrupt; source; sample; pair]."""
         name = one_of("metric", metric, self.metrics)
         return self.store.read(f"baseline/{name}").astype(np.float64)
 
     def noise_floor(self, metric: str) -> Array:
-        """Distance of a null patch from the baseline, [run = clean, corrupt; sample; pair]."""
+        """Distance of a null patch from the baseline, [run, source, sample, pair]."""
         name = one_of("metric", metric, self.metrics)
         return self.store.read(f"baseline/{name}_noise_floor").astype(np.float64)
 
@@ -90,29 +90,55 @@ class Reader:
         labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
         return labels
 
+    @cached_property
+    def _known_labels(self) -> set[str]:
+        return {name for labels in self._labels for name in labels}
+
+    @cached_property
+    def _align(self) -> NDArray[Any]:
+        return self.store.read("prompts/align")
+
     def _token_column(self, run: str, grid: Grid) -> list[list[str | None]]:
         """Token texts [position of the grid, pair]; None where the pair has no such position."""
         rows = [self.tokens(run, grid, pair) for pair in range(grid.pairs)]
         return [list(column) for column in zip(*rows, strict=True)]
 
     def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
-        """Token texts of one prompt at the positions of the grid; None outside, "" for `all`."""
-        out: list[str | None] = []
-        for position in grid.positions:
-            labelled = self._labels[pair].get(position) if isinstance(position, str) else position
-            if labelled is None:
-                out.append("" if position == "all" else None)
-            else:
-                inside = labelled < self._lengths[pair]
-                out.append(str(self._text[run][pair, labelled]) if inside else None)
-        return out
+        """Token texts of one prompt at the positions of the grid; None outside, "" for `all`, for
+        groups of positions and for sets."""
+        return [self._token(run, position, pair) for position in grid.positions]
+
+    def _token(self, run: str, position: int | str, pair: int) -> str | None:
+        if isinstance(position, str) and position not in self._known_labels:
+            return ""
+        at = self._labels[pair].get(position) if isinstance(position, str) else position
+        if at is None:
+            return None
+        at = at + self._lengths[pair] if at < 0 else at
+        if not 0 <= at < self._lengths[pair]:
+            return None
+        if run == "corrupt":
+            at = int(self._align[pair, at])
+        return str(self._text[run][pair, at]) if at >= 0 else ""
+
+    def normalised(self, source: int) -> bool:
+        """Whether effects of a source are shares of the way to a source run: it has one."""
+        said: list[dict[str, Any]] = self.attrs["sources"]
+        return bool(said[source]["normalised"])
 
     def ends(self, metric: str, grid: Grid) -> tuple[Array, Array]:
-        """The metric of the destination and of the source run, [direction, sample, pair] each."""
+        """The metric of the destination and of the source run, [direction, source, sample, pair].
+
+        Where a source has no run of its own the second is the destination plus 1: effects are then
+        differences, in the metric's unit.
+        """
         clean, corrupt = self.baseline(metric)
         denoise = [direction == "denoise" for direction in grid.directions]
         destination = np.stack([corrupt if d else clean for d in denoise])
         source = np.stack([clean if d else corrupt for d in denoise])
+        for number in range(len(grid.sources)):
+            if not self.normalised(number):
+                source[:, number] = destination[:, number] + 1
         return destination, source
 
 

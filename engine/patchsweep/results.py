@@ -8,7 +8,9 @@ of ratios. Raw metrics stay raw.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +21,19 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from patchsweep import table
+from patchsweep import diagnostics, table
+from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import change, ratio
+from patchsweep.errors import BadInput
 from patchsweep.reader import Reader, one_of
-from patchsweep.sites import DIMENSIONS, Grid, Status
+from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
+from patchsweep.statistics import adjusted, beyond_sd, bootstrap, p_values, standard_error
 from patchsweep.store import Store
 
 Array = NDArray[np.float64]
 
 # The statuses whose values are those of a patched run.
 MEASURED = (Status.EXACT, Status.STRUCTURAL, Status.AUDITED)
-SMALL_DENOMINATOR = 0.05  # of the largest
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Results(Reader):
         Per metric: `<metric>` (raw, of the patched run), `<metric>_status` and `<metric>_effect`
         (float64), over [direction, source, sample, pair, layer, unit, position]; of the first four
         and `unit` those of size 1 are squeezed, and `unit` is renamed to what it counts (`head`).
+        "sets" has the dimension `set`, with the sets' names, in place of the last three.
         """
         grid = self.grid(component)
         ds = xr.open_zarr(self.path, group=component, consolidated=False, chunks=None)
@@ -70,16 +75,21 @@ class Results(Reader):
             )
         order = [name for m in self.metrics for name in (m, f"{m}_effect", f"{m}_status")]
         ds = ds[order]
-        optional = ("direction", "source", "sample", "pair", "unit")
+        optional = ["direction", "source", "sample", "pair", "unit"]
+        if component == SETS:
+            ds, optional = ds.rename(position="set"), [*optional, "layer"]
         squeezed: xr.Dataset = ds.squeeze([dim for dim in optional if ds.sizes[dim] == 1])
+        if component == SETS:
+            return squeezed.drop_vars(["layer", "unit"])
         unit_name = ds.attrs["unit_name"]
         return squeezed.rename(unit=unit_name) if unit_name else squeezed.drop_vars("unit")
 
     def to_frame(self) -> pd.DataFrame:
         """A row per patching experiment; cells not done or outside their prompt are left out.
 
-        Columns: component, direction, pair, layer, head (missing where there is none), position,
-        token (of the destination run), and per metric its raw value, `_effect` and `_status`.
+        Columns: component, direction, source, sample, pair, layer, unit (missing where there is
+        none), position (of "sets": the set), token (of the destination run), and per metric its raw
+        value, `_effect` and `_status`.
         """
         return pd.concat(list(table.frames(self)), ignore_index=True)
 
@@ -87,34 +97,190 @@ class Results(Reader):
         """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results."""
         table.write_parquet(self, path)
 
-    def effect(self, component: str, metric: str, direction: str) -> Array:
-        """The effect over all pairs, [layer, unit, position], as a ratio of means.
+    def effect(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """The effect over all pairs and samples, [layer, unit, position], as a ratio of means.
 
-        Sum over pairs of (patched − destination) / sum over pairs of (source − destination).
-        Exact and structural cells count; a pair where the cell is outside the prompt, not done,
-        only estimated or not finite is left out of both sums. NaN where no pair is left.
+        Sum over pairs of (patched − destination) / sum over pairs of (source − destination); of a
+        source without a run (zero, mean, vector) the mean of patched − destination. `source`: the
+        first if left out. Exact and structural cells count; a pair where the cell is outside the
+        prompt, not done, only estimated or not finite is left out of both sums. NaN where no pair
+        is left.
         """
-        return self._over_pairs(component, metric, direction)[1]
+        return self._over_pairs(component, metric, direction, source)[1]
 
-    def top(self, component: str, metric: str, direction: str, n: int = 10) -> list[CellEffect]:
+    def top(
+        self,
+        component: str,
+        metric: str,
+        direction: str,
+        n: int = 10,
+        source: str | None = None,
+    ) -> list[CellEffect]:
         """The `n` cells of largest absolute effect, largest first."""
-        patched, effect = self._over_pairs(component, metric, direction)
+        patched, effect = self._over_pairs(component, metric, direction, source)
         return self._ranked(component, patched, effect, np.isfinite(effect))[:n]
 
     def detections(
-        self, component: str, metric: str, direction: str, sd: float = 2.0
+        self,
+        component: str,
+        metric: str,
+        direction: str,
+        sd: float = 2.0,
+        source: str | None = None,
     ) -> list[CellEffect]:
         """The cells whose effect lies more than `sd` standard deviations from the mean effect.
 
         Mean and (population) standard deviation are over all finite cells, layer × unit × position.
         The rule is that of Zhang & Nanda, arXiv 2309.16042. Largest absolute effect first.
         """
-        patched, effect = self._over_pairs(component, metric, direction)
-        finite = effect[np.isfinite(effect)]
-        if not finite.size:
-            return []
-        far = np.abs(effect - finite.mean()) > sd * finite.std()
+        patched, effect = self._over_pairs(component, metric, direction, source)
+        far = beyond_sd(effect, sd)
         return self._ranked(component, patched, effect, far)
+
+    def changes(
+        self,
+        component: str,
+        metric: str,
+        direction: str,
+        source: str | None = None,
+        layers: slice = slice(None),
+    ) -> tuple[Array, Array | None]:
+        """patched − destination of every pair, mean over samples, [pair, layer, unit, position],
+        NaN where there is no measured value; and source − destination [pair], None where effects
+        are differences."""
+        grid, d, s = self._at(component, metric, direction, source)
+        destination, donor = (end[d, s] for end in self.ends(metric, grid))  # [sample, pair]
+        region = (d, s, slice(None), slice(None), layers)
+        patched = self.store.read(f"{component}/{metric}", region).astype(np.float64)
+        status = self.store.read(f"{component}/{metric}_status", region)
+        moved = change(patched, status, destination[..., None, None, None])
+        moved = np.where(np.isin(status, MEASURED), moved, np.nan)
+        # A source may have fewer samples than others.
+        known = [n for n, x in enumerate(moved) if np.isfinite(x).any()] or [0]
+        span = (donor - destination)[known].mean(0) if self.normalised(s) else None
+        return moved[known].mean(0), span
+
+    def interval(
+        self,
+        component: str,
+        metric: str,
+        direction: str,
+        source: str | None = None,
+        *,
+        samples: int = 1000,
+        level: float = 0.95,
+        seed: int = 0,
+    ) -> tuple[Array, Array]:
+        """Bootstrap interval of the effect over pairs, [layer, unit, position]: lower, upper end.
+
+        Pairs of one template (`group`) are drawn together; NaN with fewer than two templates.
+        """
+        ends = []
+        for layer in range(self.grid(component).layers):  # so that memory stays small
+            part = slice(layer, layer + 1)
+            moved, span = self.changes(component, metric, direction, source, part)
+            ends.append(
+                bootstrap(moved, span, self.groups, samples=samples, level=level, seed=seed)
+            )
+        low, high = (np.concatenate(side) for side in zip(*ends, strict=True))
+        return low, high
+
+    def p_values(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """P-values of the changes over templates, adjusted for the false discovery rate over all
+        cells, [layer, unit, position]; NaN with fewer than two templates."""
+        layers = range(self.grid(component).layers)
+        found = [
+            p_values(
+                self.changes(component, metric, direction, source, slice(layer, layer + 1))[0],
+                self.groups,
+            )
+            for layer in layers
+        ]
+        return adjusted(np.concatenate(found))
+
+    def standard_error(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """Standard error over noise samples of the effect over pairs, [layer, unit, position]; NaN
+        for one sample."""
+        grid, d, s = self._at(component, metric, direction, source)
+        ends = [end[d, s] for end in self.ends(metric, grid)]
+        per_sample = []
+        for n in range(grid.samples):
+            values = self.store.read(f"{component}/{metric}", (d, s, n)).astype(np.float64)
+            status = self.store.read(f"{component}/{metric}_status", (d, s, n))
+            destination, donor = (end[n][:, None, None, None] for end in ends)
+            use = np.isin(status, MEASURED) & np.isfinite(values)
+            if not use.any():
+                continue
+            moved = np.where(use, change(values, status, destination), 0.0).sum(0)
+            per_sample.append(ratio(moved, np.where(use, donor - destination, 0.0).sum(0)))
+        return standard_error(np.stack(per_sample), 0)
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """The template of every pair, empty where it has none."""
+        names: list[str] = self.store.read("prompts/group").tolist()
+        return names
+
+    def windows(
+        self, component: str, size: int, metric: str, direction: str
+    ) -> tuple[Array, Array]:
+        """Sliding windows of `size` adjacent layers: their joint effect, and the sum of the effects
+        of their single layers, [first layer, position] each.
+
+        BadInput if the sweep had no such windows, or not the component on its own.
+        """
+        grid, sets = self.grid(component), self.grid(SETS)
+        joint = self.effect(SETS, metric, direction)[0, 0]
+        single = self.effect(component, metric, direction)[:, 0]
+        where = {name: i for i, name in enumerate(sets.positions)}
+        firsts = range(grid.layers - size + 1)
+        try:
+            found = [
+                [where[window_name(component, range(i, i + size), p)] for p in grid.positions]
+                for i in firsts
+            ]
+        except KeyError as error:
+            raise BadInput(
+                f"no windows of {size} layers of {component} in these results"
+            ) from error
+        total = np.stack([single[i : i + size].sum(0) for i in firsts])
+        return joint[np.array(found)], total
+
+    def window_sizes(self, component: str) -> tuple[int, ...]:
+        """The sizes of the sliding windows of a component, in layers."""
+        sizes: list[int] = self.attrs["spec"].get("windows", [])
+        return tuple(sizes) if component in WINDOWED and SETS in self.store.grids else ()
+
+    @property
+    def has_circuit(self) -> bool:
+        """Whether the sweep measured a circuit's curve."""
+        sets = self.store.grids.get(SETS)
+        return sets is not None and any(str(name).startswith(OUTSIDE) for name in sets.positions)
+
+    def circuit(self, metric: str, source: str | None = None) -> Curve:
+        """Performance against circuit size; BadInput if the sweep had no circuit."""
+        grid = self.grid(SETS)
+        effects = {d: self.effect(SETS, metric, d, source)[0, 0] for d in grid.directions}
+        names = [str(name) for name in grid.positions]
+        return curve(names, effects.get("noise"), effects.get("denoise"), self._circuit_sites())
+
+    def _circuit_sites(self) -> int:
+        """How many sites a circuit's ranking and all others are together."""
+        names = [str(name) for name in self.grid(SETS).positions]
+        owner = self.store.read(f"{SETS}/site_set")
+        outside = [i for i, name in enumerate(names) if name.startswith(OUTSIDE)]
+        if not outside:
+            raise BadInput(
+                "these results have no circuit: add circuit: {ranking: [...]} to the spec"
+            )
+        size = int(names[outside[0]].removeprefix(OUTSIDE))
+        return int((owner == outside[0]).sum()) + size
 
     def counts(self, component: str, metric: str) -> dict[Status, int]:
         """How many cells of a component have which status."""
@@ -141,40 +307,53 @@ class Results(Reader):
                 bad = self.counts(name, metric)[Status.NOT_FINITE]
                 if bad:
                     out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
-        for metric in self.metrics:
-            clean, corrupt = self.baseline(metric).mean(axis=1)
-            size = np.abs(clean - corrupt)
-            known = np.isfinite(size)
-            largest = size[known].max(initial=0.0)
-            small = np.flatnonzero(known & ((size < SMALL_DENOMINATOR * largest) | (size == 0)))
-            if small.size:
-                out.append(
-                    f"{metric}: |clean − corrupt| is below {SMALL_DENOMINATOR:.0%} of the largest "
-                    f"in pair {_listed(small.tolist())}: their own effects are unreliable"
-                )
-        return out
+        return [*out, *diagnose(self)]
 
-    def _over_pairs(self, component: str, metric: str, direction: str) -> tuple[Array, Array]:
-        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each."""
+    def _at(
+        self, component: str, metric: str, direction: str, source: str | None
+    ) -> tuple[Grid, int, int]:
+        """The grid, and the numbers of a direction and a source; BadInput for unknown names."""
         grid = self.grid(component)
         one_of("metric", metric, self.metrics)
         d = grid.directions.index(one_of("direction", direction, grid.directions))
-        ends = [end[d][..., None, None, None] for end in self.ends(metric, grid)]
+        s = grid.sources.index(one_of("source", source or grid.sources[0], grid.sources))
+        return grid, d, s
+
+    def _over_pairs(
+        self, component: str, metric: str, direction: str, source: str | None
+    ) -> tuple[Array, Array]:
+        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each."""
+        grid, d, s = self._at(component, metric, direction, source)
+        ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
         # changed, span, patched, number of runs
         sums = np.zeros((4, grid.layers, grid.units, len(grid.positions)))
         for pairs in grid.pair_tiles():
             tile = slice(pairs.start, pairs.stop)
-            values = self.store.read(f"{component}/{metric}", (d, 0, slice(None), tile))
-            status = self.store.read(f"{component}/{metric}_status", (d, 0, slice(None), tile))
+            values = self.store.read(f"{component}/{metric}", (d, s, slice(None), tile))
+            status = self.store.read(f"{component}/{metric}_status", (d, s, slice(None), tile))
             patched = values.astype(np.float64)
-            destination, source = (end[:, tile] for end in ends)
-            span = source - destination
+            destination, donor = (end[:, tile] for end in ends)
+            span = donor - destination
             use = np.isin(status, MEASURED) & np.isfinite(patched) & np.isfinite(span)
             moved = change(patched, status, destination)
             for i, term in enumerate((moved, span, patched, 1.0)):
                 sums[i] += np.where(use, term, 0.0).sum(axis=(0, 1))
         changed, span, patched, runs = sums
         return ratio(patched, runs), ratio(changed, span)
+
+    def cell_namer(self, component: str) -> Callable[[Sequence[int]], str]:
+        """How a cell [layer, unit, position] is called: layer.unit@position, or the set's name."""
+        grid = self.grid(component)
+
+        def name(cell: Sequence[int]) -> str:
+            layer, unit, position = cell
+            place = str(grid.positions[position])
+            if component == SETS:
+                return place
+            where = str(layer + grid.first_layer)
+            return f"{where}.{unit}@{place}" if unit_name(component) else f"{where}@{place}"
+
+        return name
 
     def _ranked(
         self, component: str, patched: Array, effect: Array, keep: NDArray[np.bool_]
@@ -184,7 +363,7 @@ class Results(Reader):
         order = np.argsort(-np.abs(effect[keep]), kind="stable")
         return [
             CellEffect(
-                layer=int(layer),
+                layer=int(layer) + self.grid(component).first_layer,
                 unit=int(unit),
                 position=positions[position],
                 token=tokens[position],
@@ -211,8 +390,7 @@ class _LazyEffect(BackendArray):
         self._store, self._name = store, name
         # Views without a copy: baselines seen at every cell.
         self._destination, self._source = (
-            np.broadcast_to(end[:, None, :, :, None, None, None], grid.shape)
-            for end in (destination, source)
+            np.broadcast_to(end[..., None, None, None], grid.shape) for end in (destination, source)
         )
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -231,6 +409,53 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _listed(items: list[int], most: int = 10) -> str:
-    text = ", ".join(str(item) for item in items[:most])
-    return text if len(items) <= most else f"{text} and {len(items) - most} more"
+def diagnose(results: Results) -> list[str]:
+    """What the diagnostics say of every component and direction, by the first source."""
+    lines: list[str] = []
+    ends = {m: results.baseline(m)[:, 0].mean(1) for m in results.metrics}
+    for metric, (clean, corrupt) in ends.items():
+        if results.normalised(0):
+            lines += diagnostics.small_denominators(clean - corrupt, metric)
+        for direction in results.grid(results.components[0]).directions:
+            if metric.startswith(("prob", "logprob")) and not metric.startswith("prob_diff"):
+                destination = corrupt if direction == "denoise" else clean
+                lines += diagnostics.saturated(metric, destination, direction)
+    for component in results.components:
+        for direction in results.grid(component).directions:
+            said = _diagnose_cells(results, component, direction)
+            lines += [f"{component}, {direction}: {line}" for line in said]
+        if results.grid(component).directions == ("denoise", "noise"):
+            metric = results.metrics[0]
+            denoise, noise = (results.effect(component, metric, d) for d in ("denoise", "noise"))
+            if component != SETS:
+                said = diagnostics.and_or(denoise, noise, results.cell_namer(component))
+                lines += [f"{component}: {line}" for line in said]
+    return lines
+
+
+def _diagnose_cells(results: Results, component: str, direction: str) -> list[str]:
+    """The diagnoses of one component in one direction."""
+    lines: list[str] = []
+    name, grid = results.cell_namer(component), results.grid(component)
+    effects = {}
+    run = np.zeros((grid.layers, grid.units, len(grid.positions)), np.bool_)
+    for metric in results.metrics:
+        status = results.store.read(f"{component}/{metric}_status")
+        d = grid.directions.index(direction)
+        ran = np.isin(status[d, 0, 0], (Status.EXACT, Status.AUDITED))
+        moved, _ = results.changes(component, metric, direction)
+        effects[metric] = results.effect(component, metric, direction)
+        run |= ran.any(0)
+        if metric.startswith(("rank", "accuracy")):
+            lines += diagnostics.never_changed(metric, moved, ran)
+            continue
+        floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
+        lines += diagnostics.below_noise(metric, moved, ran, floor)
+    first = results.metrics[0]
+    if component != SETS:
+        lines += diagnostics.disagreement(effects, run, name)
+        lines += diagnostics.negative(effects[first], name)
+        joint = results.attrs.get("joint", {}).get(component, {}).get(direction)
+        if joint:
+            lines += diagnostics.backup(joint["joint"], joint["singles"], direction)
+    return lines

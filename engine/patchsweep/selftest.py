@@ -1,31 +1,37 @@
-"""Trust, but check: a few cells of the sweep at hand, once on the wave and once as full forwards.
+"""Trust, but check: a few cells of every component, once on the wave and once as full forwards.
 
-Before a sweep starts, its longest pair is run three ways on the loaded model: as plain forwards
+Before a sweep starts, its longest prompt is run three ways on the loaded model: as plain forwards
 with transformers' own attention, as one stacked batch of full forwards with a few cells patched
 under the masks that the model makes, and as a wave. All must agree.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patchsweep.attention import Stacked, attention_call, attention_is
+from patchsweep.attention import PatternEdit, Stacked, attention_call, attention_is
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward, replaced
-from patchsweep.plan import Ints, Plan, arranged
-from patchsweep.schedule import NULL, Edit, Schedule, make_schedule
-from patchsweep.wave import carry, overwrites
+from patchsweep.forward import Forward, neurons_seen, replaced
+from patchsweep.layout import NAMES, OWN
+from patchsweep.pairs import Pair
+from patchsweep.plan import Plan, make_plan
+from patchsweep.schedule import Edit, Schedule, make_schedule
+from patchsweep.sites import SETS, Site
+from patchsweep.spec import Sweep
+from patchsweep.stream import ResidualStream, Tap
+from patchsweep.taps import Editor
+from patchsweep.values import Values
+from patchsweep.wave import carry
 
-CELLS, UNITS = 4, 4  # per component: cells, each for the first units
+CELLS = 16  # per component
 
 # Largest difference allowed, as a share of the largest logit. float64: the families' own eager
 # attention computes its softmax in float32.
@@ -35,6 +41,7 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 6e-2,
 }
+Seen = list[tuple[int, int, int | None, int]]
 
 
 @dataclass(frozen=True)
@@ -48,20 +55,30 @@ class SelfTest:
 
 
 @torch.no_grad()
-def check(forward: Forward, plan: Plan) -> SelfTest:
+def check(forward: Forward, plan: Plan, values: Values) -> SelfTest:
     """Compare the three ways; BadInput if they differ by more than the dtype's tolerance.
 
     The model must be using patchsweep's attention.
     """
-    schedule = _few_cells(plan)
-    chosen = np.flatnonzero(schedule.runs.block != NULL)
-    device = forward.unembedding()[0].device
-    prompts = torch.from_numpy(schedule.tokens).view(2, -1).to(device)
+    small = _few_cells(plan)
+    schedule = make_schedule(small, small.waves[0])
+    chosen = np.flatnonzero(schedule.runs.set)
+    prompts = torch.from_numpy(schedule.embedding.tokens[: schedule.base]).view(2, -1)
+    prompts = prompts.to(forward.device)
     with attention_is(forward.hf_model, "eager"):
         own = _last_logits(forward, prompts)
-    hidden = carry(forward, schedule)
-    patched = _stacked(forward, plan.dimensions, schedule, chosen, prompts)
-    wave = forward.logits(hidden)
+    editor = Editor(
+        layouts=small.layouts,
+        values=Values(small.sources, sae=values.sae),
+        source=0,
+        base=schedule.base,
+        positions=schedule.inner,
+        keys=schedule.keys,
+        inner={},
+        device=forward.device,
+    )
+    wave = forward.logits(carry(forward, schedule, editor.seen)[:, 0])
+    patched = _stacked(forward, small, schedule, chosen, prompts, editor)
 
     tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
     found = SelfTest(
@@ -94,39 +111,41 @@ def _largest(x: Tensor) -> float:
     return float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
 
 
-def _few_cells(plan: Plan) -> Schedule:
-    """A wave of a few cells per component, on the longest pair, in the first direction."""
-    longest = max(range(len(plan.pairs)), key=lambda i: len(plan.pairs[i]))
-    one = slice(longest, longest + 1)
+def _few_cells(plan: Plan) -> Plan:
+    """One cell a run, some of every component, on the longest pair, as sets of one site."""
+    pair = _probe(plan.pairs)
+    layouts = plan.layouts
     rng = np.random.default_rng(0)
     cells = {}
-    for name, c in plan.cells.items():
-        kept = np.zeros_like(c.exists[one])
-        for layer, entry in rng.permutation(np.argwhere(c.exists[longest]))[:CELLS]:
-            kept[0, layer, entry] = True
-        grid = replace(
-            c.grid,
-            directions=plan.directions[:1],
-            pairs=1,
-            units=min(UNITS, c.grid.units),
-            pair_tile=1,
-            unit_tile=min(UNITS, c.grid.units),
-            position_tile=len(c.grid.positions),
+    for name in layouts.patched([c for c in plan.grids if c != SETS]):
+        layers, units = layouts.layers(name), layouts.units(name)
+        # The tail reads the last token; cells there reach it from every layer.
+        position = np.where(
+            rng.random(CELLS) < 0.5, len(pair) - 1, rng.integers(len(pair), size=CELLS)
         )
-        cells[name] = replace(
-            c,
-            grid=grid,
-            exists=kept,
-            start=c.start[one],
-            patched=c.patched[one],
-            inside=c.inside[one],
-            places=None if c.places is None else c.places[one],
-        )
-    alone = replace(
-        plan, pairs=[plan.pairs[longest]], directions=plan.directions[:1], token_budget=1 << 62
+        for layer, unit, at in zip(
+            rng.integers(layers.start, layers.stop, CELLS),
+            rng.integers(units, size=CELLS),
+            position,
+            strict=True,
+        ):
+            cells[name, int(layer), int(unit), int(at)] = Site(name, int(layer), int(unit), int(at))
+    settings = Sweep(
+        sets={str(i): (site,) for i, site in enumerate(cells.values())}, direction="noise"
     )
-    small = arranged(alone, cells)
-    return make_schedule(small, small.waves[0])
+    return make_plan([pair], settings, plan.dimensions, 1 << 62, layouts.features)
+
+
+def _probe(pairs: Sequence[Pair]) -> Pair:
+    """The longest clean prompt against another one of its length, differing from the first token
+    on where tokens allow."""
+    longest = max(pairs, key=len)
+    other = tuple(reversed(longest.clean))
+    if other == longest.clean:
+        other = ((longest.clean[0] + 1) % max(2, longest.clean[0] + 1), *longest.clean[1:])
+    if len(longest.corrupt) == len(longest.clean):
+        other = longest.corrupt
+    return Pair(longest.clean, other, longest.answer, longest.wrong or longest.answer)
 
 
 def _last_logits(forward: Forward, tokens: Tensor) -> Tensor:
@@ -142,66 +161,124 @@ def _last_logits(forward: Forward, tokens: Tensor) -> Tensor:
 
 
 def _stacked(
-    forward: Forward, dimensions: Dimensions, schedule: Schedule, chosen: Ints, prompts: Tensor
+    forward: Forward,
+    plan: Plan,
+    schedule: Schedule,
+    chosen: np.ndarray[Any, np.dtype[np.int64]],
+    prompts: Tensor,
+    editor: Editor,
 ) -> Tensor:
     """Logits [run, vocab] of the chosen runs as one batch of full forwards: the two prompts, then
     a copy of the destination for every run, patched from the source's row."""
     length = prompts.shape[1]
-    runs = schedule.runs
-    source, destination = (int(x[0]) // length for x in (runs.src, runs.dst))
-    batch = torch.cat([prompts, prompts[destination].expand(len(chosen), -1)])
-    row_of = np.full(len(runs.pair), -1)
+    batch = torch.cat([prompts, prompts[:1].expand(len(chosen), -1)])
+    row_of = np.full(len(schedule.runs.pair), -1)
     row_of[chosen] = 2 + np.arange(len(chosen))
+    p = schedule.patched
+    target = row_of[p.run] * length + p.position
 
-    run, position = schedule.token_run, schedule.token_position
-    target, donor = row_of[run] * length + position, source * length + position
-    edits: list[dict[str, Edit]] = [{} for _ in forward.layers]
-    calls: list[list[tuple[int, int | None, int]]] = [[] for _ in forward.layers]
-    keys = np.stack([runs.component[run], runs.layer[run]], 1)
-    for code, layer in np.unique(keys, axis=0):
-        mine = (keys == (code, layer)).all(1)
-        edit = Edit(target[mine], donor[mine], runs.unit[run][mine])
-        edits[layer][schedule.components[code]] = edit
-
+    edits: dict[tuple[int, str], Edit] = {}  # donors are base tokens: the batch's first two rows
+    for code, layer in np.unique(np.stack([p.component, p.layer], 1), axis=0):
+        mine = (p.component == code) & (p.layer == layer)
+        name = NAMES[code]
+        edits[int(layer), name] = Edit(
+            name,
+            OWN,
+            target[mine],
+            p.donor[mine],
+            target[mine],
+            p.unit[mine],
+            p.position[mine],
+            p.run[mine],
+        )
+    calls: list[Seen] = [[] for _ in forward.layers]
+    embedding = edits.pop((0, "embed"), None)
     with ExitStack() as stack:
         stack.enter_context(attention_call(Stacked()))
-        for module, places, call in zip(forward.layers, edits, calls, strict=True):
-            stack.enter_context(replaced(module, _patched(module, places, call, prompts.device)))
+        if embedding is not None:
+            stack.enter_context(_embedded(forward, editor.write(embedding, 0)))
+        for layer, module in enumerate(forward.layers):
+            mine = [e for (at, _), e in edits.items() if at == layer]
+            patched = _patched(forward, layer, mine, calls[layer], editor)
+            stack.enter_context(replaced(module, patched))
         logits = _last_logits(forward, batch)[2:]
-    for layer, (call, window) in enumerate(zip(calls, dimensions.windows, strict=True)):
-        if call != [(dimensions.heads, window, length)]:
-            raise BadInput(
-                f"layer {layer} of {type(forward.hf_model).__name__} does not attend once with "
-                f"{dimensions.heads} heads and window {window}, as its config says: "
-                "this model cannot run on the wavefront"
-            )
+    _check_calls(forward, plan.dimensions, calls, length)
     return logits
 
 
+def _check_calls(forward: Forward, d: Dimensions, calls: Sequence[Seen], length: int) -> None:
+    """Every layer attends once, as the config says."""
+    for layer, (call, window) in enumerate(zip(calls, d.windows, strict=True)):
+        if call != [(d.heads, d.kv_heads, window, length)]:
+            raise BadInput(
+                f"layer {layer} of {type(forward.hf_model).__name__} does not attend once with "
+                f"{d.heads} heads, {d.kv_heads} key-value heads and window {window}, as its config "
+                "says: this model cannot run on the wavefront"
+            )
+
+
+def _embedded(forward: Forward, tap: Tap) -> Any:
+    embedding = forward.hf_model.get_input_embeddings()
+    own = embedding.forward
+
+    def embed(ids: Tensor) -> Tensor:
+        out: Tensor = own(ids)
+        tap(out.view(-1, 1, out.shape[-1]))
+        return out
+
+    return replaced(embedding, embed)
+
+
 def _patched(
-    module: nn.Module,
-    edits: dict[str, Edit],
-    seen: list[tuple[int, int | None, int]],
-    device: torch.device,
+    forward: Forward, layer: int, edits: Sequence[Edit], seen: Seen, editor: Editor
 ) -> Callable[..., Any]:
     """The layer's forward for whole sequences, with some tokens' activations replaced."""
+    module: nn.Module = forward.layers[layer]
     own = module.forward
-    stream, heads = overwrites(edits, device)
+    taps: dict[str, list[Tap]] = {}
+    pattern = None
+    for edit in edits:
+        if edit.component == "head_pattern":
+            index = (
+                torch.from_numpy(x).to(editor.device) for x in (edit.target, edit.unit, edit.donor)
+            )
+            target, head, donor = index
+            pattern = PatternEdit(target, head, donor, donor, donor, donor)
+        else:
+            place = editor.layouts.place(edit.component)
+            taps.setdefault(place, []).append(editor.write(edit, layer))
+
+    def tap(place: str) -> Tap:
+        def each(x: Tensor) -> None:
+            for one in taps[place]:
+                one(x)
+
+        return each
 
     def at_border(place: str, hidden: Tensor) -> Tensor:
-        if place not in edits:
+        if place not in taps:
             return hidden
         tokens = hidden.flatten(0, 1).clone()
-        tokens[edits[place].target] = tokens[edits[place].source]
+        tap(place)(tokens[:, None])
         return tokens.view_as(hidden)
 
-    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         hidden = at_border("resid_pre", hidden)
-        with attention_call(Stacked(heads, stream, seen)):
-            call = own if stream is None else partial(stream.watch, own)
-            out = call(hidden, *args, **kwargs)
+        inside = {place: tap(place) for place in taps}
+        watched = {k: v for k, v in inside.items() if k in ResidualStream.PLACES}
+        stream = ResidualStream(watched) if watched else None
+        down = forward.down_projections[layer] if "neuron" in taps else None
+        with (
+            attention_call(Stacked(inside, pattern, stream, seen)),
+            neurons_seen(down, inside.get("neuron")),
+        ):
+            out = (own if stream is None else _watched(stream, own))(hidden, *args, **kwargs)
         if isinstance(out, tuple):
             return (at_border("resid_post", out[0]), *out[1:])
         return at_border("resid_post", out)
 
-    return forward
+    return call
+
+
+def _watched(stream: ResidualStream, layer: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: stream.watch(layer, *args, **kwargs)

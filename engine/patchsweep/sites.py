@@ -1,10 +1,13 @@
 """What can be patched and how it is addressed: the one vocabulary of the engine.
 
-A *cell* is one patching experiment of a grid: (component, direction, pair, layer, unit, position).
+A *cell* is one patching experiment of a grid: (component, direction, source, sample, pair, layer,
+unit, position). A *site* is one place that a set patches together with others.
 """
 
 from __future__ import annotations
 
+import itertools
+import re
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -18,25 +21,43 @@ DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 DIMENSIONS = ("direction", "source", "sample", "pair", "layer", "unit", "position")
 
 
+Unit = Literal["", "head", "kv_head", "neuron", "feature"]
+# How a patch enters the forward: it replaces the stream that a layer receives; it is an activation
+# of one token that nothing else in its layer reads; or it is one that later tokens attend to.
+Enters = Literal["stream", "token", "keys"]
+
+
 @dataclass(frozen=True)
 class Component:
     """A kind of activation. `unit` names what a layer holds several of; empty if it holds one."""
 
     name: str
-    unit: Literal["", "head"]
+    unit: Unit
+    enters: Enters
 
 
 COMPONENTS = {
     c.name: c
     for c in (
-        Component("resid_pre", ""),
-        Component("resid_mid", ""),
-        Component("resid_post", ""),
-        Component("attn_out", ""),
-        Component("mlp_out", ""),
-        Component("head_z", "head"),
+        Component("embed", "", "stream"),
+        Component("resid_pre", "", "stream"),
+        Component("resid_mid", "", "token"),
+        Component("resid_post", "", "stream"),
+        Component("attn_out", "", "token"),
+        Component("mlp_out", "", "token"),
+        Component("head_q", "head", "token"),
+        Component("head_k", "kv_head", "keys"),
+        Component("head_v", "kv_head", "keys"),
+        Component("head_pattern", "head", "token"),
+        Component("head_z", "head", "token"),
+        Component("neuron", "neuron", "token"),
+        Component("sae_feature", "feature", "token"),  # enters where its autoencoder reads
     )
 }
+# Runs that patch several sites at once: a grid of their own, whose positions are the sets' names.
+SETS = "sets"
+# What sliding windows of adjacent layers are over.
+WINDOWED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 class Status(IntEnum):
@@ -56,7 +77,8 @@ class Grid:
     """The result arrays of one component: their size and how they are cut into chunks.
 
     A chunk is a block: every layer of a range of pairs, a tile of units and a tile of positions, in
-    one direction. Blocks are numbered in C order over (direction, pair, unit, position) tiles.
+    one direction, from one source, of one sample. Blocks are numbered in C order over (direction,
+    source, sample, pair, unit, position) tiles.
     """
 
     component: str
@@ -68,14 +90,17 @@ class Grid:
     pair_tile: int
     unit_tile: int
     position_tile: int
+    first_layer: int = 0
+    sources: tuple[str, ...] = ("other",)
+    samples: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Sizes along DIMENSIONS."""
         return (
             len(self.directions),
-            1,
-            1,
+            len(self.sources),
+            self.samples,
             self.pairs,
             self.layers,
             self.units,
@@ -88,10 +113,12 @@ class Grid:
         return (1, 1, 1, self.pair_tile, self.layers, self.unit_tile, self.position_tile)
 
     @property
-    def tiles(self) -> tuple[int, int, int, int]:
-        """Number of blocks along (direction, pair, unit, position)."""
+    def tiles(self) -> tuple[int, ...]:
+        """Number of blocks along (direction, source, sample, pair, unit, position)."""
         return (
             len(self.directions),
+            len(self.sources),
+            self.samples,
             -(-self.pairs // self.pair_tile),
             -(-self.units // self.unit_tile),
             -(-len(self.positions) // self.position_tile),
@@ -99,8 +126,7 @@ class Grid:
 
     def pair_tiles(self) -> list[range]:
         """The ranges of pairs that blocks hold."""
-        starts = range(0, self.pairs, self.pair_tile)
-        return [range(p, min(p + self.pair_tile, self.pairs)) for p in starts]
+        return _cut(self.pairs, self.pair_tile)
 
 
 @dataclass(frozen=True)
@@ -110,6 +136,8 @@ class Block:
     component: str
     index: int
     direction: int
+    source: int
+    sample: int
     pairs: range
     units: range
     positions: range
@@ -118,8 +146,8 @@ class Block:
         """Where its values lie in the arrays with DIMENSIONS."""
         return (
             slice(self.direction, self.direction + 1),
-            slice(0, 1),
-            slice(0, 1),
+            slice(self.source, self.source + 1),
+            slice(self.sample, self.sample + 1),
             slice(self.pairs.start, self.pairs.stop),
             slice(0, grid.layers),
             slice(self.units.start, self.units.stop),
@@ -134,21 +162,75 @@ def component(name: str) -> Component:
     return COMPONENTS[name]
 
 
+def unit_name(name: str) -> str:
+    """What a layer of a component holds several of; empty if it holds one. Sets have none."""
+    return "" if name == SETS else component(name).unit
+
+
 def blocks(grid: Grid) -> list[Block]:
     """All blocks of a grid, numbered in C order over its tiles."""
-    out: list[Block] = []
-    for d in range(len(grid.directions)):
-        for pairs in grid.pair_tiles():
-            for u in range(0, grid.units, grid.unit_tile):
-                for s in range(0, len(grid.positions), grid.position_tile):
-                    out.append(
-                        Block(
-                            component=grid.component,
-                            index=len(out),
-                            direction=d,
-                            pairs=pairs,
-                            units=range(u, min(u + grid.unit_tile, grid.units)),
-                            positions=range(s, min(s + grid.position_tile, len(grid.positions))),
-                        )
-                    )
-    return out
+    tiles = itertools.product(
+        range(len(grid.directions)),
+        range(len(grid.sources)),
+        range(grid.samples),
+        grid.pair_tiles(),
+        _cut(grid.units, grid.unit_tile),
+        _cut(len(grid.positions), grid.position_tile),
+    )
+    return [Block(grid.component, index, *tile) for index, tile in enumerate(tiles)]
+
+
+def _cut(length: int, tile: int) -> list[range]:
+    return [range(i, min(i + tile, length)) for i in range(0, length, tile)]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that a set of sites patches.
+
+    `layer` and `unit` are None where the component has none. `position` is an index or a label of
+    the clean prompt, or "all". `source` names where the value comes from; None: the sweep's own.
+    """
+
+    component: str
+    layer: int | None = None
+    unit: int | None = None
+    position: int | str = "all"
+    source: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.component, *(str(n) for n in (self.layer, self.unit) if n is not None)]
+        from_source = f"<{self.source}" if self.source else ""
+        return f"{'.'.join(parts)}@{self.position}{from_source}"
+
+
+_SITE = re.compile(r"([a-z_]+)(?:\.(\d+))?(?:\.(\d+))?(?:@([^<]+))?(?:<(.+))?")
+
+
+def parse_site(text: str) -> Site:
+    """A site as it is written, component.layer.unit@position<source, all but the first optional.
+
+    Examples: `head_z.9.6@END`, `mlp_out.5`, `embed@3`, `resid_pre.2@S2<zero`. BadInput if it is not
+    of that form, or has a layer or a unit too few or too many.
+    """
+    found = _SITE.fullmatch(text.strip())
+    if not found:
+        raise BadInput(f"'{text}' is no site: write component.layer.unit@position")
+    name, layer, unit, position, source = found.groups()
+    kind = component(name)
+    needs = [] if name in ("embed", "sae_feature") else ["layer"]
+    needs += [kind.unit] if kind.unit else []
+    given = [int(n) for n in (layer, unit) if n is not None]
+    if len(given) != len(needs):
+        form = ".".join([name, *needs])
+        raise BadInput(
+            f"site '{text}' does not have the form of its component: write {form}@position"
+        )
+    place = dict(zip((("unit" if n == kind.unit else n) for n in needs), given, strict=True))
+    index = position if position is None or not re.fullmatch(r"-?\d+", position) else int(position)
+    return Site(name, **place, position="all" if index is None else index, source=source)
+
+
+def window_name(component: str, layers: range, entry: int | str) -> str:
+    """The name of the set of a window's sites."""
+    return f"{component}.{layers[0]}-{layers[-1]}@{entry}"

@@ -4,9 +4,14 @@ Layout under the results folder:
 
 - `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
 - `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
-- `baseline/<metric>`, `baseline/<metric>_noise_floor`: [run = clean, corrupt; sample; pair].
+- `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
+  it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
+  `site_position`, `site_source`.
+- `baseline/<metric>`, `baseline/<metric>_noise_floor`: [run, source, sample, pair], the runs
+  being clean and corrupt.
 - `prompts/`: `clean_tokens`, `corrupt_tokens` int32 [pair, position] (-1 = outside), their strings
-  in `clean_text`, `corrupt_text`; `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
+  in `clean_text`, `corrupt_text`; `align` [pair, position], the corrupt position of a clean one;
+  `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, plan_hash, token_budget, model, model_fingerprint, versions, host, device,
@@ -36,9 +41,9 @@ from zarr.codecs import ZstdCodec
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.sites import DIMENSIONS, Block, Grid, component
+from patchsweep.sites import DIMENSIONS, SETS, Block, Grid, unit_name
 
-SCHEMA = 1
+SCHEMA = 2
 RUNS = ("clean", "corrupt")
 _MARK = "patchsweep_schema"
 
@@ -73,11 +78,13 @@ class Store:
         token_strings: Callable[[int], str],
         attrs: Mapping[str, Any],
         dtype: Literal["float32", "float64"],
+        sites: Mapping[str, NDArray[Any]] | None = None,
     ) -> Store:
         """Lay out an empty results folder, whole or not at all.
 
         It is built beside `path` and renamed when its attributes, the last thing, are written.
-        `token_strings` gives the text of a token id. BadInput if `path` exists or the disk refuses.
+        `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
+        BadInput if `path` exists or the disk refuses.
         """
         if path.exists():
             mend = "choose another --out"
@@ -94,6 +101,8 @@ class Store:
                     _create_component(root, grid, metrics, dtype)
                 _create_baseline(root, grids, metrics, len(pairs), dtype)
                 _create_prompts(root, pairs, token_strings)
+                for name, column in (sites or {}).items():
+                    _put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
                 root.update_attributes(
                     {
                         "metrics": [{"name": name} for name in metrics],
@@ -118,10 +127,9 @@ class Store:
         schema = _schema(path)
         if schema is None:
             raise BadInput(f"{path} is not a results folder of patchsweep: check the path")
-        if schema > SCHEMA:
-            raise BadInput(
-                f"{path} has schema {schema}, this patchsweep reads up to {SCHEMA}: update it"
-            )
+        if schema != SCHEMA:
+            mend = "update it" if schema > SCHEMA else "run the sweep again with --overwrite"
+            raise BadInput(f"{path} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}")
         group = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
         return cls(path, group)
 
@@ -165,16 +173,18 @@ class Store:
 
     def write_baseline(
         self,
+        source: int,
+        sample: int,
         pairs: range,
         values: Mapping[str, NDArray[Any]],
         noise_floor: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Write the unpatched metrics and the noise floor of some pairs, [run, sample, pair] each.
+        """Write the unpatched metrics and the noise floor of some pairs, [run, pair] each.
 
         The noise floor is the distance of a null patch (the destination patched with its own
         activation) from that destination's baseline. `pairs` are those of whole blocks.
         """
-        region = (slice(None), slice(None), slice(pairs.start, pairs.stop))
+        region = (slice(None), source, sample, slice(pairs.start, pairs.stop))
         with _writing(self.path, "continue with --resume"):
             for metric in self.metrics:
                 self._array(f"baseline/{metric}")[region] = values[metric]
@@ -224,12 +234,16 @@ class Store:
             pair_tile=array.chunks[3],
             unit_tile=array.chunks[5],
             position_tile=array.chunks[6],
+            first_layer=int(self.read(f"{name}/layer")[0]),
+            sources=tuple(self.read(f"{name}/source").tolist()),
+            samples=array.shape[2],
         )
 
 
 def remove(path: Path) -> None:
     """Delete a results folder; BadInput if `path` is anything else."""
-    Store.open(path)
+    if _schema(path) is None:
+        Store.open(path)  # says what is wrong
     target = path.resolve()
     doomed = _hidden(target)
     with _writing(path, "run again"):
@@ -295,19 +309,17 @@ def _put(group: zarr.Group, name: str, dims: Sequence[str], data: Any) -> None:
 
 
 def _create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype: str) -> None:
-    group = root.create_group(
-        grid.component, attributes={"unit_name": component(grid.component).unit}
-    )
+    group = root.create_group(grid.component, attributes={"unit_name": unit_name(grid.component)})
     for metric in metrics:
         _create_array(group, metric, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
         name = f"{metric}_status"
         _create_array(group, name, DIMENSIONS, grid.shape, grid.chunks, "uint8", 0)
     coordinates = {
         "direction": grid.directions,
-        "source": ("other",),
-        "sample": np.arange(1),
+        "source": grid.sources,
+        "sample": np.arange(grid.samples),
         "pair": np.arange(grid.pairs),
-        "layer": np.arange(grid.layers),
+        "layer": np.arange(grid.first_layer, grid.first_layer + grid.layers),
         "unit": np.arange(grid.units),
         "position": grid.positions,
     }
@@ -323,13 +335,16 @@ def _create_baseline(
 ) -> None:
     group = root.create_group("baseline")
     # The pairs of any block are then whole chunks.
-    chunks = (len(RUNS), 1, math.gcd(*(grid.pair_tile for grid in grids)))
+    chunks = (len(RUNS), 1, 1, math.gcd(*(grid.pair_tile for grid in grids)))
+    sources, samples = grids[0].sources, grids[0].samples
+    dims = ("run", "source", "sample", "pair")
     for metric in metrics:
         for name in (metric, f"{metric}_noise_floor"):
-            shape = (len(RUNS), 1, pairs)
-            _create_array(group, name, ("run", "sample", "pair"), shape, chunks, dtype, math.nan)
+            shape = (len(RUNS), len(sources), samples, pairs)
+            _create_array(group, name, dims, shape, chunks, dtype, math.nan)
     _put(group, "run", ("run",), RUNS)
-    _put(group, "sample", ("sample",), np.arange(1))
+    _put(group, "source", ("source",), sources)
+    _put(group, "sample", ("sample",), np.arange(samples))
     _put(group, "pair", ("pair",), np.arange(pairs))
 
 
@@ -350,7 +365,7 @@ def _create_prompts(
             "wrong_text": texts(wrong),
         },
     )
-    width = max(len(pair) for pair in pairs)
+    width = max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))
     dims = ("pair", "position")
     for run in RUNS:
         rows = [getattr(pair, run) for pair in pairs]
@@ -359,6 +374,8 @@ def _create_prompts(
         _put(group, f"{run}_tokens", dims, np.array(tokens, dtype=np.int32))
         _put(group, f"{run}_text", dims, np.array(strings, dtype=object))
     _put(group, "length", ("pair",), np.array([len(pair) for pair in pairs], dtype=np.int32))
+    align = [[*pair.alignment.tolist(), *[-1] * (width - len(pair))] for pair in pairs]
+    _put(group, "align", dims, np.array(align, dtype=np.int32))
     _put(group, "group", ("pair",), np.array([pair.group for pair in pairs], dtype=object))
     _put(group, "pair", ("pair",), np.arange(len(pairs)))
     _put(group, "position", ("position",), np.arange(width))

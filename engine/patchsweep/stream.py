@@ -2,23 +2,21 @@
 
 Families differ in what stands between a sub-layer and the residual stream (post-norms, multipliers,
 parallel blocks), not in the fact that something is added. So the additions are watched while the
-model's own layer runs, and overwritten where a run is patched; no table of families is needed.
+model's own layer runs, and shown to whoever overwrites or reads them; no table of families is
+needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from patchsweep.errors import BadInput
-
-# The places of a layer's residual stream that can be overwritten.
-WRITES = ("attn_out", "resid_mid", "mlp_out")
 
 ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 MISSING = {
@@ -30,41 +28,44 @@ MISSING = {
 SAME = {"view", "reshape", "contiguous", "flatten", "unsqueeze", "squeeze", "dropout", "clone"}
 SAME |= {"detach", "to", "float", "double", "half", "bfloat16", "type", "type_as"}
 
+# Functions that multiply by a weight, and which of their arguments it is.
+LINEAR = {"linear": 1, "addmm": 2}
+
 # What a tensor is, seen from the residual stream: the stream itself before and after attention's
 # addition, or something computed from it: by attention, from the stream before, from the stream
 # after; SUM is attention + MLP on their way to the stream together (parallel blocks).
 STREAM, MID, ATTENTION, BEFORE, AFTER, SUM = "stream", "mid", "attention", "before", "after", "sum"
 
 
-@dataclass(frozen=True)
-class Overwrite:
-    """Tokens of the packed layer call that take over the activation of other tokens. [token]"""
-
-    target: Tensor
-    source: Tensor
+# Sees an activation [token, unit, width] while a layer runs; may overwrite it in place.
+Tap = Callable[[Tensor], None]
 
 
 @dataclass(eq=False)
 class ResidualStream(TorchFunctionMode):
-    """While active around a layer call: overwrite what is written to the residual stream.
+    """While active around a layer call: show what is written to the residual stream to taps.
 
-    `overwrite` names places (attn_out, resid_mid, mlp_out); `found` tells which of them this layer
-    has: resid_mid only where the MLP reads the stream after attention was added.
+    `taps` are by place (attn_out, resid_mid, mlp_out); `found` tells which of them this layer has:
+    resid_mid only where the MLP reads the stream after attention was added. `down` is the weight
+    of the linear map that the MLP's output comes from.
     """
 
-    overwrite: Mapping[str, Overwrite]
+    taps: Mapping[str, Tap]
     found: set[str] = field(default_factory=set)
+    down: Tensor | None = None
+    PLACES: ClassVar[tuple[str, ...]] = ("attn_out", "resid_mid", "mlp_out")
 
     def __post_init__(self) -> None:
         super().__init__()
         self._roles = WeakTensorKeyDictionary()
+        self._linear = WeakTensorKeyDictionary()  # of what a linear map returned: its weight
 
     def watch(self, layer: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call a layer with the residual stream `hidden`; BadInput if it lacks a place."""
         self._roles[hidden] = STREAM
         with self:
             out = layer(hidden, *args, **kwargs)
-        for place in self.overwrite:
+        for place in self.taps:
             if place not in self.found:
                 raise BadInput(f"{place} cannot be patched in this model: {MISSING[place]}")
         return out
@@ -84,8 +85,8 @@ class ResidualStream(TorchFunctionMode):
         if name in ADDITIONS and len(args) == 2 and all(isinstance(a, Tensor) for a in args):
             role = self._addition(*args)
             out = func(*args, **(kwargs or {}))
-            if role == MID and "resid_mid" in self.overwrite:
-                self._apply("resid_mid", out)
+            if role == MID and "resid_mid" in self.taps:
+                self._show("resid_mid", out)
         else:
             out = func(*args, **(kwargs or {}))
             role = self._derived(name, args)
@@ -96,7 +97,19 @@ class ResidualStream(TorchFunctionMode):
                 # A conversion that has nothing to do returns its input, which keeps its role.
                 if isinstance(t, Tensor) and (name in ADDITIONS or t not in self._roles):
                     self._roles[t] = role
+        if isinstance(out, Tensor) and out not in self._linear:
+            weight = self._weight(name, args)
+            if weight is not None:
+                self._linear[out] = weight
         return out
+
+    def _weight(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
+        """The weight of the one linear map that a result comes from."""
+        if name in LINEAR:
+            weight: Tensor = args[LINEAR[name]]
+            return weight
+        known = {self._linear[a] for a in args if isinstance(a, Tensor) and a in self._linear}
+        return known.pop() if len(known) == 1 else None
 
     def _role(self, value: Any) -> str | None:
         return self._roles.get(value) if isinstance(value, Tensor) else None
@@ -133,7 +146,8 @@ class ResidualStream(TorchFunctionMode):
             if kind == AFTER:
                 self.found.add("resid_mid")
             self._write("mlp_out", by_role[kind])
-            return onto
+            # With both written the layer is done: its output is no place of its own.
+            return STREAM if onto == STREAM else None
         if by_role.keys() == {ATTENTION, BEFORE} and a.shape[-1] == b.shape[-1]:
             self._write("attn_out", by_role[ATTENTION])
             self._write("mlp_out", by_role[BEFORE])
@@ -142,10 +156,10 @@ class ResidualStream(TorchFunctionMode):
 
     def _write(self, place: str, written: Tensor | None) -> None:
         self.found.add(place)
-        if place in self.overwrite and written is not None:
-            self._apply(place, written)
+        if place == "mlp_out" and written is not None:
+            self.down = self._linear.get(written)
+        if place in self.taps and written is not None:
+            self._show(place, written)
 
-    def _apply(self, place: str, activation: Tensor) -> None:
-        tokens = activation.view(-1, activation.shape[-1])
-        edit = self.overwrite[place]
-        tokens[edit.target] = tokens[edit.source]
+    def _show(self, place: str, activation: Tensor) -> None:
+        self.taps[place](activation.view(-1, 1, activation.shape[-1]))

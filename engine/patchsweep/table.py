@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from patchsweep.effect import Array, change, ratio
 from patchsweep.errors import BadInput
 from patchsweep.reader import Reader
-from patchsweep.sites import Grid, Status, component
+from patchsweep.sites import Grid, Status, unit_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,14 +25,14 @@ def frames(results: Reader) -> Iterator[pd.DataFrame]:
         grid = results.grid(name)
         ends = {metric: results.ends(metric, grid) for metric in results.metrics}
         for pairs in grid.pair_tiles():
-            region = (slice(None), 0, 0, slice(pairs.start, pairs.stop))
+            region = (slice(None),) * 3 + (slice(pairs.start, pairs.stop),)
             arrays = {
                 array: results.store.read(f"{name}/{array}", region)
                 for metric in results.metrics
                 for array in (metric, f"{metric}_status")
             }
             for i, pair in enumerate(pairs):
-                cells = {array: data[:, i] for array, data in arrays.items()}
+                cells = {array: data[:, :, :, i] for array, data in arrays.items()}
                 yield _frame(results, grid, pair, cells, ends)
 
 
@@ -64,37 +64,37 @@ def _frame(
     cells: dict[str, NDArray[Any]],
     ends: dict[str, tuple[Array, Array]],
 ) -> pd.DataFrame:
-    """The rows of one pair; `cells` are [direction, layer, unit, position]."""
+    """The rows of one pair; `cells` are [direction, source, sample, layer, unit, position]."""
     left_out = (Status.NOT_DONE, Status.OUTSIDE)
     status = np.stack([cells[f"{metric}_status"] for metric in results.metrics])
     keep = ~np.isin(status, left_out).all(axis=0)
-    direction, layer, unit, position = np.nonzero(keep)
+    direction, source, sample, layer, unit, position = np.nonzero(keep)
     destinations = ["corrupt" if way == "denoise" else "clean" for way in grid.directions]
     tokens = np.array(
         [[token or "" for token in results.tokens(run, grid, pair)] for run in destinations],
         dtype=object,
     )
-    has_units = component(grid.component).unit != ""
+    has_units = unit_name(grid.component) != ""
     positions: Any = np.array(grid.positions, dtype=object)[position]
     rows = len(layer)
     columns: dict[str, Any] = {
         "component": _categories([0] * rows, (grid.component,), results.components),
         "direction": _categories(direction, grid.directions, ("denoise", "noise")),
+        "source": _categories(source, grid.sources, grid.sources),
+        "sample": sample.astype(np.int32),
         "pair": np.full(rows, pair, dtype=np.int32),
-        "layer": layer.astype(np.int32),
-        "head": pd.arrays.IntegerArray(unit.astype(np.int32), np.full(rows, not has_units)),
+        "layer": (layer + grid.first_layer).astype(np.int32),
+        "unit": pd.arrays.IntegerArray(unit.astype(np.int32), np.full(rows, not has_units)),
         "position": _strings(positions) if _labelled(results) else positions.astype(np.int32),
         "token": _strings(tokens[direction, position]),
     }
     names = [s.name.lower() for s in Status]
-    for metric, (destination, source) in ends.items():
+    for metric, (dst, src) in ends.items():
         raw = cells[metric][keep]
         state = cells[f"{metric}_status"][keep]
-        start = destination[direction, 0, pair]
+        at = (direction, source, sample, pair)
         columns[metric] = raw
-        columns[f"{metric}_effect"] = ratio(
-            change(raw, state, start), source[direction, 0, pair] - start
-        )
+        columns[f"{metric}_effect"] = ratio(change(raw, state, dst[at]), src[at] - dst[at])
         columns[f"{metric}_status"] = _categories(state, names, tuple(names))
     return pd.DataFrame(columns)
 
@@ -114,9 +114,11 @@ def _schema(results: Reader) -> pa.Schema:
     fields = {
         "component": names,
         "direction": names,
+        "source": names,
+        "sample": pa.int32(),
         "pair": pa.int32(),
         "layer": pa.int32(),
-        "head": pa.int32(),
+        "unit": pa.int32(),
         "position": pa.string() if _labelled(results) else pa.int32(),
         "token": pa.string(),
     }

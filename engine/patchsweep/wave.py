@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,140 +10,159 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.attention import HeadOverwrite, LayerCall, attention_call
+from patchsweep.attention import LayerCall, attention_call
 from patchsweep.forward import Forward
-from patchsweep.metrics import Wanted, evaluate, wanted, whole_vocabulary
-from patchsweep.plan import TAIL_ELEMENTS, TAIL_TILE, Plan, Wave, entries_of
-from patchsweep.schedule import NULL, Edit, Schedule, make_schedule
+from patchsweep.metrics import Rows, evaluate
+from patchsweep.plan import Plan, Wave
+from patchsweep.schedule import NULL, Embedding, Schedule, Step, make_schedule
 from patchsweep.sites import Block, Status
 from patchsweep.spec import Metric
-from patchsweep.stream import WRITES, Overwrite, ResidualStream
-from patchsweep_kernels import MetricHead, Reference, metric_head
+from patchsweep.stream import ResidualStream
+from patchsweep.taps import BORDER, Editor, Seen
+from patchsweep.values import Values
 
-Values = dict[str, NDArray[np.floating]]
+Found = dict[str, NDArray[np.floating]]
 Statuses = dict[str, NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class WaveResult:
     """What a wave found. values and status per block: arrays [1, 1, 1, pair, layer, unit, position]
-    per metric; baseline and noise_floor per metric: [run = clean, corrupt; sample; pair]."""
+    per metric; baseline and noise_floor per metric: [run = clean, corrupt; pair] of the wave's
+    source and sample, NaN where it has no run."""
 
-    blocks: Sequence[tuple[Block, Values, Statuses]]
-    baseline: Values
-    noise_floor: Values
+    blocks: Sequence[tuple[Block, Found, Statuses]]
+    baseline: Found
+    noise_floor: Found
 
 
 @torch.no_grad()
-def run_wave(forward: Forward, plan: Plan, wave: Wave, metrics: Sequence[Metric]) -> WaveResult:
+def run_wave(
+    forward: Forward, plan: Plan, wave: Wave, metrics: Sequence[Metric], values: Values
+) -> WaveResult:
     """Compute every cell of a wave's blocks. The model must be using patchsweep's attention."""
     schedule = make_schedule(plan, wave)
-    hidden = carry(forward, schedule)
-    values = _metrics(forward, plan, wave, schedule, hidden, metrics)
-    return _sorted_out(plan, wave, schedule, values)
+    editor = Editor(
+        layouts=plan.layouts,
+        values=values,
+        source=wave.source,
+        base=schedule.base,
+        positions=schedule.inner,
+        keys=schedule.keys,
+        inner={},
+        device=forward.device,
+    )
+    hidden = carry(forward, schedule, editor.seen, embedding_tap(schedule.embedding, editor, wave))
+    rows = Rows(
+        pairs=[plan.pairs[i] for i in wave.pairs],
+        pair=schedule.row_pair,
+        base=len(schedule.base_offset),
+        reads=schedule.reads,
+        other=1 + wave.runs.index(wave.source) if wave.source in wave.runs else 0,
+        of={
+            name: slots[wave.pairs.start : wave.pairs.stop]
+            for name, slots in plan.layouts.reads.of.items()
+        },
+    )
+    found = evaluate(forward, hidden, rows, metrics, editor.inner)
+    return _sorted_out(plan, wave, schedule, found)
 
 
-def carry(forward: Forward, schedule: Schedule) -> Tensor:
-    """Take a schedule up the layers: the last layer's output at the tokens read, [row, d_model].
+def embedding_tap(
+    embedding: Embedding, editor: Editor, wave: Wave
+) -> Callable[[Tensor], None] | None:
+    """Puts noise on embeddings, and constants in their place."""
+    constants = editor.embedding(embedding.edits)
+    if not constants and not len(embedding.noised):
+        return None
 
-    Rows are both prompts of every pair (clean, corrupt, clean, …), then the runs.
-    """
-    device = forward.unembedding()[0].device
-    hidden = forward.embed(_to(schedule.tokens, device), _to(schedule.positions, device))
+    def tap(x: Tensor) -> None:
+        if len(embedding.noised):
+            token = torch.from_numpy(embedding.noised).to(x.device)
+            noise = editor.values.noise(
+                embedding.pair.tolist(),
+                embedding.slot.tolist(),
+                embedding.source.tolist(),
+                wave.sample,
+                x.shape[-1],
+            )
+            x[token, 0] += noise.to(x)
+        for each in constants:
+            each(x)
+
+    return tap
+
+
+def carry(
+    forward: Forward,
+    schedule: Schedule,
+    seen: Callable[[int, Step], Seen],
+    embedding: Callable[[Tensor], None] | None = None,
+) -> Tensor:
+    """Take a schedule up the layers: the last layer's output where logits are read, [row, read,
+    d_model]. Rows are the base rows, then the runs. `seen` says what happens in a layer call."""
+    device = forward.device
+    first = schedule.embedding
+    hidden = forward.embed(_to(first.tokens, device), _to(first.positions, device), embedding)
     for layer, step in enumerate(schedule.steps()):
         hidden = hidden[_to(step.gather, device)]
+        what = seen(layer, step)
+        for place in BORDER:
+            if place in what.taps:
+                what.taps[place](hidden[:, None])
         if layer == schedule.layers:
-            break
-        positions = _to(step.positions, device)
-        stream, heads = overwrites(step.edits, device)
-        copied = _to(step.copied, device)
-        with attention_call(LayerCall(step.rows, step.injected, copied, heads, stream)):
-            hidden = forward.layer(layer, hidden, positions, stream)
-    return hidden
+            row = np.arange(len(schedule.reads))[:, None]
+            return hidden[_to(step.row_tokens.token(row, np.maximum(schedule.reads, 0)), device)]
+        inside = {k: tap for k, tap in what.taps.items() if k in ResidualStream.PLACES}
+        stream = ResidualStream(inside) if inside else None
+        call = LayerCall(
+            rows=step.rows,
+            borrowers=_to(step.borrowers, device),
+            lenders=_to(step.lenders, device),
+            taps=what.taps,
+            patterns=what.patterns,
+            pattern_reads=what.pattern_reads,
+            stream=stream,
+        )
+        with attention_call(call):
+            positions = _to(step.positions, device)
+            hidden = forward.layer(layer, hidden, positions, stream, what.taps.get("neuron"))
+    raise AssertionError("a schedule ends with the tail's step")
 
 
 def _to(index: NDArray[np.int64], device: torch.device) -> Tensor:
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 
-def overwrites(
-    edits: Mapping[str, Edit], device: torch.device
-) -> tuple[ResidualStream | None, HeadOverwrite | None]:
-    """What has to be overwritten inside a layer: of the residual stream, and of heads' z."""
-    places = {
-        name: Overwrite(_to(e.target, device), _to(e.source, device))
-        for name, e in edits.items()
-        if name in WRITES
-    }
-    z = edits.get("head_z")
-    heads = None
-    if z is not None:
-        heads = HeadOverwrite(*(_to(x, device) for x in (z.target, z.source, z.unit)))
-    return ResidualStream(places) if places else None, heads
-
-
-def _metrics(
-    forward: Forward,
-    plan: Plan,
-    wave: Wave,
-    schedule: Schedule,
-    hidden: Tensor,
-    metrics: Sequence[Metric],
-) -> Values:
-    """Each metric of every row [row]."""
-    pairs = np.arange(len(wave.pairs))
-    pair = _to(np.concatenate([np.repeat(pairs, 2), schedule.runs.pair]), hidden.device)
-    sets = wanted([plan.pairs[i] for i in wave.pairs], metrics, hidden.device).rows(pair)
-    clean = Reference(rows=2 * _to(pairs, hidden.device), of=pair)
-    head = read(forward, hidden, sets, metrics, clean)
-    return {k: v.cpu().numpy() for k, v in evaluate(metrics, head, sets).items()}
-
-
-def read(
-    forward: Forward,
-    hidden: Tensor,
-    sets: Wanted,
-    metrics: Sequence[Metric],
-    clean: Reference,
-) -> MetricHead:
-    """What the metrics need of the logits of `hidden` [row, d_model]; `clean`: the clean runs."""
-    weight, bias = forward.unembedding()
-    names = {m.name for m in metrics}
-    whole = whole_vocabulary(metrics)
-    return metric_head(
-        forward.final_norm(hidden),
-        weight,
-        bias,
-        sets.tokens.clamp(min=0),
-        finish=forward.finish if forward.finishes else None,
-        logsumexp=whole,
-        ranked=sets.answers if names & {"rank", "accuracy"} else 0,
-        reference=clean if "kl" in names else None,
-        tile=max(TAIL_TILE, TAIL_ELEMENTS // hidden.shape[0]),
-    )
-
-
-def _sorted_out(plan: Plan, wave: Wave, schedule: Schedule, values: Values) -> WaveResult:
+def _sorted_out(plan: Plan, wave: Wave, schedule: Schedule, found: Found) -> WaveResult:
     """Put the rows' values where they belong."""
-    runs, pairs = schedule.runs, len(wave.pairs)
-    baseline = {k: v[: 2 * pairs].reshape(pairs, 2).T[:, None] for k, v in values.items()}
-    of_runs = {k: v[2 * pairs :] for k, v in values.items()}
+    runs, bases, pairs = schedule.runs, len(schedule.base_offset), len(wave.pairs)
+    per_pair = bases // pairs
+    own = 1 + wave.runs.index(wave.source) if wave.source in wave.runs else None
+    baseline, of_runs = {}, {}
+    for k, v in found.items():
+        by_row = v[:bases].reshape(pairs, per_pair)
+        corrupt = np.full(pairs, np.nan, v.dtype) if own is None else by_row[:, own]
+        baseline[k] = np.stack([by_row[:, 0], corrupt])
+        of_runs[k] = v[bases:]
+        if wave.sample >= plan.sources[wave.source].samples:
+            baseline[k] = np.full_like(baseline[k], np.nan)
     destination = np.array([d == "denoise" for d in plan.directions]).astype(int)
 
     null = runs.block == NULL
     floor = {k: np.full_like(v, np.nan) for k, v in baseline.items()}
-    dst = destination[runs.direction[null]]
+    at = (destination[runs.direction[null]], runs.pair[null])
     for k, v in of_runs.items():
-        at = (dst, 0, runs.pair[null])
         floor[k][at] = np.abs(v[null] - baseline[k][at])
 
     blocks = []
     for number, block in enumerate(wave.blocks):
         mine = runs.block == number
-        dst_run = destination[block.direction]
-        own = {k: baseline[k][dst_run, 0] for k in values}
-        found = {k: v[mine] for k, v in of_runs.items()}
-        blocks.append((block, *_block(plan, block, runs.cell[mine], found, own)))
+        first = block.pairs.start - wave.pairs.start
+        part = slice(first, first + len(block.pairs))
+        ends = {k: v[destination[block.direction], part] for k, v in baseline.items()}
+        values = {k: v[mine] for k, v in of_runs.items()}
+        blocks.append((block, *_block(plan, block, runs.cell[mine], values, ends)))
     return WaveResult(blocks, baseline, floor)
 
 
@@ -153,16 +172,15 @@ def _block(
     cell: NDArray[np.int64],
     found: Mapping[str, NDArray[np.floating]],
     baseline: Mapping[str, NDArray[np.floating]],
-) -> tuple[Values, Statuses]:
+) -> tuple[Found, Statuses]:
     """A block's arrays: runs where there are any, the baseline where nothing can differ."""
-    c = plan.cells[block.component]
     shape = (
         len(block.pairs),
-        plan.dimensions.layers,
+        plan.grids[block.component].layers,
         len(block.units),
         len(block.positions),
     )
-    inside = np.broadcast_to(c.inside[entries_of(block)][:, None, None, :], shape)
+    inside = np.broadcast_to(plan.inside(block)[:, None, None, :], shape)
     values, statuses = {}, {}
     for k, v in found.items():
         full = np.where(inside, baseline[k][:, None, None, None], np.nan).astype(v.dtype)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Scores held at once: rows are taken in steps so that memory does not grow with their number.
+# Scores, or gathered keys, held at once, in elements: rows are taken in steps, and a row too long
+# for that by groups of heads, so that memory does not grow with their number.
 SCORES_AT_ONCE = 1 << 22
 
 
@@ -45,17 +46,65 @@ def packed_attention(
     [token, head, d_head] in query's dtype; tokens that belong to no row are left unset.
     """
     heads, tokens, _ = query.shape
+    kv = key.shape[0]
+    group = heads // kv
     out = query.new_empty(tokens, heads, value.shape[-1])
+    masks: dict[tuple[int, int], Tensor | None] = {}
     for r in rows:
-        keys = r.prefix_length + r.length
-        mask = _hidden(r.prefix_length, r.length, window, query.device)
-        step = max(1, SCORES_AT_ONCE // (heads * r.length * keys))
-        for first in range(0, r.count, step):
-            count = min(step, r.count - first)
-            begin = r.start + first * r.length
-            part = Rows(begin, count, r.length, r.prefix_start, r.prefix_length)
-            z = _attend(query, key, value, part, mask, scaling, softcap, sinks)
-            out[begin : begin + count * r.length] = z
+        shape = (r.prefix_length, r.length)
+        if shape not in masks:
+            masks[shape] = _hidden(*shape, window, query.device)
+        scores = group * r.length * (r.prefix_length + r.length)  # of one row and kv head
+        together = min(kv, max(1, SCORES_AT_ONCE // scores))
+        step = max(1, SCORES_AT_ONCE // (together * scores))
+        for g in range(0, kv, together):
+            k, h = slice(g, g + together), slice(g * group, (g + together) * group)
+            sink = None if sinks is None else sinks[h]
+            for first in range(0, r.count, step):
+                count = min(step, r.count - first)
+                begin = r.start + first * r.length
+                part = Rows(begin, count, r.length, r.prefix_start, r.prefix_length)
+                z = _attend(query[h], key[k], value[k], part, masks[shape], scaling, softcap, sink)
+                out[begin : begin + count * r.length, h] = z
+    return out
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    tokens: Tensor,
+    keys: Tensor,
+    count: Tensor,
+    head: Tensor,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention probabilities of single queries, [query, key slot], in query's dtype.
+
+    query is [head, token, d] and key [kv_head, token, d], heads grouped as in packed_attention;
+    tokens [query] and head [query] say whose query and which head it is; keys [query, key slot] are
+    the tokens at the positions 0 .. count − 1 of its row, of which it stands at the last; slots
+    from count [query] on are padding (any valid token) and get 0, as do those that the window
+    hides. Sinks [head] take weight: a row then sums to less than 1.
+    """
+    out = query.new_empty(keys.shape)
+    group = query.shape[0] // key.shape[0]
+    slot = torch.arange(keys.shape[1], device=keys.device)
+    step = max(1, SCORES_AT_ONCE // max(1, keys.shape[1] * key.shape[2]))
+    for first in range(0, len(keys), step):
+        part = slice(first, first + step)
+        own, last = head[part], count[part, None]
+        q = query[own, tokens[part]] * scaling
+        scores = (key[(own // group)[:, None], keys[part]] @ q[:, :, None])[:, :, 0]
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        hidden = slot >= last
+        if window is not None:
+            hidden = hidden | (slot < last - window)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        out[part] = _pattern(scores, None if sinks is None else sinks[own, None])
     return out
 
 
@@ -100,11 +149,7 @@ def _attend(
     scores = scores.view(kv, n, group, length, p + length)
     if hidden is not None:
         scores.masked_fill_(hidden, float("-inf"))
-    if sinks is None:
-        pattern = scores.softmax(-1)
-    else:
-        sink = sinks.to(scores.dtype).view(kv, 1, group, 1, 1).expand(kv, n, group, length, 1)
-        pattern = torch.cat([scores, sink], -1).softmax(-1)[..., :-1]
+    pattern = _pattern(scores, None if sinks is None else sinks.view(kv, 1, group, 1, 1))
     pattern = pattern.reshape(kv, n, group * length, p + length)
 
     z = pattern[..., p:] @ v
@@ -113,3 +158,11 @@ def _attend(
     z = z.view(kv, n, group, length, -1).permute(1, 3, 0, 2, 4)  # [row, token, kv, group, d_head]
     out: Tensor = z.reshape(n * length, kv * group, -1)
     return out
+
+
+def _pattern(scores: Tensor, sink: Tensor | None) -> Tensor:
+    """Probabilities of the last axis, of which a sink (last axis 1) takes its part."""
+    if sink is None:
+        return scores.softmax(-1)
+    sink = sink.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1]

@@ -277,6 +277,28 @@ def prob(logits: Logits, tokens: Ids) -> Values:
     return np.exp(logprob(logits, tokens))
 
 
+def prob_diff(logits: Logits, answer: Ids, wrong: Ids) -> Values:
+    """Summed probability of the answers minus that of the wrong tokens."""
+    return np.asarray(prob(logits, answer) - prob(logits, wrong))
+
+
+def sequence_logprob(logits: Logits, tokens: Ids, start: int) -> Values:
+    """Log-probability (nats) of tokens [token], predicted from position `start` of logits
+    [position, vocab] on."""
+    x = _array(logits)
+    return np.asarray(sum(logprob(x[start + i], [token]) for i, token in enumerate(tokens)))
+
+
+def relative_prob(logits: Logits, corrupt: Logits, answer: Ids, wrong: Ids) -> Values:
+    """((P(a) - C(a)) / C(a) + (C(w) - P(w)) / P(w)) / 2, with C of the corrupt run.
+
+    Stolfo et al. 2023, as in equation 2 of Zhang & Nanda 2023.
+    """
+    gain = prob(logits, answer) / prob(corrupt, answer) - 1
+    loss = prob(corrupt, wrong) / prob(logits, wrong) - 1
+    return np.asarray((gain + loss) / 2)
+
+
 def rank(logits: Logits, tokens: Ids) -> NDArray[np.int64]:
     """Number of tokens with a strictly larger logit; of a set: the best (smallest)."""
     x = _array(logits)
@@ -295,6 +317,13 @@ def kl(reference: Logits, patched: Logits) -> Values:
     log_p = p - _logsumexp(p)[..., None]
     log_q = q - _logsumexp(q)[..., None]
     return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(-1))
+
+
+def total_variation(p: Logits, q: Logits) -> Values:
+    """Half of the summed absolute difference of two distributions."""
+    x, y = _array(p), _array(q)
+    difference = np.exp(x - _logsumexp(x)[..., None]) - np.exp(y - _logsumexp(y)[..., None])
+    return np.asarray(np.abs(difference).sum(-1) / 2)
 
 
 def _array(logits: Logits) -> Values:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
 from patchsweep.results import Results
-from patchsweep.sites import component as component_of
+from patchsweep.sites import SETS, unit_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,35 +38,78 @@ class _Heatmap:
 def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
     """Draw every component × metric × direction into the folder `out`; returns the files.
 
-    Layer × position, and for components with heads also layer × head. A dimension left out is
-    reduced to its effect of largest absolute value, sign kept. BadInput if `out` cannot be written
-    or matplotlib is missing.
+    Layer × position, and for components with heads also layer × head; sliding windows of layers
+    with the sum of their single layers; a circuit's curve. A dimension left out is reduced to its
+    effect of largest absolute value, sign kept. BadInput if `out` cannot be written or matplotlib
+    is missing.
     """
     if find_spec("matplotlib") is None:
         raise BadInput("figures need matplotlib: pip install 'patchsweep[report]'")
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for component in results.components:
-            for metric in results.metrics:
-                for direction in results.grid(component).directions:
-                    effect = results.effect(component, metric, direction)
-                    for heatmap in _views(results, component, effect):
-                        figure = _draw(results, component, metric, direction, heatmap)
-                        name = f"{component}-{metric}-{direction}-{heatmap.view}"
-                        for suffix in formats:
-                            files.append(out / f"{name}.{suffix}")
-                            figure.savefig(files[-1], dpi=DPI)
+        for name, figure in _figures(results):
+            for suffix in formats:
+                files.append(out / f"{name}.{suffix}")
+                figure.savefig(files[-1], dpi=DPI)
     except OSError as exc:
         reason = (exc.strerror or str(exc)).lower()
         raise BadInput(f"cannot write figures to {out}: {reason}; choose another --out") from exc
     return files
 
 
+def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
+    """Every figure and its name."""
+    singles = [c for c in results.components if c != SETS]
+    for component, metric in itertools.product(singles, results.metrics):
+        for direction in results.grid(component).directions:
+            effect = results.effect(component, metric, direction)
+            for heatmap in _views(results, component, effect):
+                name = f"{component}-{metric}-{direction}-{heatmap.view}"
+                yield name, _draw(results, component, metric, direction, heatmap)
+            for size in results.window_sizes(component):
+                joint, total = results.windows(component, size, metric, direction)
+                names = _position_names(results, component)
+                for view, values, note in (
+                    ("joint", joint, f"windows of {size} layers, patched together"),
+                    ("sum", total, f"windows of {size} layers, sum of single layers"),
+                ):
+                    heatmap = _Heatmap(f"window_{size}_{view}", values, names, "position", note)
+                    name = f"{component}-{metric}-{direction}-{heatmap.view}"
+                    yield name, _draw(results, component, metric, direction, heatmap)
+    if results.has_circuit:
+        for metric in results.metrics:
+            yield f"circuit-{metric}", _curve(results, metric)
+
+
+def _curve(results: Results, metric: str) -> Figure:
+    """Performance against circuit size."""
+    from matplotlib.figure import Figure
+
+    found = results.circuit(metric)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for values, label in (
+        (found.faithfulness, "everything outside noised (faithfulness)"),
+        (found.recovered, "the circuit alone denoised"),
+    ):
+        if np.isfinite(values).any():
+            axes.plot(found.sizes, values, marker="o", label=label)
+    for level in (0, 1):
+        axes.axhline(level, color="0.7", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("sites in the circuit")
+    axes.set_ylabel(f"{metric} recovered\n(0 = corrupt run, 1 = clean run)")
+    model = str(results.attrs.get("model", ""))[-LONGEST_MODEL:]
+    axes.set_title(f"{model}\nCPR {found.cpr:.3f}, CMD {found.cmd:.3f}", fontsize=9)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def _views(results: Results, component: str, effect: NDArray[np.float64]) -> list[_Heatmap]:
     """The pictures of an effect [layer, unit, position]."""
     grid = results.grid(component)
-    unit = component_of(component).unit
+    unit = unit_name(component)
     views = []
     if unit:
         note = "" if grid.positions == ("all",) else "max-|effect| over positions"
@@ -141,7 +185,8 @@ def _draw(
         origin="lower",
         interpolation="nearest",
     )
-    label = f"effect on {metric}\n(0 = destination, 1 = source)"
+    scale = "0 = destination, 1 = source" if results.normalised(0) else "patched − destination"
+    label = f"effect on {metric}\n({scale})"
     figure.colorbar(image, ax=axes, label=label)
     axes.set_ylabel("layer")
     axes.set_yticks(*_ticks([str(layer) for layer in range(layers)], height / 0.17), fontsize=8)

@@ -11,12 +11,11 @@ from rich.text import Text
 
 from patchsweep.plan import Plan
 from patchsweep.results import CellEffect, Results
-from patchsweep.sites import Status
-from patchsweep.sites import component as component_of
+from patchsweep.sites import SETS, Status, unit_name
 
 TOP = 10
 NAMED_DETECTIONS = 12
-TEXT_COLUMNS = ("metric", "token")
+TEXT_COLUMNS = ("metric", "token", "set")
 
 
 def show(results: Results, console: Console) -> None:
@@ -25,13 +24,18 @@ def show(results: Results, console: Console) -> None:
     _print_titled(console, "Baselines, mean over pairs", _baselines(results))
     console.print()
     metric = results.metrics[0]
+    scale = "0 = destination, 1 = source" if results.normalised(0) else "patched - destination"
     for component in results.components:
         for direction in results.grid(component).directions:
             title = f"{component}, {direction}: largest effects on {metric}"
             rows = top_table(results, component, metric, direction)
-            _print_titled(console, f"{title} (0 = destination, 1 = source)", rows)
-            console.print(_detections(results, component, metric, direction))
+            _print_titled(console, f"{title} ({scale})", rows)
+            if component != SETS:
+                console.print(_detections(results, component, metric, direction))
             console.print()
+    if results.has_circuit:
+        _print_titled(console, f"Circuit, by {metric}", _circuit(results, metric))
+        console.print()
     warnings = results.warnings()
     console.print(Text("Warnings" if warnings else "No warnings", style="bold"))
     for line in warnings:
@@ -105,7 +109,7 @@ def _origin(prompts: Any) -> str:
 def _baselines(results: Results) -> Table:
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
-        means = results.baseline(metric).mean(axis=(1, 2))
+        means = results.baseline(metric)[:, 0].mean(axis=(1, 2))
         floor = float(np.fmax.reduce(results.noise_floor(metric), axis=None))
         table.add_row(metric, _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
@@ -113,7 +117,13 @@ def _baselines(results: Results) -> Table:
 
 def top_table(results: Results, component: str, metric: str, direction: str) -> Table:
     """The cells of largest effect on a metric."""
-    unit = component_of(component).unit
+    unit = unit_name(component)
+    found = results.top(component, metric, direction, TOP)
+    if component == SETS:
+        table = _table("set", f"patched {metric}", "effect")
+        for cell in found:
+            table.add_row(Text(str(cell.position)), _number(cell.patched), f"{cell.effect:+.3f}")
+        return table
     table = _table(
         f"layer.{unit}" if unit else "layer",
         "position",
@@ -121,7 +131,7 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
         f"patched {metric}",
         "effect",
     )
-    for cell in results.top(component, metric, direction, TOP):
+    for cell in found:
         table.add_row(
             cell_name(cell, unit),
             str(cell.position),
@@ -132,8 +142,19 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
     return table
 
 
+def _circuit(results: Results, metric: str) -> Table:
+    """Performance against circuit size, with the areas under and beside the curve."""
+    found = results.circuit(metric)
+    table = _table("sites", "share", "all others noised", "these denoised")
+    for row in zip(found.sizes, found.fraction, found.faithfulness, found.recovered, strict=True):
+        size, fraction, faithful, recovered = row
+        table.add_row(str(size), f"{fraction:.2%}", f"{faithful:.3f}", f"{recovered:.3f}")
+    table.caption = f"CPR {found.cpr:.3f}, CMD {found.cmd:.3f}"
+    return table
+
+
 def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
-    unit = component_of(component).unit
+    unit = unit_name(component)
     found = results.detections(component, metric, direction)
     names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
     more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""

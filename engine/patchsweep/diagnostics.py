@@ -1,0 +1,154 @@
+"""What a reader of results should be told before believing them, one line each. Plain numpy.
+
+Functions take arrays over cells of one component, metric and direction, and `name`, which says how
+a cell is called. They return lines, none where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from patchsweep.statistics import beyond_sd
+
+Floats = NDArray[np.float64]
+Map = NDArray[np.bool_]
+Name = Callable[[Sequence[int]], str]
+
+SMALL_DENOMINATOR = 0.05  # of the largest
+TOP = 10  # cells that are compared
+AGREE = 0.5  # rank correlation below which metrics disagree
+SATURATED = 0.01  # distance from 0 or 1 at which a probability can go no further
+FAR_APART = 4.0  # times that an effect in one direction exceeds the other
+SHARE = 0.25  # of the sum of singles, by which a joint effect has to differ
+LISTED = 5
+
+
+def small_denominators(span: Floats, metric: str) -> list[str]:
+    """Pairs whose runs hardly differ: span [pair] is clean − corrupt."""
+    size = np.abs(span)
+    known = np.isfinite(size)
+    largest = size[known].max(initial=0.0)
+    small = np.flatnonzero(known & ((size < SMALL_DENOMINATOR * largest) | (size == 0)))
+    if not small.size:
+        return []
+    return [
+        f"{metric}: |clean − corrupt| is below {SMALL_DENOMINATOR:.0%} of the largest in pair "
+        f"{_listed([str(i) for i in small], 10)}: their own effects are unreliable"
+    ]
+
+
+def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[str]:
+    """Metrics that rank the cells that were run differently; effects [...cells] by metric."""
+    lines = []
+    metrics = list(effects)
+    for i, one in enumerate(metrics):
+        for other in metrics[i + 1 :]:
+            both = run & np.isfinite(effects[one]) & np.isfinite(effects[other])
+            a, b = np.abs(effects[one][both]), np.abs(effects[other][both])
+            if both.sum() < 3 or a.std() == 0 or b.std() == 0:
+                continue
+            rank = float(stats.spearmanr(a, b).statistic)
+            if rank >= AGREE:
+                continue
+            cells = np.argwhere(both)
+            top = [{tuple(cells[j]) for j in np.argsort(-x, kind="stable")[:TOP]} for x in (a, b)]
+            only = [_cells(sorted(top[k] - top[1 - k]), name) or "none" for k in (0, 1)]
+            lines.append(
+                f"{one} and {other} disagree (rank correlation {rank:.2f}); in the top {TOP} of "
+                f"{one} alone: {only[0]}; of {other} alone: {only[1]}"
+            )
+    return lines
+
+
+def saturated(metric: str, destination: Floats, direction: str) -> list[str]:
+    """A probability that has nowhere to fall: destination [pair] is its baseline."""
+    probability = np.exp(destination) if metric.startswith("logprob") else destination
+    mean = float(np.nanmean(probability))
+    if mean < SATURATED:
+        return [
+            f"{metric} is {mean:.1e} before anything is patched ({direction}): it cannot show what "
+            "pushes against the answer; negative components stay hidden"
+        ]
+    if mean > 1 - SATURATED:
+        return [
+            f"{metric} is {mean:.3f} before anything is patched ({direction}): it cannot show what "
+            "adds to the answer"
+        ]
+    return []
+
+
+def never_changed(metric: str, change: Floats, run: Map) -> list[str]:
+    """A discrete metric that no run has moved; change [pair, ...cells], run likewise."""
+    values = change[run]
+    if not values.size or np.nanmax(np.abs(values), initial=0.0) > 0:
+        return []
+    return [f"{metric} changed in none of the {values.size:,} cells that were run: it says nothing"]
+
+
+def below_noise(metric: str, change: Floats, run: Map, floor: Floats) -> list[str]:
+    """Cells no further from the baseline than a null patch is; floor [pair]."""
+    size = np.abs(change)
+    under = run & (size <= floor.reshape(-1, *[1] * (change.ndim - 1)))
+    if not under.any():
+        return []
+    return [
+        f"{metric}: {int(under.sum()):,} of {int(run.sum()):,} cells that were run changed no more "
+        f"than a null patch does (at most {np.nanmax(floor):.1e}): rounding"
+    ]
+
+
+def and_or(denoise: Floats, noise: Floats, name: Name) -> list[str]:
+    """Cells that matter in one direction only (Heimersheim & Nanda 2024, on AND and OR)."""
+    lines = []
+    for big, small, text in (
+        (noise, denoise, "matter when noised, not when denoised (parts of an AND)"),
+        (denoise, noise, "matter when denoised, not when noised (parts of an OR, or backed up)"),
+    ):
+        size = np.where(np.isfinite(big), np.abs(big), 0.0)
+        order = np.argsort(-size, axis=None, kind="stable")[:TOP]
+        top = [tuple(np.unravel_index(i, size.shape)) for i in order]
+        detected = beyond_sd(big)
+        apart = [c for c in top if detected[c] and size[c] > FAR_APART * abs(small[c])]
+        if apart:
+            lines.append(f"{text}: {_cells(apart, name)}")
+    return lines
+
+
+def negative(effect: Floats, name: Name) -> list[str]:
+    """Cells that stand out against the source's behaviour."""
+    cells = np.argwhere(beyond_sd(effect) & (effect < 0))
+    if not len(cells):
+        return []
+    order = np.argsort([effect[tuple(c)] for c in cells], kind="stable")
+    return [f"negative: {_cells([tuple(cells[i]) for i in order], name)}"]
+
+
+def backup(joint: float, singles: Sequence[float], direction: str) -> list[str]:
+    """Several cells patched together against the sum of each alone."""
+    total = float(np.sum(singles))
+    if not np.isfinite([joint, total]).all() or abs(joint - total) <= SHARE * abs(total):
+        return []
+    stronger = abs(joint) > abs(total)
+    if direction == "noise" and stronger:
+        reading = "something may stand in for single ones (backup)"
+    else:
+        reading = (
+            "they act on one another" if stronger else "they overlap, or lie behind one another"
+        )
+    return [
+        f"the top {len(singles)} together have {joint:+.2f}, each alone sums to {total:+.2f}: "
+        f"{reading}"
+    ]
+
+
+def _cells(cells: Sequence[Sequence[int]], name: Name) -> str:
+    return _listed([name(cell) for cell in cells], LISTED)
+
+
+def _listed(items: Sequence[str], most: int) -> str:
+    text = ", ".join(items[:most])
+    return text if len(items) <= most else f"{text} and {len(items) - most} more"

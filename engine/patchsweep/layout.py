@@ -1,0 +1,585 @@
+"""Which runs a sweep has: the cells of every component and the sites of every set. Pure.
+
+A *variant* is a direction with a source and one of its samples. Within one, cells are laid out as
+arrays over [pair, layer, entry], an entry being a position (or a group of them) of the clean
+prompt; of sets, over [pair, 1, set].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.cone import Map, cone
+from patchsweep.dimensions import Dimensions
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Pair, Positions, resolve_positions
+from patchsweep.reads import Inner, Reads
+from patchsweep.sites import (
+    COMPONENTS,
+    SETS,
+    WINDOWED,
+    Direction,
+    Enters,
+    Grid,
+    Site,
+    component,
+    window_name,
+)
+from patchsweep.sources import Other, Source
+from patchsweep.spec import Complement, Metric, Place, Sweep
+
+Ints = NDArray[np.int64]
+OWN = -1  # a site whose value comes from the variant's own source
+CODES = {name: code for code, name in enumerate(COMPONENTS)}
+NAMES = tuple(COMPONENTS)
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a plan has to know of a sparse autoencoder: where it reads, and its sizes."""
+
+    layer: int
+    at: str
+    features: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A direction with a source and a sample, by their numbers."""
+
+    direction: int
+    source: int
+    sample: int
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One pair in one variant: the positions of its destination and source, by clean position.
+
+    to_dst and to_src [clean position]: −1 where a position has no counterpart in the other run.
+    """
+
+    length: int  # of the destination
+    to_dst: Ints
+    to_src: Ints
+    differs: Map  # [destination position]
+    reads: Map  # [destination position]
+    inner: Map  # [layer, destination position]
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The runs of one component, or of the sets, in one variant. Arrays are [pair, layer, entry].
+
+    exists: whether there is a run. start: its row's first position in the destination. joins: the
+    layer call from which its row is carried. extra [pair, layer call, entry]: tokens that patches
+    add to a call beside the rows. extra_reads, head_reads [pair, entry]: keys that those tokens
+    read with every head, and with one. inside [pair, entry]: whether the prompt has the entry.
+    """
+
+    exists: Map
+    start: Ints
+    joins: Ints
+    extra: Ints
+    extra_reads: Ints
+    head_reads: Ints
+    inside: Map
+
+
+@dataclass(frozen=True, eq=False)
+class SiteTable:
+    """The sites of all sets, in columns [site]; `entry` counts in members [pair, entry, position]
+    and in `entries`, `source` in the sweep's sources (OWN: the variant's)."""
+
+    names: tuple[str, ...]
+    entries: tuple[str, ...]
+    set: Ints
+    component: Ints
+    layer: Ints
+    unit: Ints
+    entry: Ints
+    source: Ints
+    members: Map
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What the runs of one pair replace, in columns [place].
+
+    cell: which run, as a flat index over [layer, entry]. What is replaced (component, layer, unit:
+    of a grid's cells 0, for they are alike in cost), at which clean position, and from which source
+    (OWN or its number).
+    """
+
+    cell: Ints
+    component: Ints
+    layer: Ints
+    unit: Ints
+    position: Ints
+    source: Ints
+
+
+@dataclass(frozen=True, eq=False)
+class Layouts:
+    """The runs of a sweep before they are cut into blocks."""
+
+    pairs: Sequence[Pair]
+    directions: tuple[Direction, ...]
+    sources: tuple[Source, ...]
+    positions: Positions
+    reads: Reads
+    dimensions: Dimensions
+    table: SiteTable | None
+    features: Features | None
+
+    @property
+    def samples(self) -> int:
+        return max(s.samples for s in self.sources)
+
+    @cached_property
+    def _cache(self) -> dict[tuple[object, ...], object]:
+        return {}
+
+    def place(self, name: str) -> str:
+        """The component whose activation is overwritten: an autoencoder's is where it reads."""
+        return self.features.at if name == "sae_feature" and self.features else name
+
+    def enters(self, name: str) -> Enters:
+        """How a patch of a component enters the forward."""
+        return COMPONENTS[self.place(name)].enters
+
+    def units(self, name: str) -> int:
+        """How many units a layer has. BadInput for neurons of experts."""
+        d = self.dimensions
+        if name == "neuron" and d.neurons is None:
+            raise BadInput(
+                "neuron cannot be patched in this model: its MLPs are experts, a token's neurons "
+                "depend on the expert that it is sent to"
+            )
+        features = self.features.features if self.features else 1
+        by_unit = {"": 1, "head": d.heads, "kv_head": d.kv_heads, "feature": features}
+        return {**by_unit, "neuron": d.neurons or 1}[component(name).unit]
+
+    def layers(self, name: str) -> range:
+        """The layers that a component has."""
+        if name == "embed":
+            return range(1)
+        if name == "sae_feature" and self.features:
+            return range(self.features.layer, self.features.layer + 1)
+        return range(self.dimensions.layers)
+
+    def grid(self, name: str) -> Grid:
+        """The result arrays of a component or of the sets, as one block per variant."""
+        if name == SETS:
+            assert self.table is not None
+            layers, units, names = range(1), 1, self.table.names
+        else:
+            layers, units = self.layers(name), self.units(name)
+            names = self.positions.names  # type: ignore[assignment]
+        return Grid(
+            component=name,
+            directions=self.directions,
+            pairs=len(self.pairs),
+            layers=len(layers),
+            units=units,
+            positions=names,
+            pair_tile=len(self.pairs),
+            unit_tile=units,
+            position_tile=len(names),
+            first_layer=layers.start,
+            sources=tuple(s.name for s in self.sources),
+            samples=self.samples,
+        )
+
+    def layout(self, name: str, variant: Variant) -> Layout:
+        """The runs of a component, or of the sets, in a variant."""
+        key = ("layout", name, *self._kind(variant))
+        if key not in self._cache:
+            self._cache[key] = self._layout(name, variant)
+        return self._cache[key]  # type: ignore[return-value]
+
+    def patched(self, components: Sequence[str]) -> list[str]:
+        """These components, and those of the sets' sites."""
+        codes = [] if self.table is None else np.unique(self.table.component).tolist()
+        return list(dict.fromkeys([*components, *(NAMES[code] for code in codes)]))
+
+    def exists_at_all(self, variant: Variant) -> bool:
+        """Whether the variant's source has that sample."""
+        return variant.sample < self.sources[variant.source].samples
+
+    def other(self, source: int, sample: int, pair: int) -> Other | None:
+        """The run that a pair is set against; None where values take no run."""
+        s = self.sources[source]
+        return s.others[min(sample, s.samples - 1)][pair] if s.kind == "run" else None
+
+    def frames(self, variant: Variant) -> list[Frame]:
+        """Every pair in a variant."""
+        key = ("frames", *self._kind(variant))
+        if key not in self._cache:
+            self._cache[key] = [self._frame(variant, i) for i in range(len(self.pairs))]
+        return self._cache[key]  # type: ignore[return-value]
+
+    def places(self, name: str, variant: Variant, pair: int) -> Places:
+        """What the runs of one pair replace."""
+        if not self.exists_at_all(variant):
+            nothing = np.zeros(0, np.int64)
+            return Places(*(nothing,) * 6)
+        if name == SETS:
+            return self._places_of_sets(variant, pair)
+        there = self._there(name, variant, OWN)[pair]
+        layer, entry, position = np.nonzero(there[:, None] & self.positions.members[pair])
+        return Places(
+            cell=layer * len(self.positions.names) + entry,
+            component=np.full_like(layer, CODES[name]),
+            layer=layer + self.layers(name).start,
+            unit=np.zeros_like(layer),
+            position=position,
+            source=np.full_like(layer, OWN),
+        )
+
+    def _places_of_sets(self, variant: Variant, pair: int) -> Places:
+        t = self.table
+        assert t is not None
+        there = np.zeros((len(t.set), t.members.shape[2]), bool)
+        for code, source in {(int(c), int(s)) for c, s in zip(t.component, t.source, strict=True)}:
+            mine = (t.component == code) & (t.source == source)
+            maps = self._there(NAMES[code], variant, source, in_set=True)[pair]
+            there[mine] = maps[t.layer[mine] - self.layers(NAMES[code]).start]
+        site, position = np.nonzero(there & t.members[pair, t.entry])
+        columns = (t.set[site], t.component[site], t.layer[site], t.unit[site])
+        return Places(*columns, position, t.source[site])
+
+    def moved(self, variant: Variant, pair: int, places: Places) -> Map:
+        """[place]: whether a query or key comes from another position, and has to be rotated."""
+        frame = self.frames(variant)[pair]
+        out = np.isin(places.component, (CODES["head_q"], CODES["head_k"]))
+        for source in np.unique(places.source):
+            to_src = self.to_src(variant, int(source), pair)
+            mine = places.source == source
+            same = to_src[places.position] == frame.to_dst[places.position]
+            out &= ~(mine & same)
+        return out
+
+    def to_src(self, variant: Variant, source: int, pair: int) -> Ints:
+        """[clean position]: where a source has its value; the destination's own place for values
+        that take no run."""
+        frame = self.frames(variant)[pair]
+        if source == OWN:
+            own = self.other(variant.source, variant.sample, pair)
+            return frame.to_dst if own is None else frame.to_src
+        other = self.other(source, variant.sample, pair)
+        return frame.to_dst if other is None else other.align
+
+    def calls(self, places: Places) -> tuple[Ints, Ints]:
+        """[place]: the layer call in which something is replaced (that of the tail is last), and
+        the call from which a row must be carried for it."""
+        enters = np.array([self.enters(n) for n in NAMES])[places.component]
+        after = np.array([self.place(n) == "resid_post" for n in NAMES])[places.component]
+        call = places.layer + after
+        seen = np.isin(places.layer, [self.inner_layer(r) for r in self.reads.inner])
+        # Nothing else in its layer reads an injected token; where a metric does, the row is whole.
+        return call, call + ((enters == "token") & ~seen)
+
+    def inner_layer(self, read: Inner) -> int:
+        """The layer in which an inner metric reads."""
+        if read.metric.name == "sae_feature" and self.features:
+            return self.features.layer
+        return read.metric.layer
+
+    @property
+    def _mixed(self) -> bool:
+        """Whether some sites have sources of their own."""
+        return self.table is not None and bool((self.table.source != OWN).any())
+
+    def _kind(self, variant: Variant) -> tuple[object, ...]:
+        """Variants of one kind have the same runs."""
+        if ("kind", variant) not in self._cache:
+            self._cache["kind", variant] = self._kind_of(variant)
+        return self._cache["kind", variant]  # type: ignore[return-value]
+
+    def _kind_of(self, variant: Variant) -> tuple[object, ...]:
+        if not self.exists_at_all(variant):
+            return ("absent",)
+        if self._mixed:
+            return ("exactly", variant)
+        others = [self.other(variant.source, variant.sample, i) for i in range(len(self.pairs))]
+        if any(o is None for o in others):
+            return ("no run",)
+        if all(o is not None and o.parallel for o in others):
+            said = b"".join(np.packbits(o.differs).tobytes() for o in others if o is not None)
+            return ("parallel", said)
+        return ("exactly", variant)
+
+    def _frame(self, variant: Variant, pair: int) -> Frame:
+        p, clean = self.pairs[pair], np.arange(len(self.pairs[pair]))
+        other = self.other(variant.source, variant.sample, pair)
+        if other is None:
+            length, to_dst, to_src = len(p), clean, clean
+            differs = np.ones(length, bool)
+        elif self.directions[variant.direction] == "noise":
+            there = other.align >= 0
+            length, to_dst, to_src = len(p), np.where(there, clean, -1), other.align
+            differs = other.differs
+        else:
+            there = other.align >= 0
+            length, to_dst, to_src = len(other.tokens), other.align, np.where(there, clean, -1)
+            differs = other.differs if other.parallel else np.ones(length, bool)
+        by_clean = (
+            clean if other is None or self.directions[variant.direction] == "noise" else to_dst
+        )
+        read = self.reads.positions[pair]
+        reads = _marked(length, by_clean[read[read >= 0]], p, "where a metric is read")
+        inner = np.zeros((self.dimensions.layers, length), bool)
+        for r in self.reads.inner:
+            layer = self.inner_layer(r)
+            for position in (r.position[pair], r.key[pair]):
+                inner[layer] |= _marked(length, by_clean[[position]], p, r.metric.column)
+        return Frame(length, to_dst, to_src, differs, reads, inner)
+
+    def _there(self, name: str, variant: Variant, source: int, in_set: bool = False) -> Map:
+        """[pair, layer, clean position]: where patching from a source can change what is read."""
+        place = self.place(name)
+        # Where sites have different sources, a value that equals the destination's can undo
+        # what another site has changed.
+        anywhere = in_set and self._mixed
+        key = ("there", name, source, anywhere, *self._kind(variant))
+        if key not in self._cache:
+            layers = self.layers(name)
+            there = np.zeros((len(self.pairs), len(layers), max(map(len, self.pairs))), bool)
+            for i, frame in enumerate(self.frames(variant)):
+                to_src = self.to_src(variant, source, i)
+                if name == "head_pattern" and (to_src != frame.to_dst).any():
+                    raise BadInput(
+                        "head_pattern needs prompts of equal length, position by position: a row "
+                        "of attention has no meaning over other keys"
+                    )
+                differs = frame.differs | anywhere
+                maps = cone(differs, self.dimensions.windows, frame.reads, frame.inner)
+                by_dst = maps.exists(place)[layers.start : layers.stop]
+                valid = np.flatnonzero((frame.to_dst >= 0) & (to_src >= 0))
+                there[i, :, valid] = by_dst[:, frame.to_dst[valid]].T
+            self._cache[key] = there
+        return self._cache[key]  # type: ignore[return-value]
+
+    def _layout(self, name: str, variant: Variant) -> Layout:
+        """Pair by pair, so that memory does not grow with places."""
+        grid, calls = self.grid(name), self.dimensions.layers
+        shape = (len(self.pairs), grid.layers, len(grid.positions))
+        by_call = (len(self.pairs), calls, len(grid.positions))
+        out = Layout(
+            exists=np.zeros(shape, bool),
+            start=np.zeros(shape, np.int64),
+            joins=np.zeros(shape, np.int64),
+            extra=np.zeros(by_call, np.int64),
+            extra_reads=np.zeros((len(self.pairs), len(grid.positions)), np.int64),
+            head_reads=np.zeros((len(self.pairs), len(grid.positions)), np.int64),
+            inside=self._inside(name, variant),
+        )
+        if not self.exists_at_all(variant):
+            return out
+        for i in range(len(self.pairs)):
+            self._lay_out(out, i, variant, self.places(name, variant, i))
+        return out
+
+    def _lay_out(self, out: Layout, pair: int, variant: Variant, places: Places) -> None:
+        """Fill in one pair."""
+        position = self.frames(variant)[pair].to_dst[places.position]
+        call, joins = self.calls(places)
+        flat = {name: getattr(out, name)[pair].reshape(-1) for name in ("exists", "start", "joins")}
+        flat["exists"][places.cell] = True
+        for name, values in (("start", position), ("joins", joins)):
+            flat[name][places.cell] = values.max(initial=0)
+            np.minimum.at(flat[name], places.cell, values)
+        entry = places.cell % out.inside.shape[1]
+        injected = injected_tokens(places, position, call, flat["joins"])
+        np.add.at(out.extra[pair], (call[injected], entry[injected]), 1)
+        moved = np.flatnonzero(self.moved(variant, pair, places))
+        np.add.at(out.extra[pair], (call[moved], entry[moved]), 1)
+
+        windows = np.array([w or position.max(initial=0) + 1 for w in self.dimensions.windows])
+        keys = np.minimum(position + 1, windows[np.minimum(places.layer, len(windows) - 1)])
+        queried = injected[np.isin(places.component, CODES["head_q"])[injected]]
+        np.add.at(out.extra_reads[pair], entry[queried], keys[queried])
+        patterns = np.flatnonzero(places.component == CODES["head_pattern"])
+        np.add.at(out.head_reads[pair], entry[patterns], keys[patterns])
+
+    def _inside(self, name: str, variant: Variant) -> Map:
+        """[pair, entry]: whether a pair has the entry, in both runs."""
+        if not self.exists_at_all(variant):
+            return np.zeros((len(self.pairs), len(self.grid(name).positions)), bool)
+        if name == SETS:
+            return np.ones((len(self.pairs), len(self.grid(name).positions)), bool)
+        inside = np.zeros(self.positions.members.shape[:2], bool)
+        for i, frame in enumerate(self.frames(variant)):
+            known = (frame.to_dst >= 0) & (frame.to_src >= 0)
+            inside[i] = self.positions.members[i, :, : len(known)][:, known].any(1)
+        return inside
+
+
+def injected_tokens(places: Places, position: Ints, call: Ints, joins: Ints) -> Ints:
+    """Places, one per token, whose tokens pass a layer beside the rows, for their row is born from
+    what comes out: those in the layer call before their run (`joins` by cell) is carried. Queries
+    come first, for they attend."""
+    late = np.flatnonzero(call == joins[places.cell] - 1)
+    order = late[
+        np.lexsort([places.component[late] != CODES["head_q"], position[late], places.cell[late]])
+    ]
+    key = np.stack([places.cell[order], position[order]])
+    first = np.ones(len(order), bool)
+    first[1:] = (key[:, 1:] != key[:, :-1]).any(0)
+    return order[first]
+
+
+def _marked(length: int, positions: Ints, pair: Pair, what: str) -> Map:
+    """[position]: True at these; BadInput if one of them is not in the run."""
+    if (positions < 0).any():
+        raise BadInput(
+            f"{what}: a position of the clean prompt has no counterpart in the corrupt one "
+            f"(prompts of {len(pair)} and {length} tokens): align it"
+        )
+    out = np.zeros(length, bool)
+    out[positions] = True
+    return out
+
+
+def make_layouts(
+    pairs: Sequence[Pair],
+    settings: Sweep,
+    sources: tuple[Source, ...],
+    reads: Reads,
+    dimensions: Dimensions,
+    features: Features | None,
+) -> Layouts:
+    """BadInput for sets and windows that the model or the pairs do not have."""
+    out = Layouts(
+        pairs=pairs,
+        directions=settings.directions,
+        sources=sources,
+        positions=resolve_positions(pairs, settings.positions),
+        reads=reads,
+        dimensions=dimensions,
+        table=None,
+        features=features,
+    )
+    for read in reads.inner:
+        _check_read(out, read.metric)
+    sets = _windows(out, settings)
+    for name, given in settings.sets.items():
+        if name in sets:
+            raise BadInput(f"set '{name}' has the name of a window: choose another")
+        if isinstance(given, Complement):
+            sets[name] = _complement(out, given)
+        else:
+            sets[name] = [_site(out, site, name) for site in given]
+    return replace(out, table=_table(out, sets)) if sets else out
+
+
+def _check_read(of: Layouts, m: Metric) -> None:
+    """BadInput for a layer, head, neuron or feature that is not there."""
+    limits = {"layer": of.dimensions.layers, "head": of.dimensions.heads}
+    if m.name == "neuron":
+        limits["neuron"] = of.units("neuron")
+    if m.name == "sae_feature":
+        limits["feature"] = of.units("sae_feature")
+    if m.name == "probe":
+        limits["unit"] = of.units(m.component)
+    for option, limit in limits.items():
+        if getattr(m, option) >= limit:
+            raise BadInput(f"{m.column}: no {option} {getattr(m, option)}: use 0 to {limit - 1}")
+
+
+# A site as numbers: component, layer, unit, position entry (as the spec writes it), source.
+_Numbers = tuple[int, int, int, Place, int]
+
+
+def _windows(of: Layouts, settings: Sweep) -> dict[str, list[_Numbers]]:
+    """Sliding windows of adjacent layers (Meng et al. 2022; Zhang & Nanda 2023, section 5)."""
+    sets: dict[str, list[_Numbers]] = {}
+    for name in (c for c in WINDOWED if c in settings.components):
+        for size in settings.windows:
+            layers = of.dimensions.layers
+            if size > layers:
+                raise BadInput(f"windows: {size} layers, but the model has {layers}: use fewer")
+            for entry in of.positions.names:
+                for first in range(layers - size + 1):
+                    window = range(first, first + size)
+                    sets[window_name(name, window, entry)] = [
+                        (CODES[name], layer, 0, entry, OWN) for layer in window
+                    ]
+    return sets
+
+
+def _site(of: Layouts, site: Site, name: str) -> _Numbers:
+    """BadInput, naming the set, for a layer, unit or source that is not there."""
+    where, layers, units = (
+        f"set '{name}': {site}",
+        of.layers(site.component),
+        of.units(site.component),
+    )
+    layer = layers.start if site.layer is None else site.layer
+    if layer not in layers:
+        raise BadInput(f"{where}: no layer {layer}: use {layers.start} to {layers.stop - 1}")
+    unit = site.unit or 0
+    if unit >= units:
+        kind = component(site.component).unit
+        raise BadInput(f"{where}: no {kind} {unit}: use 0 to {units - 1}")
+    names = [s.name for s in of.sources]
+    if site.source is not None and site.source not in names:
+        raise BadInput(
+            f"{where}: no source '{site.source}' in this sweep: it has {', '.join(names)}"
+        )
+    source = OWN if site.source is None else names.index(site.source)
+    return CODES[site.component], layer, unit, site.position, source
+
+
+def _complement(of: Layouts, given: Complement) -> list[_Numbers]:
+    besides = {_site(of, site, "besides")[:4] for site in given.besides}
+    out = []
+    for name in given.within:
+        code = CODES[component(name).name]
+        for layer in of.layers(name):
+            for unit in range(of.units(name)):
+                if (code, layer, unit, "all") in besides:
+                    continue
+                out += [
+                    (code, layer, unit, entry, OWN)
+                    for entry in of.positions.names
+                    if (code, layer, unit, entry) not in besides
+                ]
+    return out
+
+
+def _table(of: Layouts, sets: Mapping[str, Sequence[_Numbers]]) -> SiteTable:
+    entries = list(dict.fromkeys(site[3] for sites in sets.values() for site in sites))
+    rows = [
+        (i, code, layer, unit, entries.index(entry), source)
+        for i, sites in enumerate(sets.values())
+        for code, layer, unit, entry, source in sites
+    ]
+    columns = np.array(rows, np.int64).reshape(-1, 6).T
+    return SiteTable(
+        names=tuple(sets),
+        entries=tuple(map(str, entries)),
+        set=columns[0],
+        component=columns[1],
+        layer=columns[2],
+        unit=columns[3],
+        entry=columns[4],
+        source=columns[5],
+        members=np.stack([_members(of, entry) for entry in entries], 1),
+    )
+
+
+def _members(of: Layouts, entry: Place) -> Map:
+    """[pair, position]: what a site's position means: a group or label of the sweep, "all", or any
+    index or label of the pairs."""
+    if isinstance(entry, str) and entry in of.positions.names:
+        return of.positions.members[:, of.positions.names.index(entry)]
+    which = "all" if entry == "all" else (entry,)
+    return resolve_positions(of.pairs, which).members[:, 0]

@@ -1,0 +1,145 @@
+"""Before the first wave: everything that sources and metrics need beside it is made and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patchsweep.errors import BadInput
+from patchsweep.forward import Forward
+from patchsweep.layout import Layouts
+from patchsweep.means import means
+from patchsweep.metrics import load_function
+from patchsweep.pairs import Pair, read_pairs
+from patchsweep.plan import Plan
+from patchsweep.sae import SAE
+from patchsweep.sites import SETS
+from patchsweep.spec import Gaussian, Mean, Metric, Prompts, Sweep, Vector
+from patchsweep.values import Constants, Values, embedding_std, read_tensor, read_vector
+
+
+def prepare(
+    forward: Forward, plan: Plan, settings: Sweep, tokenizer: Any, sae: SAE | None
+) -> Values:
+    """BadInput for what the model does not have: layers, heads, widths; the model must be using
+    patchsweep's attention."""
+    layouts = plan.layouts
+    components = layouts.patched([name for name in plan.grids if name != SETS])
+    if sae is not None:
+        sae.check_width(
+            _width(forward, layouts, sae.at)[1] if sae.at != "head_z" else _all_heads(layouts)
+        )
+        sae = sae.to(forward.device, forward.hf_model.dtype)
+    for metric in settings.metrics:
+        _check_metric(metric, plan)
+    if "neuron" in components or any(m.name == "neuron" for m in settings.metrics):
+        _check_neurons(forward, layouts)
+    constants: Constants = {}
+    for number, source in enumerate(plan.sources):
+        if isinstance(source.given, Mean | Vector) and "head_pattern" in components:
+            raise BadInput(
+                f"source {source.name}: a row of attention has no {source.name} over other keys: "
+                "patch head_pattern from zero, resample or another run"
+            )
+        if isinstance(source.given, Mean):
+            prompts = mean_prompts(source.given, plan.pairs, tokenizer)
+            found = means(forward, layouts, components, prompts, source.given.by, sae)
+            constants |= {(number, name): table for name, table in found.items()}
+        elif isinstance(source.given, Vector):
+            for name in components:
+                sizes = (len(layouts.layers(name)), *_width(forward, layouts, name))
+                table = read_vector(source.given, name, *sizes)
+                constants[number, name] = table.to(forward.device)
+    gaussian = settings.corrupt if isinstance(settings.corrupt, Gaussian) else None
+    return Values(
+        sources=plan.sources,
+        constants=constants,
+        noise_scale=embedding_std(forward, gaussian, layouts) if gaussian else 0.0,
+        sae=sae,
+        directions={
+            m.column: _direction(m, _width(forward, layouts, m.component)[1]).to(forward.device)
+            for m in settings.metrics
+            if m.name == "probe"
+        },
+    )
+
+
+def mean_prompts(given: Mean, pairs: Sequence[Pair], tokenizer: Any) -> list[tuple[int, ...]]:
+    """The prompts that a mean is taken over."""
+    if given.prompts == "clean":
+        return [p.clean for p in pairs]
+    if given.prompts == "corrupt":
+        if not all(p.corrupt for p in pairs):
+            raise BadInput("source mean: prompts: corrupt, but a pair has none: use clean")
+        return [p.corrupt for p in pairs]
+    return [
+        p.clean
+        for p in read_pairs(Path(given.prompts), tokenizer, Prompts.model_fields["bos"].default)
+    ]
+
+
+def _width(forward: Forward, layouts: Layouts, name: str) -> tuple[int, int]:
+    """Units of a component, and the width of one."""
+    d, units = layouts.dimensions, layouts.units(name)
+    config = forward.hf_model.config.get_text_config()
+    wide = {
+        "embed": forward.hf_model.get_input_embeddings().weight.shape[1],
+        "head_q": getattr(config, "qk_head_dim", None) or d.d_head,
+        "head_k": getattr(config, "qk_head_dim", None) or d.d_head,
+        "head_v": d.d_head,
+        "head_z": d.d_head,
+        "neuron": 1,
+        "sae_feature": 1,
+    }
+    return units, wide.get(name, d.d_model)
+
+
+def _all_heads(layouts: Layouts) -> int:
+    return layouts.dimensions.heads * layouts.dimensions.d_head
+
+
+def _check_neurons(forward: Forward, layouts: Layouts) -> None:
+    for layer, down in enumerate(forward.down_projections):
+        weight: Any = down.weight
+        sizes = tuple(weight.shape)
+        if layouts.dimensions.neurons not in sizes:
+            raise BadInput(
+                f"neuron cannot be patched in this model: its config says "
+                f"{layouts.dimensions.neurons} neurons, layer {layer} has weights {sizes}"
+            )
+
+
+def _check_metric(m: Metric, plan: Plan) -> None:
+    """BadInput for a corrupt run or a function that is not there."""
+    if m.name == "relative_prob" and any(s.kind != "run" for s in plan.sources):
+        raise BadInput("relative_prob compares with the corrupt run: every source must have one")
+    if m.name == "callable":
+        load_function(m.path)
+
+
+def _direction(m: Metric, width: int) -> Tensor:
+    """A probe's direction [width]."""
+    direction = read_tensor(Path(m.file))
+    if tuple(direction.shape) != (width,):
+        raise BadInput(
+            f"{m.file}: the probe is {list(direction.shape)}, {m.component} of this model needs "
+            f"[{width}]"
+        )
+    return direction
+
+
+def digest(values: Values) -> str:
+    """Identifies what was prepared, for a sweep that goes on."""
+    found = hashlib.sha256(f"{values.noise_scale}".encode())
+    tensors = [*values.constants.items(), *values.directions.items()]
+    if values.sae is not None:
+        tensors += [("encoder", values.sae.encoder), ("decoder", values.sae.decoder)]
+    for name, tensor in tensors:
+        found.update(f"{name}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]

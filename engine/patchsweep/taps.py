@@ -1,0 +1,223 @@
+"""What is overwritten and read while a layer runs: a schedule's edits and metrics as taps.
+
+A tap sees one activation of all tokens of a call, [token, unit, width], and may overwrite it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from patchsweep.attention import PatternEdit, PatternRead
+from patchsweep.layout import OWN, Layouts
+from patchsweep.reads import Inner
+from patchsweep.sae import SAE
+from patchsweep.schedule import Edit, Step
+from patchsweep.stream import Tap
+from patchsweep.values import Values
+
+# Places of the stream at the border between two layers, in the order of the forward.
+BORDER = ("resid_post", "resid_pre")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What happens in one layer call: taps by place, and rows of attention replaced and read."""
+
+    taps: Mapping[str, Tap]
+    patterns: Sequence[PatternEdit] = ()
+    pattern_reads: Sequence[PatternRead] = ()
+
+
+@dataclass(frozen=True)
+class Editor:
+    """Turns the edits of a wave, and the inner metrics, into taps. `source` is the wave's own;
+    `base` counts the tokens of unpatched runs; `inner` receives what metrics read [row]."""
+
+    layouts: Layouts
+    values: Values
+    source: int
+    base: int
+    positions: NDArray[np.int64]  # [row, inner metric], −1 where there is none
+    keys: NDArray[np.int64]
+    inner: dict[str, Tensor]
+    device: torch.device
+
+    def seen(self, layer: int, step: Step) -> Seen:
+        """What happens in layer call `layer`; the last is what the tail reads."""
+        taps: dict[str, list[Tap]] = {}
+        for edit in step.edits:
+            if edit.component != "head_pattern":
+                place = self.layouts.place(edit.component)
+                taps.setdefault(place, []).append(self.write(edit, layer - (place == "resid_post")))
+        pattern_edits = [e for e in step.edits if e.component == "head_pattern"]
+        reads = []
+        for column, inner in enumerate(self.layouts.reads.inner):
+            at = self.layouts.inner_layer(inner)
+            place = self._place_of(inner)
+            if layer != at + (place == "resid_post"):
+                continue
+            if inner.metric.name == "attention":
+                reads.append(self._pattern_read(column, inner, step, pattern_edits))
+            else:
+                taps.setdefault(place, []).append(self._read(column, inner, step))
+        patterns = [self._pattern(e, step) for e in pattern_edits]
+        return Seen({place: _all(some) for place, some in taps.items()}, patterns, reads)
+
+    def embedding(self, edits: Iterable[Edit]) -> list[Tap]:
+        """What replaces embeddings by constants."""
+        return [self.write(edit, 0) for edit in edits]
+
+    def write(self, edit: Edit, layer: int) -> Tap:
+        """The tap that makes a replacement."""
+        source = self.source if edit.source == OWN else edit.source
+        kind = self.values.sources[source].kind
+        target, donor, own, unit, position = (
+            self._to(a) for a in (edit.target, edit.donor, edit.own, edit.unit, edit.position)
+        )
+        given = None
+        if kind != "run":
+            given = self.values.constant(source, edit.component, layer, unit, position)
+        if edit.component == "sae_feature":
+            sae = self.values.sae
+            assert sae is not None
+            return _feature(sae, self.base, kind, target, donor, own, unit, given)
+
+        def overwrite(x: Tensor) -> None:
+            if kind == "run":
+                x[target, unit] = x[donor, unit]
+            elif kind == "vector":
+                assert given is not None
+                x[target, unit] += given.to(x)
+            else:
+                x[target, unit] = 0 if given is None else given.to(x).expand(-1, x.shape[-1])
+
+        return overwrite
+
+    def _pattern(self, edit: Edit, step: Step) -> PatternEdit:
+        count = edit.position + 1
+        slots = np.arange(count.max())
+        source = self.source if edit.source == OWN else edit.source
+        zero = self.values.sources[source].kind == "zero"
+        return PatternEdit(
+            target=self._to(edit.target),
+            head=self._to(edit.unit),
+            donor=self._to(edit.donor),
+            keys=self._to(edit.donor[:, None] + np.minimum(slots - edit.position[:, None], 0)),
+            values=self._to(_tokens(step, edit.row, slots, count)),
+            count=self._to(count),
+            given=torch.zeros(len(count), len(slots), device=self.device) if zero else None,
+        )
+
+    def _pattern_read(
+        self, column: int, inner: Inner, step: Step, edits: Sequence[Edit]
+    ) -> PatternRead:
+        position, key = self.positions[:, column], self.keys[:, column]
+        row = np.arange(len(position))
+        count = np.maximum(position, 0) + 1
+        slots = np.arange(count.max())
+        edited = (
+            np.concatenate([np.stack([e.row, e.position, e.unit]) for e in edits], 1)
+            if edits
+            else np.zeros((3, 0), np.int64)
+        )
+        same = (edited[1] == position[edited[0]]) & (edited[2] == inner.metric.head)
+        return PatternRead(
+            tokens=self._to(step.row_tokens.token(row, np.maximum(position, 0))),
+            keys=self._to(_tokens(step, row, slots, count)),
+            count=self._to(count),
+            head=inner.metric.head,
+            key=self._to(np.maximum(key, 0)),
+            edited=self._to(np.stack([edited[0][same], np.flatnonzero(same)])),
+            out=lambda value: self._keep(column, inner, value),
+        )
+
+    def _read(self, column: int, inner: Inner, step: Step) -> Tap:
+        """The tap that reads an activation of every row."""
+        m, position = inner.metric, self.positions[:, column]
+        token = self._to(step.row_tokens.token(np.arange(len(position)), np.maximum(position, 0)))
+
+        def read(x: Tensor) -> None:
+            if m.name == "neuron":
+                value = x[token, m.neuron, 0]
+            elif m.name == "sae_feature":
+                sae = self.values.sae
+                assert sae is not None
+                value = sae.encode(x[token].flatten(1))[:, m.feature]
+            else:
+                direction = self.values.directions[m.column].to(x)
+                activation = x[token, m.unit] if m.component == "head_z" else x[token].flatten(1)
+                value = activation @ direction
+            self._keep(column, inner, value)
+
+        return read
+
+    def _keep(self, column: int, inner: Inner, value: Tensor) -> None:
+        missing = self._to(self.positions[:, column] < 0)
+        exact = torch.float64 if value.dtype == torch.float64 else torch.float32
+        self.inner[inner.metric.column] = value.to(exact).masked_fill(missing, float("nan"))
+
+    def _place_of(self, inner: Inner) -> str:
+        if inner.metric.name == "probe":
+            return inner.metric.component
+        return self.layouts.place(inner.metric.name)
+
+    def _to(self, array: NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def _tokens(
+    step: Step, row: NDArray[np.int64], slots: NDArray[np.int64], count: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """[row, slot]: the tokens of rows at the first positions; beyond `count` the first again."""
+    position = np.where(slots < count[:, None], slots, 0)
+    return step.row_tokens.token(row[:, None], position)
+
+
+def _all(taps: Sequence[Tap]) -> Tap:
+    """Several taps at one place, one after another."""
+
+    def tap(x: Tensor) -> None:
+        for each in taps:
+            each(x)
+
+    return tap
+
+
+def _feature(
+    sae: SAE,
+    base: int,
+    kind: str,
+    target: Tensor,
+    donor: Tensor,
+    own: Tensor,
+    unit: Tensor,
+    given: Tensor | None,
+) -> Callable[[Tensor], None]:
+    """x + (f′ − f)·decoder[feature]: the rest of x, the autoencoder's error among it, is kept."""
+
+    def overwrite(x: Tensor) -> None:
+        flat = x.view(x.shape[0], -1)
+        sized = sae.to(x.device, x.dtype)
+        known = sized.encode(flat[:base])
+        inside = own < base
+        before = known[own.where(inside, 0), unit]
+        if not bool(inside.all()):
+            before = before.where(
+                inside, sized.encode(flat[own.where(~inside, 0)]).gather(1, unit[:, None])[:, 0]
+            )
+        if kind == "vector":
+            assert given is not None
+            change = given.to(x).expand(len(unit), -1)[:, 0]
+        elif kind == "run":
+            change = known[donor, unit] - before
+        else:
+            change = (0 if given is None else given.to(x)[:, 0]) - before
+        flat.index_add_(0, target, change[:, None] * sized.decoder[unit])
+
+    return overwrite

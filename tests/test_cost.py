@@ -1,0 +1,162 @@
+"""What a plan says that a sweep will take is what it takes, counted while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import patchsweep as ps
+from oracle.families import FAMILIES, prompts
+from patchsweep import attention
+from patchsweep.attention import attention_is
+from patchsweep.engine import plan_sweep
+from patchsweep.forward import Forward, take_apart
+from patchsweep.pairs import Pair
+from patchsweep.prepare import prepare
+from patchsweep.schedule import NULL, make_schedule
+from patchsweep.spec import parse_settings
+from patchsweep.wave import run_wave
+
+COMPONENTS = (
+    "embed",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "mlp_out",
+    "head_q",
+    "head_k",
+    "head_v",
+    "head_pattern",
+    "head_z",
+    "neuron",
+)
+
+
+class Letters:
+    """A tokenizer as far as a sweep needs one."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(f"<{t}>" for t in tokens)
+
+
+@dataclass
+class Counted:
+    """FLOPs of the layers' weights and of attention, and the largest layer call, in tokens."""
+
+    weights: int = 0
+    attention: int = 0
+    tokens: int = 0
+
+
+@contextmanager
+def counting(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> Iterator[Counted]:
+    found = Counted()
+
+    def multiplied(module: Any, args: Any, _: Any) -> None:
+        tokens = args[0].numel() // args[0].shape[-1]
+        found.weights += 2 * module.weight.numel() * tokens
+        found.tokens = max(found.tokens, tokens)
+
+    packed, single = attention.packed_attention, attention.attention_rows
+
+    def attend(
+        query: Any, key: Any, value: Any, rows: Any, scaling: Any, window: Any, *rest: Any
+    ) -> Any:
+        for r in rows:
+            places = np.arange(r.prefix_length, r.prefix_length + r.length) + 1
+            keys = r.count * np.minimum(places, window or 1 << 40).sum()
+            found.attention += 4 * query.shape[0] * value.shape[-1] * int(keys)
+        return packed(query, key, value, rows, scaling, window, *rest)
+
+    def attend_rows(
+        query: Any,
+        key: Any,
+        tokens: Any,
+        keys: Any,
+        count: Any,
+        head: Any,
+        scaling: Any,
+        window: Any,
+        *rest: Any,
+    ) -> Any:
+        found.attention += 4 * query.shape[-1] * int(count.clamp(max=window or 1 << 40).sum())
+        return single(query, key, tokens, keys, count, head, scaling, window, *rest)
+
+    hooks = [
+        m.register_forward_hook(multiplied)
+        for layer in forward.layers
+        for m in layer.modules()
+        if isinstance(m, nn.Linear | Conv1D)
+    ]
+    monkeypatch.setattr(attention, "packed_attention", attend)
+    monkeypatch.setattr(attention, "attention_rows", attend_rows)
+    try:
+        yield found
+    finally:
+        monkeypatch.undo()
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
+@pytest.mark.parametrize("more", ["", "all", "sets", "inner"])
+def test_runs_and_flops(
+    component: str, name: str, more: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model = FAMILIES[name].build(3)
+    rng = np.random.default_rng(3)
+    pairs = [Pair(*prompts(rng, 50, n, 1), (5,), (7,)) for n in (7, 6)]
+    settings: dict[str, Any] = {"components": [component], "direction": "both"}
+    if more == "all":
+        settings["positions"] = "all"
+    if more == "sets":
+        settings["windows"] = [2] if component in ("resid_pre", "attn_out", "mlp_out") else []
+        unit = (
+            ""
+            if component in ("embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+            else ".1"
+        )
+        layer = "" if component == "embed" else ".1"
+        sites = [f"{component}{layer}{unit}@-1", "head_z.0.2@-2", "head_q.1.0@-1", "head_k.2.0@-2"]
+        settings["sets"] = {"some": sites, "one": sites[:1]}
+    if more == "inner":
+        settings["metrics"] = [
+            "logit",
+            {"attention": {"layer": 1, "head": 0, "query": -1, "key": 0}},
+        ]
+    model = ps.wrap(hf_model, Letters())
+    parsed = parse_settings({**settings, "token_budget": 2000})
+    plan = plan_sweep(model.dimensions, pairs, parsed, model.device)
+    runs = flops = 0
+    with attention_is(hf_model), torch.no_grad():
+        forward = take_apart(hf_model, 7, 6)
+        values = prepare(forward, plan, parsed, Letters(), None)
+        for wave in plan.waves:
+            with counting(forward, monkeypatch) as found:
+                run_wave(forward, plan, wave, parsed.metrics, values)
+            schedule = make_schedule(plan, wave)
+            runs += int((schedule.runs.block != NULL).sum())
+            tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
+            read = 0 if more != "inner" else _read(schedule, plan)
+            assert found.weights + found.attention + tail - read == wave.flops
+            assert found.tokens == wave.tokens
+            assert len(schedule.row_pair) * schedule.reads.shape[1] == wave.rows
+            flops += wave.flops
+    assert runs == plan.counts()["runs"] > 0
+    assert flops == plan.counts()["flops"]
+
+
+def _read(schedule: Any, plan: Any) -> int:
+    """What an attention probability costs that a metric reads: not a part of any run."""
+    keys = np.minimum(schedule.inner[:, 0] + 1, plan.dimensions.windows[1] or 1 << 40)
+    return 4 * plan.dimensions.d_head * int(keys.sum())
