@@ -313,6 +313,29 @@ def measure_pairs(model: Model, pairs: Sequence[Pair], rounds: int) -> ManyPairs
     )
 
 
+@dataclass(frozen=True)
+class Neurons:
+    """Every neuron of a model at the last position of one pair, under the default budget: seconds
+    of all waves, once."""
+
+    cells: int
+    waves: int
+    flops: int
+    seconds: float
+
+
+def measure_neurons(model: Model, pair: Pair) -> Neurons:
+    """Time the waves of a whole-model neuron sweep at one position."""
+    neurons = parse_settings({**SETTINGS, "components": ["neuron"], "positions": [-1]})
+    plan = plan_sweep(model.dimensions, [pair], neurons, model.device)
+    counts = plan.counts()
+    with attention_is(model.hf_model), deterministic(model.device):
+        forward = take_apart(model.hf_model, len(pair))
+        one_wave(forward, plan, plan.waves[-1])
+        seconds, _ = timed(model.device, lambda: all_waves(forward, plan))
+    return Neurons(counts["cells"], counts["waves"], counts["flops"], seconds)
+
+
 def wave_values(model: Model, pair: Pair, cells: Cells) -> NDArray[np.float64]:
     """Logit differences of these cells [cell] by one pass of the wavefront."""
     plan = plan_sweep(model.dimensions, [pair], settings(), model.device)

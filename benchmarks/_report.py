@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks._machine import Clocks, machine
-from benchmarks._measure import Errors, ManyPairs, Measurement
+from benchmarks._measure import Errors, ManyPairs, Measurement, Neurons
 from benchmarks._memory import Memory
 from patchsweep.errors import BadInput
 
@@ -49,6 +49,7 @@ class Case:
     grid: Measurement
     memory: Memory
     pairs: ManyPairs | None
+    neurons: Neurons | None
     low: Errors | None
 
 
@@ -162,6 +163,15 @@ def pairs_lines(p: ManyPairs) -> list[str]:
     ]
 
 
+def neurons_line(n: Neurons, matmul: float) -> str:
+    """The neuron sweep in one line."""
+    rate = n.flops / n.seconds
+    return (
+        f"neurons: {n.cells:,} at one position in {n.seconds:.1f} s, {n.cells / n.seconds:,.0f} "
+        f"cells/s in {n.waves} waves, {100 * rate / matmul:.0f} % of the large matmul's FLOP/s"
+    )
+
+
 def error_line(e: Errors) -> str:
     """Both errors in one line."""
     return (
@@ -186,6 +196,8 @@ def show(console: Console, case: Case) -> None:
     lines: list[object] = [*details(case.grid)]
     if case.pairs is not None:
         lines += pairs_lines(case.pairs)
+    if case.neurons is not None:
+        lines.append(neurons_line(case.neurons, case.grid.seconds("matmul_square")))
     if case.low is not None:
         lines.append(error_line(case.low))
     say(console, [*lines, memory_line(case.memory), *targets(case)])

@@ -20,6 +20,7 @@ from benchmarks._measure import (
     errors,
     full_values,
     measure,
+    measure_neurons,
     measure_pairs,
     wave_values,
 )
@@ -74,6 +75,7 @@ def cpu_sweep(
         grid=found,
         memory=in_fresh_process(name),
         pairs=measure_pairs(model, pairs, effort.rounds),
+        neurons=measure_neurons(model, pairs[0]),
         low=_bfloat16(model, pairs[0], found),
     )
     report.show(console, case)

@@ -16,7 +16,15 @@ import torch
 
 from benchmarks import _report as report
 from benchmarks._machine import Clocks
-from benchmarks._measure import Effort, Errors, Measurement, errors, measure, measure_pairs
+from benchmarks._measure import (
+    Effort,
+    Errors,
+    Measurement,
+    errors,
+    measure,
+    measure_neurons,
+    measure_pairs,
+)
 from benchmarks._memory import measure_memory
 from benchmarks._models import REAL, load, middle_pairs, rounded
 from patchsweep.model import Model
@@ -109,6 +117,7 @@ def _case(
         grid=found,
         memory=memory,
         pairs=measure_pairs(model, pairs, effort.rounds) if with_pairs else None,
+        neurons=measure_neurons(model, pairs[0]) if with_pairs else None,
         low=None if exact is None else _lost(exact, found),
     )
 

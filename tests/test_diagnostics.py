@@ -42,29 +42,52 @@ def test_metrics_that_disagree() -> None:
     assert d.disagreement({"logit_diff": a, "prob": a * 2}, EVERY, name) == []
 
 
+def test_metrics_that_differ_only_below_the_top_agree() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.uniform(0, 0.01, SHAPE), rng.uniform(0, 0.01, SHAPE)
+    a.flat[:50:5] = b.flat[:50:5] = np.arange(1, 11)
+    assert d.disagreement({"logit_diff": a, "prob": b}, EVERY, name) == []
+    b.flat[3] = 20.0
+    [line] = d.disagreement({"logit_diff": a, "prob": b}, EVERY, name)
+    assert line.endswith("of logit_diff alone: 0.0@0; of prob alone: 0.0@3")
+
+
+def test_structural_cells_make_no_agreement() -> None:
+    rng = np.random.default_rng(1)
+    a, b, run = np.zeros(SHAPE), np.zeros(SHAPE), np.zeros(SHAPE, bool)
+    run[:2] = True
+    a[:2], b[:2] = rng.uniform(1, 2, (2, 3, 5)), rng.uniform(1, 2, (2, 3, 5))
+    assert len(d.disagreement({"logit_diff": a, "prob": b}, run, name)) == 1
+    assert d.disagreement({"logit_diff": a, "prob": b}, EVERY, name) == []
+
+
 def test_a_probability_that_cannot_fall() -> None:
     [line] = d.saturated("prob", np.array([0.001, 0.002]), "denoise")
     assert "negative components stay hidden" in line
     [line] = d.saturated("logprob", np.log([0.999, 0.998]), "noise")
     assert "cannot show what adds" in line
     assert d.saturated("prob", np.array([0.3, 0.6]), "noise") == []
+    assert len(d.saturated("prob_at_S2", np.array([np.nan, 0.001]), "denoise")) == 1
+    assert d.saturated("prob", np.array([np.nan, np.nan]), "denoise") == []
+    # A log-probability falls without end, whatever it starts from.
+    assert d.saturated("logprob", np.log([0.001, 0.002]), "denoise") == []
+    # Other metrics have no such ends, whatever their names begin with.
+    assert d.saturated("probe_head_z_3", np.array([-2.0, 3.0]), "denoise") == []
+    assert d.saturated("prob_diff", np.array([0.0, 0.0]), "denoise") == []
 
 
 def test_discrete_metrics_that_never_change() -> None:
-    change, run = np.zeros((2, *SHAPE)), np.ones((2, *SHAPE), bool)
-    [line] = d.never_changed("rank", change, run)
+    [line] = d.never_changed("rank", 0, 120)
     assert "changed in none of the 120 cells" in line
-    change[0, 1, 1, 1] = 3
-    assert d.never_changed("rank", change, run) == []
+    assert d.never_changed("rank", 1, 120) == []
+    assert d.never_changed("rank", 0, 0) == []
 
 
 def test_cells_below_the_noise_floor() -> None:
-    change = np.full((2, *SHAPE), 1e-3)
-    change[1, 0, 0, 0] = 1e-7
-    run = np.ones_like(change, bool)
-    [line] = d.below_noise("logit_diff", change, run, np.array([1e-6, 1e-6]))
+    [line] = d.below_noise("logit_diff", 1, 120, 1e-6)
     assert "1 of 120 cells" in line
-    assert d.below_noise("logit_diff", change, run, np.array([1e-6, 1e-8])) == []
+    assert "1.0e-06" in line
+    assert d.below_noise("logit_diff", 0, 120, 1e-6) == []
 
 
 def test_and_or() -> None:
@@ -85,5 +108,9 @@ def test_joint_effects() -> None:
     [line] = d.backup(0.9, [0.1, 0.2], "noise")
     assert "backup" in line
     [line] = d.backup(0.5, [0.5, 0.6], "denoise")
-    assert "they overlap" in line
+    assert "they may overlap" in line
     assert d.backup(0.31, [0.1, 0.2], "noise") == []
+    assert d.backup(1e-9, [0.5, -0.5], "noise") == []  # they cancel, alone and together
+    [line] = d.backup(-0.3, [0.1, 0.2], "noise")
+    assert "act on one another" in line
+    assert d.backup(float("nan"), [0.1], "noise") == []

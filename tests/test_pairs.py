@@ -102,7 +102,22 @@ def test_jsonl_and_csv_agree(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
         ({**ROW, "align": [[0]]}, ["align: [0] is no [clean, corrupt] pair"]),
         ({**ROW, "align": [[0, 99]]}, ["align: [0, 99] is outside"]),
         ({**ROW, "align": [[0, 0], [0, 1]]}, ["align: [0, 1]: position 0 of clean is there twice"]),
-        ({**ROW, "align": [[0, 14]]}, ["the last tokens of both prompts"]),
+        ({**ROW, "align": [[1, 0], [0, -15]]}, ["[0, -15]: position 0 of corrupt is there twice"]),
+        ({**ROW, "align": [[0, 14]]}, ["align: [0, 14]: the last tokens of both prompts"]),
+        ({**ROW, "align": [[1, 1], [-1, 3]]}, ["align: [-1, 3]: the last tokens of both"]),
+        ({**ROW, "align": [[-16, 0]]}, ["[-16, 0] is outside the clean prompt", "use -15 to 14"]),
+        ({**ROW, "align": [[True, 0]]}, ["align: [True, 0] is no [clean, corrupt] pair"]),
+        ({**ROW, "align": {"1": 1}}, ["p.jsonl:2: align is not"]),
+        ({**ROW, "align": 3}, ["p.jsonl:2: align is not"]),
+        ({**ROW, "align": "end", "corrupt_labels": {"a": 1}}, ["only serve align"]),
+        ({**ROW, "corrupt_labels": {"a": 1}}, ["corrupt_labels only serve align"]),
+        ({"clean": CLEAN, "answer": " Mary", "align": "end"}, ["align needs a corrupt prompt"]),
+        (
+            {"clean": CLEAN, "answer": " Mary", "corrupt_labels": {"a": 0}},
+            ["corrupt_labels needs a corrupt prompt"],
+        ),
+        ({**ROW, "others": {"": CLEAN}}, ["others: '' cannot name a prompt"]),
+        ({**ROW, "continuation": ""}, ["continuation '' adds no token"]),
         ({**ROW, "align": "labels", "labels": {"a": 1}}, ["no name in common"]),
         ({**ROW, "corrupt_labels": {"a": 99}}, ["corrupt label 'a' at 99 is outside"]),
         ({**ROW, "others": {"zero": CLEAN}}, ["others: 'zero' cannot name a prompt"]),
@@ -202,7 +217,8 @@ def test_prompts_of_unequal_length(tokenizer: PreTrainedTokenizerFast) -> None:
     def aligned(**more: Any) -> list[int]:
         made = make_pair(tokenizer, CLEAN, short, " Mary", " John", **more)
         assert (len(made.clean), len(made.corrupt)) == (15, 14)
-        return made.alignment.tolist()
+        found: list[int] = made.alignment.tolist()
+        return found
 
     assert aligned(align="end") == [-1, *range(14)]
     by_label = {"labels": {"S2": 10, "x": 1}, "corrupt_labels": {"S2": 9, "y": 1}}
@@ -211,7 +227,16 @@ def test_prompts_of_unequal_length(tokenizer: PreTrainedTokenizerFast) -> None:
     assert aligned(align="labels", **by_label) == expected
     expected[1] = 2
     assert aligned(align=[[1, 2], [-5, -5], [-1, -1]]) == expected
+    assert aligned(align={1: 2, 10: 9}) == expected
+    expected[1], expected[2] = 2, 1  # the order need not be kept
+    assert aligned(align=[[2, 1], [1, 2], [10, 9]]) == expected
+    twice = {"labels": {"S2": 10, "name": 10}, "corrupt_labels": {"S2": 9, "name": 9}}
+    assert aligned(align="labels", **twice) == aligned(align=[[10, 9]])
     assert make_pair(tokenizer, CLEAN, CORRUPT, " Mary").alignment.tolist() == list(range(15))
+    same = make_pair(tokenizer, CLEAN, CORRUPT, " Mary", align="end")
+    assert same == make_pair(tokenizer, CLEAN, CORRUPT, " Mary")
+    longer = make_pair(tokenizer, short, CLEAN, " Mary", align="end")
+    assert longer.alignment.tolist() == list(range(1, 15))
     assert make_pair(tokenizer, CLEAN, answer=" Mary").alignment.tolist() == [-1] * 15
 
 
@@ -236,6 +261,88 @@ def test_continuations_and_further_prompts(tokenizer: PreTrainedTokenizerFast) -
         make_pair(tokenizer, "gave a drin", answer=" Mary", continuation="k")
     found = resolve_positions([made], [-1, "END"]).members[0]
     assert found.argmax(1).tolist() == [14, 14]  # from the end of the prompt proper
+    assert resolve_positions([made], "each").names == tuple(range(17))
+    with pytest.raises(BadInput, match=r"-16 is outside every prompt.* use -15 to 16"):
+        resolve_positions([made], [-16])
+
+
+@pytest.mark.parametrize(
+    ("align", "before"),
+    [("end", [-1, *range(13)]), ([], [-1] * 14), ([[3, 2]], [-1, -1, -1, 2, *[-1] * 10])],
+)
+def test_continuations_of_prompts_of_unequal_length(
+    tokenizer: PreTrainedTokenizerFast, align: Any, before: list[int]
+) -> None:
+    """The answer's tokens always correspond; `before` are the positions before them."""
+    short = "When John and went to the store, Mary gave a drink to"
+    made = make_pair(tokenizer, CLEAN, short, " Mary", align=align, continuation=" Mary and John")
+    assert (len(made), len(made.corrupt), made.read) == (17, 16, 14)
+    assert made.alignment.tolist() == [*before, 13, 14, 15]
+    assert made.clean[-2:] == made.corrupt[-2:] == made.continuation[:-1]
+
+
+def test_a_continuation_of_one_token(tokenizer: PreTrainedTokenizerFast) -> None:
+    plain = make_pair(tokenizer, CLEAN, CORRUPT, " Mary")
+    made = make_pair(tokenizer, CLEAN, CORRUPT, " Mary", continuation=" Mary")
+    assert (made.clean, made.corrupt) == (plain.clean, plain.corrupt)
+    assert made.continuation == plain.answer
+    assert made.read == plain.read == 14
+
+
+def test_a_continuation_outside_the_vocabulary() -> None:
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2, "?": 3}, unk_token="?"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
+    made = make_pair(tokenizer, "a b", "b b", " c", continuation=" c a")
+    assert made == Pair((0, 1, 2), (1, 1, 2), (2,), continuation=(2, 0))
+    with pytest.raises(BadInput, match="continuation ' c d' is not in the vocabulary"):
+        make_pair(tokenizer, "a b", "b b", " c", continuation=" c d")
+
+
+def test_new_keys_in_csv(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    short = "When John and went to the store, Mary gave a drink to"
+    more = {"align": [[1, 2]], "others": {"far": CORRUPT}, "continuation": " Mary and"}
+    rows = [
+        {"clean": CLEAN, "corrupt": short, "answer": " Mary", **more},
+        {"clean": CLEAN, "answer": " Mary"},
+    ]
+    cells = [
+        f'"{CLEAN}","{short}", Mary,"[[1, 2]]","{{""far"": ""{CORRUPT}""}}", Mary and',
+        f'"{CLEAN}",, Mary,,,',
+    ]
+    header = "clean,corrupt,answer,align,others,continuation"
+    csv = read_pairs(write(tmp_path / "p.csv", header, *cells), tokenizer)
+    assert csv == read_pairs(write(tmp_path / "p.jsonl", *rows), tokenizer)
+    assert csv[0].others.keys() == {"far"}
+    assert csv[1].corrupt == ()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"labels": {"E": -1}}, "label 'E' at -1 is outside the prompt: .* use 0 to 2"),
+        ({"labels": {"E": 3}}, "label 'E' at 3 is outside"),
+        ({"others": {"x": (1, 2)}}, "others: 'x' has 2 tokens, clean has 3"),
+        ({"align": (0, 1)}, "align has 2 entries, clean has 3 tokens"),
+        ({"align": (0, 3, 2)}, "align: 3 is outside the corrupt prompt"),
+        ({"align": (-2, 1, 2)}, "align: -2 is outside the corrupt prompt"),
+        ({"align": (1, 1, -1)}, "align: position 1 of corrupt is there twice"),
+        ({"continuation": (3, 7)}, "prompt 'corrupt' does not end with all but its last token"),
+        ({"continuation": (0, 1, 2, 3, 7)}, "prompt 'clean' does not end"),
+        (
+            {"corrupt": (9, 2, 3), "others": {"x": (1, 2, 4)}, "continuation": (3, 7)},
+            "prompt 'x' does not end",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        Pair(**{"clean": (1, 2, 3), "corrupt": (1, 2, 4), "answer": (1,), **more})
+
+
+def test_alignment_of_unequal_lengths_without_align() -> None:
+    with pytest.raises(BadInput, match="clean has 3 tokens, corrupt has 2"):
+        _ = Pair((1, 2, 3), (1, 2), (1,)).alignment
 
 
 def pair(length: int, **labels: int) -> Pair:
@@ -268,7 +375,13 @@ def test_positions() -> None:
         ("S", r"use each, all, or a list such as \[S\]"),
         ([], "list is empty"),
         ({}, "mapping is empty"),
-        ({"a": ["s"]}, "unknown label 's'"),
+        ({"a": ["s"]}, "group 'a': unknown label 's'"),
+        ({"a": [0], "b": [7]}, "group 'b': 7 is outside every prompt"),
+        ({"a": []}, "group 'a': the list is empty"),
+        ({"a": [1, 1]}, "group 'a': 1 is there twice"),
+        ({"a": "each"}, "group 'a' is no list"),
+        ({"S": [0]}, "group 'S' has a name that means something else"),
+        ({"all": [0]}, "group 'all' has a name that means something else"),
         ([1, "S", 1], "1 is there twice"),
     ],
 )

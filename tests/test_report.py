@@ -112,7 +112,7 @@ def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
     assert "12.3 14 ' to' -3 -0.500" in lines
     assert "12 14 ' to' -3 -0.500" in lines
     assert any(line.startswith("Beyond 2 SD of the mean effect:") for line in lines)
-    assert "- head_z, denoise: negative: 12.3@14" in lines
+    assert "head_z, denoise: negative: 12.3@14" in " ".join(lines)
     assert "measured seconds 12.5, cells_per_second 314.2" in lines
     assert "f" * 60 in text
 

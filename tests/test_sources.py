@@ -128,6 +128,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {**HEADS, "metrics": ["relative_prob"], "source": "zero", "direction": "noise"},
         "relative_prob compares with the corrupt run",
     ),
+    (
+        {"sets": {"a": {"within": ["head_z"], "besides": ["head_z.0.0@S2"]}}},
+        "position S2 is none of this sweep's",
+    ),
     ({"circuit": {"ranking": ["head_z.0.0"], "sizes": [2]}}, "2 is more than the 1 sites"),
 ]
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from patchsweep.errors import BadInput
 from patchsweep.statistics import adjusted, beyond_sd, bootstrap, p_values, standard_error
 
 RNG = np.random.default_rng(0)
@@ -50,6 +53,47 @@ def test_bootstrap_covers_the_truth() -> None:
     assert np.isnan(bootstrap(same[:6], None, names[:6]).low).all()
 
 
+def test_a_cell_that_one_template_has_is_not_certain() -> None:
+    change = RNG.standard_normal((12, 3))
+    change[1:, 0] = np.nan  # one pair
+    change[2:, 1] = np.nan  # two pairs of one template
+    low, high = bootstrap(change, np.ones(12), PAIRED, samples=50)
+    assert np.isnan([low[:2], high[:2]]).all()
+    assert low[2] < high[2]
+    assert np.isnan(p_values(change, PAIRED)).tolist() == [True, True, False]
+    low, high = bootstrap(change, np.ones(12), ALONE, samples=50)
+    assert np.isnan(low).tolist() == [True, False, False]
+
+
+def test_a_pair_without_a_span_counts_in_neither_sum() -> None:
+    change, span = RNG.standard_normal((12, 3)), RNG.uniform(1, 2, 12)
+    without = change.copy()
+    without[3] = np.nan
+    expected = bootstrap(without, span, ALONE, samples=100)
+    span[3] = np.nan
+    found = bootstrap(change, span, ALONE, samples=100)
+    assert np.isfinite(expected.low).all()
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_tiles_do_not_change_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    change, span = RNG.standard_normal((12, 2, 5)), RNG.uniform(1, 2, 12)
+    whole = bootstrap(change, span, PAIRED, samples=100)
+    monkeypatch.setattr("patchsweep.statistics.VALUES", 300)  # three cells at a time
+    tiled = bootstrap(change, span, PAIRED, samples=100)
+    np.testing.assert_allclose(tiled, whole, rtol=1e-12)
+    monkeypatch.setattr("patchsweep.statistics.VALUES", 1)
+    np.testing.assert_allclose(bootstrap(change, span, PAIRED, samples=100), whole, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"level": 0.0}, {"level": 1.0}, {"level": 95}])
+def test_impossible_intervals_are_refused(wrong: dict[str, Any]) -> None:
+    [(option, value)] = wrong.items()
+    with pytest.raises(BadInput, match=f"{option} is {value}") as error:
+        bootstrap(np.ones((2, 1)), None, ["", ""], **wrong)
+    assert "\n" not in str(error.value)
+
+
 def test_p_values_against_scipy() -> None:
     change = RNG.standard_normal((12, 5))
     change[:, 1], change[:, 2] = 0.0, 0.7
@@ -75,8 +119,13 @@ def test_adjusted_controls_false_discoveries() -> None:
 
 
 def test_the_2_sd_rule() -> None:
-    effect = np.concatenate([np.zeros(99), [1.0], [np.nan]])
+    effect = np.concatenate([np.zeros(99), [1.0], [np.nan, np.inf]])
     assert np.flatnonzero(beyond_sd(effect)).tolist() == [99]
+    # By hand: mean 2, population deviation 4, so 10 is 2 of them away and no more.
+    effect = np.array([10.0, 0.0, 0.0, 0.0, 0.0])
+    assert not beyond_sd(effect).any()
+    assert beyond_sd(effect, 1.99).tolist() == [True, False, False, False, False]
+    assert not beyond_sd(np.full(7, 0.1)).any()
     assert not beyond_sd(np.full(3, np.nan)).any()
 
 

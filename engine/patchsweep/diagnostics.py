@@ -23,7 +23,7 @@ TOP = 10  # cells that are compared
 AGREE = 0.5  # rank correlation below which metrics disagree
 SATURATED = 0.01  # distance from 0 or 1 at which a probability can go no further
 FAR_APART = 4.0  # times that an effect in one direction exceeds the other
-SHARE = 0.25  # of the sum of singles, by which a joint effect has to differ
+SHARE = 0.25  # of the sizes of singles, by which a joint effect has to differ from their sum
 LISTED = 5
 
 
@@ -42,7 +42,10 @@ def small_denominators(span: Floats, metric: str) -> list[str]:
 
 
 def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[str]:
-    """Metrics that rank the cells that were run differently; effects [...cells] by metric."""
+    """Metrics that rank the cells that were run differently; effects [...cells] by metric.
+
+    Two with the same top cells agree: the rest may be in any order.
+    """
     lines = []
     metrics = list(effects)
     for i, one in enumerate(metrics):
@@ -56,6 +59,8 @@ def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[st
                 continue
             cells = np.argwhere(both)
             top = [{tuple(cells[j]) for j in np.argsort(-x, kind="stable")[:TOP]} for x in (a, b)]
+            if top[0] == top[1] and len(cells) > TOP:
+                continue
             only = [_cells(sorted(top[k] - top[1 - k]), name) or "none" for k in (0, 1)]
             lines.append(
                 f"{one} and {other} disagree (rank correlation {rank:.2f}); in the top {TOP} of "
@@ -65,39 +70,44 @@ def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[st
 
 
 def saturated(metric: str, destination: Floats, direction: str) -> list[str]:
-    """A probability that has nowhere to fall: destination [pair] is its baseline."""
-    probability = np.exp(destination) if metric.startswith("logprob") else destination
-    mean = float(np.nanmean(probability))
-    if mean < SATURATED:
+    """A probability that has nowhere to go: destination [pair] is its baseline.
+
+    Near 0 a probability cannot fall, so that negative components do not show (Zhang & Nanda 2023);
+    its logarithm can, without end. Near 1 neither can rise. Says nothing of any other metric.
+    """
+    kind = metric.partition("_at_")[0]
+    known = destination[np.isfinite(destination)]
+    if kind not in ("prob", "logprob") or not known.size:
+        return []
+    mean = float((np.exp(known) if kind == "logprob" else known).mean())
+    if mean < SATURATED and kind == "prob":
         return [
             f"{metric} is {mean:.1e} before anything is patched ({direction}): it cannot show what "
             "pushes against the answer; negative components stay hidden"
         ]
     if mean > 1 - SATURATED:
+        of = "the probability" if kind == "logprob" else metric
         return [
-            f"{metric} is {mean:.3f} before anything is patched ({direction}): it cannot show what "
-            "adds to the answer"
+            f"{of} is {mean:.3f} before anything is patched ({direction}): {metric} cannot show "
+            "what adds to the answer"
         ]
     return []
 
 
-def never_changed(metric: str, change: Floats, run: Map) -> list[str]:
-    """A discrete metric that no run has moved; change [pair, ...cells], run likewise."""
-    values = change[run]
-    if not values.size or np.nanmax(np.abs(values), initial=0.0) > 0:
+def never_changed(metric: str, changed: int, runs: int) -> list[str]:
+    """A discrete metric that none of the runs has moved."""
+    if changed or not runs:
         return []
-    return [f"{metric} changed in none of the {values.size:,} cells that were run: it says nothing"]
+    return [f"{metric} changed in none of the {runs:,} cells that were run: it says nothing"]
 
 
-def below_noise(metric: str, change: Floats, run: Map, floor: Floats) -> list[str]:
-    """Cells no further from the baseline than a null patch is; floor [pair]."""
-    size = np.abs(change)
-    under = run & (size <= floor.reshape(-1, *[1] * (change.ndim - 1)))
-    if not under.any():
+def below_noise(metric: str, under: int, runs: int, floor: float) -> list[str]:
+    """How many runs are no further from the baseline than a null patch is, at most `floor`."""
+    if not under:
         return []
     return [
-        f"{metric}: {int(under.sum()):,} of {int(run.sum()):,} cells that were run changed no more "
-        f"than a null patch does (at most {np.nanmax(floor):.1e}): rounding"
+        f"{metric}: {under:,} of {runs:,} cells that were run changed no more than a null patch "
+        f"does (at most {floor:.1e}): rounding"
     ]
 
 
@@ -129,16 +139,16 @@ def negative(effect: Floats, name: Name) -> list[str]:
 
 def backup(joint: float, singles: Sequence[float], direction: str) -> list[str]:
     """Several cells patched together against the sum of each alone."""
-    total = float(np.sum(singles))
-    if not np.isfinite([joint, total]).all() or abs(joint - total) <= SHARE * abs(total):
+    total, sizes = float(np.sum(singles)), float(np.abs(singles).sum())
+    if not np.isfinite([joint, total]).all() or abs(joint - total) <= SHARE * sizes:
         return []
-    stronger = abs(joint) > abs(total)
-    if direction == "noise" and stronger:
+    weaker = joint * total >= 0 and abs(joint) < abs(total)
+    if weaker:
+        reading = "they may overlap, or lie behind one another"
+    elif direction == "noise" and joint * total >= 0:
         reading = "something may stand in for single ones (backup)"
     else:
-        reading = (
-            "they act on one another" if stronger else "they overlap, or lie behind one another"
-        )
+        reading = "they may act on one another"
     return [
         f"the top {len(singles)} together have {joint:+.2f}, each alone sums to {total:+.2f}: "
         f"{reading}"

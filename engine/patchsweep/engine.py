@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -220,7 +221,10 @@ def _joint(
 
 def _site_of(component: str, cell: CellEffect) -> Site:
     layer = None if component in ("embed", "sae_feature") else cell.layer
-    return Site(component, layer, cell.unit if unit_name(component) else None, cell.position)
+    position = cell.position
+    if isinstance(position, str) and re.fullmatch(r"-?\d+", position):
+        position = int(position)  # an index among labels
+    return Site(component, layer, cell.unit if unit_name(component) else None, position)
 
 
 def _effect_of_set(

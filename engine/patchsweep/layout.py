@@ -540,6 +540,13 @@ def _site(of: Layouts, site: Site, name: str) -> _Numbers:
 
 def _complement(of: Layouts, given: Complement) -> list[_Numbers]:
     besides = {_site(of, site, "besides")[:4] for site in given.besides}
+    for *_, entry in besides:
+        if entry != "all" and entry not in of.positions.names:
+            names = ", ".join(map(str, of.positions.names))
+            raise BadInput(
+                f"besides: position {entry} is none of this sweep's ({names}): "
+                "name the sites by the positions that the sweep has"
+            )
     out = []
     for name in given.within:
         code = CODES[component(name).name]

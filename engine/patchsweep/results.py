@@ -437,24 +437,29 @@ def _diagnose_cells(results: Results, component: str, direction: str) -> list[st
     """The diagnoses of one component in one direction."""
     lines: list[str] = []
     name, grid = results.cell_namer(component), results.grid(component)
-    effects = {}
+    effects = {m: results.effect(component, m, direction) for m in results.metrics}
     run = np.zeros((grid.layers, grid.units, len(grid.positions)), np.bool_)
     for metric in results.metrics:
-        status = results.store.read(f"{component}/{metric}_status")
-        d = grid.directions.index(direction)
-        ran = np.isin(status[d, 0, 0], (Status.EXACT, Status.AUDITED))
-        moved, _ = results.changes(component, metric, direction)
-        effects[metric] = results.effect(component, metric, direction)
-        run |= ran.any(0)
-        if metric.startswith(("rank", "accuracy")):
-            lines += diagnostics.never_changed(metric, moved, ran)
-            continue
         floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
-        lines += diagnostics.below_noise(metric, moved, ran, floor)
-    first = results.metrics[0]
+        runs = changed = under = 0
+        for layer in range(grid.layers):  # so that memory stays small
+            part = slice(layer, layer + 1)
+            region = (grid.directions.index(direction), 0, 0, slice(None), part)
+            status = results.store.read(f"{component}/{metric}_status", region)
+            ran = np.isin(status, (Status.EXACT, Status.AUDITED))
+            size = np.abs(results.changes(component, metric, direction, None, part)[0])
+            runs += int(ran.sum())
+            changed += int((ran & (size > 0)).sum())
+            under += int((ran & (size <= floor[:, None, None, None])).sum())
+            run[part] |= ran.any(0)
+        if metric.startswith(("rank", "accuracy")):
+            lines += diagnostics.never_changed(metric, changed, runs)
+        else:
+            highest = float(np.nanmax(floor, initial=0.0))
+            lines += diagnostics.below_noise(metric, under, runs, highest)
     if component != SETS:
         lines += diagnostics.disagreement(effects, run, name)
-        lines += diagnostics.negative(effects[first], name)
+        lines += diagnostics.negative(effects[results.metrics[0]], name)
         joint = results.attrs.get("joint", {}).get(component, {}).get(direction)
         if joint:
             lines += diagnostics.backup(joint["joint"], joint["singles"], direction)

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from patchsweep.errors import BadInput
+
 Floats = NDArray[np.float64]
-TILE = 1 << 14  # cells that are resampled together
+VALUES = 1 << 22  # resampled effects in memory at a time: 32 MiB for each of a few arrays
 
 
 class Interval(NamedTuple):
@@ -37,29 +39,33 @@ def bootstrap(
 ) -> Interval:
     """Percentile intervals of the effect over pairs, groups of pairs being resampled.
 
-    The effect is the ratio of means, Σ change / Σ span over the pairs that have a value. NaN with
-    fewer than two groups.
+    The effect is the ratio of means, Σ change / Σ span over the pairs that have a value. NaN where
+    fewer than two groups have one: nothing varies then. `level` is the share of resampled effects
+    between the ends. BadInput without samples or for a level not between 0 and 1.
     """
+    if samples < 1:
+        raise BadInput(f"bootstrap: samples is {samples}: use 1 or more, 1000 are usual")
+    if not 0 < level < 1:
+        raise BadInput(f"bootstrap: level is {level}: use a share between 0 and 1, such as 0.95")
     cells = change.shape[1:]
     flat = change.reshape(len(change), -1)
     member = _members(groups)
-    if len(member) < 2:
-        nothing = np.full(cells, np.nan)
-        return Interval(nothing, nothing.copy())
     rng = np.random.default_rng(seed)
     drawn = rng.integers(len(member), size=(samples, len(member)))
     times = np.stack([np.bincount(row, minlength=len(member)) for row in drawn]).astype(float)
     weight = times @ member  # [sample, pair]
+    each = np.ones(len(flat)) if span is None else span
     low, high = np.empty(flat.shape[1]), np.empty(flat.shape[1])
-    tail = (1 - level) / 2
-    for start in range(0, flat.shape[1], TILE):
-        part = slice(start, start + TILE)
+    tail, tile = (1 - level) / 2, max(1, VALUES // samples)
+    for start in range(0, flat.shape[1], tile):
+        part = slice(start, start + tile)
         x = flat[:, part]
-        there = np.isfinite(x)
-        below = np.where(there, 1.0 if span is None else span[:, None], 0.0)
+        there = np.isfinite(x) & np.isfinite(each)[:, None]
+        below = np.where(there, each[:, None], 0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
             effect = (weight @ np.where(there, x, 0.0)) / (weight @ below)
         effect[~np.isfinite(effect)] = np.nan
+        effect[:, (member @ there > 0).sum(0) < 2] = np.nan
         known = np.isfinite(effect).any(0)
         ends = np.full((2, x.shape[1]), np.nan)
         ends[:, known] = np.nanquantile(effect[:, known], [tail, 1 - tail], axis=0)
@@ -98,11 +104,12 @@ def adjusted(p: Floats) -> Floats:
 
 def beyond_sd(effect: Floats, sd: float = 2.0) -> NDArray[np.bool_]:
     """The cells more than `sd` (population) standard deviations from the mean over all finite
-    cells: the rule of Zhang & Nanda 2023 (arXiv 2309.16042, section 2)."""
-    finite = effect[np.isfinite(effect)]
+    cells: the rule of Zhang & Nanda 2023 (arXiv 2309.16042)."""
+    known = np.isfinite(effect)
+    finite = effect[known]
     if not finite.size:
         return np.zeros(effect.shape, bool)
-    far: NDArray[np.bool_] = np.abs(effect - finite.mean()) > sd * finite.std()
+    far: NDArray[np.bool_] = known & (np.abs(effect - finite.mean()) > sd * finite.std())
     return far
 
 
