@@ -493,7 +493,7 @@ def test_every_source(name: str, kind: str) -> None:
     rng = np.random.default_rng(2)
     pairs = [pair_of(rng, 6, 1), pair_of(rng, 6, 2), pair_of(rng, 5, 1), pair_of(rng, 5, 1)]
     given = {"components": able(name, kind), "direction": "both", **SOURCES[kind]}
-    check(Case(name, pairs, given, layers=2), 40)
+    check(Case(name, pairs, given, layers=2), 30)
 
 
 def able(name: str, kind: str) -> list[str]:
@@ -604,7 +604,7 @@ def test_steering(name: str, component: str) -> None:
     assert check(Case(name, three(8), given), 25) > 5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "cohere", "mistral", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_whole_grids(name: str) -> None:
     """Every single cell, the structural ones among them; and groups of positions."""
     rng = np.random.default_rng(3)
@@ -649,7 +649,7 @@ def test_every_family_in_other_dtypes(name: str, dtype: torch.dtype, tmp_path: P
             assert abs(found[layer, unit, position] - expected) < bound
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(st.data())
 def test_any_sweep(data: st.DataObject) -> None:
     """Family, sizes, lengths, differing tokens, components, positions, sources, sets, metrics,

@@ -27,6 +27,7 @@ from patchsweep.effect import change, ratio
 from patchsweep.errors import BadInput
 from patchsweep.reader import Reader, one_of
 from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
+from patchsweep.spec import INNER
 from patchsweep.statistics import adjusted, beyond_sd, bootstrap, p_values, standard_error
 from patchsweep.store import Store
 
@@ -190,8 +191,9 @@ class Results(Reader):
     def p_values(
         self, component: str, metric: str, direction: str, source: str | None = None
     ) -> Array:
-        """P-values of the changes over templates, adjusted for the false discovery rate over all
-        cells, [layer, unit, position]; NaN with fewer than two templates."""
+        """P-values of the changes over templates, adjusted for the false discovery rate over the
+        cells that changed at all, [layer, unit, position]; 1 for the others, NaN with fewer than
+        two templates."""
         layers = range(self.grid(component).layers)
         found = [
             p_values(
@@ -200,7 +202,10 @@ class Results(Reader):
             )
             for layer in layers
         ]
-        return adjusted(np.concatenate(found))
+        p = np.concatenate(found)
+        tested = p < 1  # what cannot change was never in doubt
+        p[tested] = adjusted(p[tested])
+        return p
 
     def standard_error(
         self, component: str, metric: str, direction: str, source: str | None = None
@@ -219,7 +224,19 @@ class Results(Reader):
                 continue
             moved = np.where(use, change(values, status, destination), 0.0).sum(0)
             per_sample.append(ratio(moved, np.where(use, donor - destination, 0.0).sum(0)))
+        if not per_sample:
+            return np.full((grid.layers, grid.units, len(grid.positions)), np.nan)
         return standard_error(np.stack(per_sample), 0)
+
+    @cached_property
+    def inner_metrics(self) -> list[str]:
+        """The metrics that read inside the model: their cells are not about the answer."""
+        said = self.attrs["spec"].get("metrics", [])
+        return [
+            m
+            for m, given in zip(self.metrics, said, strict=False)
+            if set(given) & INNER and isinstance(given, dict)
+        ]
 
     @cached_property
     def groups(self) -> list[str]:
@@ -437,9 +454,10 @@ def _diagnose_cells(results: Results, component: str, direction: str) -> list[st
     """The diagnoses of one component in one direction."""
     lines: list[str] = []
     name, grid = results.cell_namer(component), results.grid(component)
-    effects = {m: results.effect(component, m, direction) for m in results.metrics}
+    outcomes = [m for m in results.metrics if m not in results.inner_metrics]
+    effects = {m: results.effect(component, m, direction) for m in outcomes}
     run = np.zeros((grid.layers, grid.units, len(grid.positions)), np.bool_)
-    for metric in results.metrics:
+    for metric in outcomes:
         floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
         runs = changed = under = 0
         for layer in range(grid.layers):  # so that memory stays small
@@ -459,7 +477,8 @@ def _diagnose_cells(results: Results, component: str, direction: str) -> list[st
             lines += diagnostics.below_noise(metric, under, runs, highest)
     if component != SETS:
         lines += diagnostics.disagreement(effects, run, name)
-        lines += diagnostics.negative(effects[results.metrics[0]], name)
+        if outcomes:
+            lines += diagnostics.negative(effects[outcomes[0]], name)
         joint = results.attrs.get("joint", {}).get(component, {}).get(direction)
         if joint:
             lines += diagnostics.backup(joint["joint"], joint["singles"], direction)

@@ -260,9 +260,12 @@ class Schedule:
 
     def _rows(self, alive: Ints, at: Ints, group: Ints) -> list[Rows]:
         runs = self.runs
+        length = self.base_length
+        new = np.flatnonzero(np.diff(length, prepend=-1))  # neighbours of one length go together
+        count = np.diff(np.append(new, len(length)))
         rows = [
-            Rows(int(offset), 1, int(length))
-            for offset, length in zip(self.base_offset, self.base_length, strict=True)
+            Rows(int(self.base_offset[i]), int(n), int(length[i]))
+            for i, n in zip(new, count, strict=True)
         ]
         _, first, count = np.unique(group[alive], return_index=True, return_counts=True)
         for r, n in zip(alive[first], count, strict=True):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from patchsweep.plan import Plan
 from patchsweep.results import CellEffect, Results
-from patchsweep.sites import SETS, Status, unit_name
+from patchsweep.sites import SETS, Grid, Status, unit_name
 
 TOP = 10
 NAMED_DETECTIONS = 12
@@ -86,6 +86,7 @@ def _header(results: Results) -> dict[str, str]:
         "model": str(attrs.get("model", "")),
         "prompts": f"{pairs} of {'–'.join(map(str, span))} tokens{_origin(spec.get('prompts'))}",
         "direction": ", ".join(grid.directions),
+        "source": _sources(grid),
         "dtype": str(attrs["dtype"]),
     }
     for component in results.components:
@@ -96,6 +97,12 @@ def _header(results: Results) -> dict[str, str]:
             [text, *(f"{counts[s]:,} {s.name.lower().replace('_', ' ')}" for s in others)]
         )
     return rows
+
+
+def _sources(grid: Grid) -> str:
+    """Where values come from; of several the first is shown."""
+    text = ", ".join(grid.sources)
+    return text if len(grid.sources) == 1 else f"{text} (below: {grid.sources[0]})"
 
 
 def _origin(prompts: Any) -> str:
@@ -163,7 +170,7 @@ def _detections(results: Results, component: str, metric: str, direction: str) -
 
 
 def _provenance(results: Results) -> dict[str, str]:
-    skip = ("model", "spec", "metrics", "components", "dtype", "patchsweep_schema")
+    skip = ("model", "spec", "joint", "metrics", "components", "dtype", "patchsweep_schema")
     attrs = {key: value for key, value in results.attrs.items() if key not in skip}
     rows = {key.replace("_", " "): _flat(value) for key, value in sorted(attrs.items())}
     return {**rows, "schema": str(results.attrs["patchsweep_schema"]), "path": str(results.path)}
