@@ -21,6 +21,7 @@ from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
 from patchsweep.prepare import prepare
+from patchsweep.sae import SAE
 from patchsweep.schedule import NULL, make_schedule
 from patchsweep.spec import parse_settings
 from patchsweep.wave import run_wave
@@ -154,6 +155,37 @@ def test_runs_and_flops(
             flops += wave.flops
     assert runs == plan.counts()["runs"] > 0
     assert flops == plan.counts()["flops"]
+
+
+@pytest.mark.parametrize("at", ["resid_pre", "mlp_out", "resid_post"])
+def test_features(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoencoder encodes the unpatched runs, once per wave."""
+    hf_model = FAMILIES["llama"].build(3)
+    rng = torch.Generator().manual_seed(0)
+    encoder, decoder = (torch.randn(*s, generator=rng) for s in ((48, 20), (20, 48)))
+    sae = SAE(layer=1, at=at, encoder=encoder, decoder=decoder, bias=torch.zeros(20))
+    encoded = []
+    own = SAE.encode
+
+    def encode(self: SAE, x: torch.Tensor) -> torch.Tensor:
+        encoded.append(2 * 48 * 20 * len(x))
+        return own(self, x)
+
+    monkeypatch.setattr(SAE, "encode", encode)
+    pairs = [Pair(*prompts(np.random.default_rng(3), 50, n, 1), (5,), (7,)) for n in (7, 6)]
+    model = ps.wrap(hf_model, Letters())
+    parsed = parse_settings({"components": ["sae_feature"], "sae": {"file": "x"}})
+    plan = plan_sweep(model.dimensions, pairs, parsed, model.device, sae=sae)
+    with attention_is(hf_model), torch.no_grad():
+        forward = take_apart(hf_model, 7, 6)
+        values = prepare(forward, plan, parsed, Letters(), sae)
+        for wave in plan.waves:
+            encoded.clear()
+            with pytest.MonkeyPatch.context() as inner, counting(forward, inner) as found:
+                run_wave(forward, plan, wave, parsed.metrics, values)
+            tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
+            assert found.weights + found.attention + tail + sum(encoded) == wave.flops
+            assert found.tokens == wave.tokens
 
 
 def _read(schedule: Any, plan: Any) -> int:

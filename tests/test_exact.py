@@ -98,7 +98,7 @@ class Case:
     layers: int = 3
     seed: int = 1
     sae_at: str = ""
-    folder: Path = field(default=Path())
+    overrides: dict[str, Any] = field(default_factory=dict)
 
 
 def pair_of(rng: np.random.Generator, length: int, n_differ: int, **more: Any) -> Pair:
@@ -350,7 +350,7 @@ def autoencoder(case: Case, folder: Path) -> Autoencoder:
 def check(case: Case, cells: int | None) -> int:
     """Sweep, then compare `cells` random cells (all if None) with the oracle; how many were run."""
     family = FAMILIES[case.family]
-    hf_model = family.build(case.layers, case.seed)
+    hf_model = family.build(case.layers, case.seed, **case.overrides)
     with TemporaryDirectory() as name:
         folder = Path(name)
         given = {"metrics": FEW, "token_budget": 4000, **case.settings}
@@ -478,6 +478,15 @@ def test_every_family(name: str) -> None:
     """Every component and both directions, three prompts of different lengths, several waves."""
     given = {"components": components_of(name), "direction": "both", "token_budget": 2000}
     assert check(Case(name, three(), given), 90) > 10
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "starcoder2"])
+@pytest.mark.parametrize("kv_heads", [1, 3, 6])
+def test_key_value_heads(name: str, kv_heads: int) -> None:
+    """One for all query heads (multi-query), for groups of two, and one each."""
+    given = {"components": ["head_k", "head_v", "head_q", "head_pattern"], "direction": "both"}
+    case = Case(name, three(), given, overrides={"num_key_value_heads": kv_heads})
+    assert check(case, 40) > 5
 
 
 @pytest.mark.parametrize("name", SOME)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import patchsweep as ps
-from oracle import heads
+from oracle import heads, oracle
 from oracle.families import Family
 
 IOI = (
@@ -191,3 +191,83 @@ def test_every_component(model: ps.Model, tmp_path: Path, kind: str) -> None:
         expected = float(logits[pair.answer[0]] - logits[pair.wrong[0]])
         found = results.store.read(f"{name}/logit_diff")[tuple(index)]
         assert abs(found - expected) <= 2e-4, (name, index)
+
+
+LLAMA = Family("llama")
+
+
+def logit_diff(pair: ps.Pair, logits: Tensor) -> float:
+    return float(logits[-1, pair.answer[0]] - logits[-1, pair.wrong[0]])
+
+
+def test_means_and_other_pairs(model: ps.Model, tmp_path: Path) -> None:
+    """Mean and resample ablation of heads' values and MLPs."""
+    swapped = (IOI[0].replace("John gave", "Mary gave"), IOI[0], " John", " Mary")
+    pairs = [ps.make_pair(model.tokenizer, *texts) for texts in (IOI, swapped)]
+    results = ps.sweep(
+        model,
+        pairs,
+        components=["head_v", "mlp_out"],
+        positions=[9, -1],
+        direction="noise",
+        source=[{"mean": {"prompts": "clean"}}, "resample"],
+        out=tmp_path / "r",
+    )
+    runs = [heads.Prompt(pair.clean) for pair in pairs]
+    seen = [heads.activations(model.hf_model, LLAMA, run) for run in runs]
+    for name, layer, unit in (("head_v", 8, 2), ("mlp_out", 21, 0), ("head_v", 25, 0)):
+        mean = (seen[0][name, layer] + seen[1][name, layer])[9, unit] / 2
+        for s, source in enumerate((mean, runs[1])):
+            patch = heads.Patch(name, layer, unit, {9: 9}, source)
+            expected = logit_diff(pairs[0], heads.logits(model.hf_model, LLAMA, runs[0], [patch]))
+            found = results.store.read(f"{name}/logit_diff")[0, s, 0, 0, layer, unit, 0]
+            assert abs(found - expected) <= 2e-4, (name, layer, s)
+
+
+def test_unequal_prompts_and_metrics(model: ps.Model, tmp_path: Path) -> None:
+    """Queries and keys rotated to another place, read by several metrics."""
+    pair = ps.make_pair(
+        model.tokenizer,
+        IOI[0],
+        "Then, " + IOI[1][0].lower() + IOI[1][1:],
+        " Mary",
+        " John",
+        align="end",
+    )
+    assert len(pair.corrupt) == len(pair.clean) + 2
+    results = ps.sweep(
+        model,
+        [pair],
+        components=["head_q", "head_k", "head_z"],
+        positions=[5, 9, -1],
+        direction="both",
+        metrics=["logit_diff", "kl", "kl_reverse", "total_variation", "rank", "logprob"],
+        out=tmp_path / "r",
+    )
+    clean, corrupt = heads.Prompt(pair.clean), heads.Prompt(pair.corrupt)
+    reference = heads.logits(model.hf_model, LLAMA, clean)[-1]
+    cells = [
+        ("head_q", 20, 4, 13),
+        ("head_k", 12, 1, 9),
+        ("head_z", 23, 3, 13),
+        ("head_k", 4, 0, 5),
+    ]
+    for name, layer, unit, position in cells:
+        for d, direction in enumerate(("denoise", "noise")):
+            there = {position + 2: position} if direction == "denoise" else {position: position + 2}
+            run, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
+            patch = heads.Patch(name, layer, unit, there, source)
+            logits = heads.logits(model.hf_model, LLAMA, run, [patch])
+            at = (d, 0, 0, 0, layer, unit, [5, 9, 13].index(position))
+            last = logits[-1]
+            expected = {
+                "logit_diff": logit_diff(pair, logits),
+                "kl": oracle.kl(reference, last),
+                "kl_reverse": oracle.kl(last, reference),
+                "total_variation": oracle.total_variation(reference, last),
+                "rank": oracle.rank(last, pair.answer),
+                "logprob": oracle.logprob(last, pair.answer),
+            }
+            for metric, value in expected.items():
+                found = results.store.read(f"{name}/{metric}")[at]
+                assert abs(found - value) <= 2e-4, (name, direction, metric)

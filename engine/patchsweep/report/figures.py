@@ -98,6 +98,8 @@ def _curve(results: Results, metric: str) -> Figure:
     for level in (0, 1):
         axes.axhline(level, color="0.7", linewidth=0.8)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.set_xticks(found.sizes, [str(size) for size in found.sizes])
     axes.set_xlabel("sites in the circuit")
     axes.set_ylabel(f"{metric} recovered\n(0 = corrupt run, 1 = clean run)")
     model = str(results.attrs.get("model", ""))[-LONGEST_MODEL:]
@@ -188,7 +190,8 @@ def _draw(
     scale = "0 = destination, 1 = source" if results.normalised(0) else "patched − destination"
     label = f"effect on {metric}\n({scale})"
     figure.colorbar(image, ax=axes, label=label)
-    axes.set_ylabel("layer")
+    window = heatmap.view.startswith("window")
+    axes.set_ylabel("first layer of the window" if window else "layer")
     axes.set_yticks(*_ticks([str(layer) for layer in range(layers)], height / 0.17), fontsize=8)
     axes.set_xlabel(heatmap.axis)
     rotated = max(map(len, heatmap.columns)) > 2
