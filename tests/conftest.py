@@ -24,6 +24,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _threads() -> None:
+    """One thread a test: several tests run at once, and small matrices gain nothing from more."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
 def _seeds() -> None:
     """The generators that a test does not seed itself. numpy: `np.random.default_rng(seed)`."""
     random.seed(0)
