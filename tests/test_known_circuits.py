@@ -261,7 +261,7 @@ def test_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     runpy.run_path(str(EXAMPLES / "known_circuits.py"), run_name="__main__")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {}
-    for line in lines:
+    for line in filter(None, lines):
         if len(line) == 1:
             circuit = line[0]
         elif "@" in line[0]:

@@ -369,7 +369,7 @@ def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     few, many = map(json.loads, done.stdout.splitlines())
     assert many["waves"] == 4 * few["waves"] == 8
     assert many["peak_tokens"] == few["peak_tokens"] > 400
-    assert few["taken"] < few["peak_bytes"] < 6 * few["taken"], few
+    assert few["taken"] < few["peak_bytes"] < 8 * few["taken"], few
     assert many["taken"] < few["taken"] + 24 * 2**20  # the allocator's own
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -214,6 +215,8 @@ def _joint(
             sites = [_site_of(name, cell) for cell in top]
             effect = _effect_of_set(forward, plan, settings, values, sites, direction)
             singles = [cell.effect for cell in top]
+            if not math.isfinite(effect):
+                continue
             entry = {"sites": list(map(str, sites)), "joint": effect, "singles": singles}
             found.setdefault(name, {})[direction] = entry
     return found
