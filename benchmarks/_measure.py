@@ -230,9 +230,7 @@ def _wavefront(model: Model, pair: Pair, budget: int, found: dict[str, float]) -
     )
     with attention_is(model.hf_model), deterministic(device):
         found["take_apart"], forward = timed(device, lambda: take_apart(model.hf_model, len(pair)))
-        found["self_test"], _ = timed(
-            device, lambda: selftest.check(forward, plan, Values(plan.sources))
-        )
+        found["self_test"], _ = timed(device, lambda: selftest.check(forward, plan, None))
         found["wave"], results = timed(device, lambda: all_waves(forward, plan))
     return results
 

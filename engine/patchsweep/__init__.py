@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from patchsweep.results import Results, open
     from patchsweep.sites import Site, parse_site
     from patchsweep.spec import Spec, load_spec
+    from patchsweep.verification import verify
 
 __all__ = [
     "BadInput",
@@ -33,6 +34,7 @@ __all__ = [
     "run",
     "sweep",
     "tasks",
+    "verify",
     "wrap",
 ]
 
@@ -52,6 +54,7 @@ _HOME = {
     "read_pairs": "pairs",
     "run": "engine",
     "sweep": "engine",
+    "verify": "verification",
     "wrap": "model",
 }
 

@@ -19,7 +19,7 @@ from torch.overrides import BaseTorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import NotOnWavefront
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows, attention_rows, packed_attention
 
@@ -85,12 +85,12 @@ class LayerCall:
 class Stacked:
     """A full forward of a batch, under the model's masks; tokens are counted through the batch.
 
-    `seen` collects every attention call inside: heads, key-value heads, window and queries. Of a
-    pattern edit only target, head and donor are used.
+    `seen` collects every attention call inside: heads, key-value heads, window and queries. Of
+    pattern edits only target, head and donor are used.
     """
 
     taps: Mapping[str, Tap] = field(default_factory=dict)
-    pattern: PatternEdit | None = None
+    patterns: Sequence[PatternEdit] = ()
     stream: ResidualStream | None = None
     seen: list[tuple[int, int, int | None, int]] = field(default_factory=list)
 
@@ -112,12 +112,12 @@ def attention_call(call: LayerCall | Stacked) -> Iterator[None]:
 def attention_is(hf_model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """The model uses this attention function inside (patchsweep's), and its own again after."""
     before = hf_model.config._attn_implementation
-    hf_model.set_attn_implementation(name)
-    if hf_model.config._attn_implementation != name:
-        raise BadInput(
+    if not hf_model._can_set_attn_implementation():
+        raise NotOnWavefront(
             f"{type(hf_model).__name__} does not call transformers' attention interface: "
             "this family cannot run on the wavefront"
         )
+    hf_model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -152,7 +152,7 @@ def _attention(
         else:
             call.seen.append((query.shape[1], key.shape[1], sliding_window, query.shape[2]))
             _check_mask(attention_mask, sliding_window)
-            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux, call.pattern)
+            z = _own_mask(query, key, value, attention_mask, scaling, softcap, s_aux, call.patterns)
         if "head_z" in call.taps:
             call.taps["head_z"](z.view(-1, *z.shape[-2:]))
         z = z.view(query.shape[0], query.shape[2], *z.shape[-2:])
@@ -226,7 +226,7 @@ def _own_mask(
     scaling: float,
     softcap: float | None,
     sinks: Tensor | None,
-    edit: PatternEdit | None,
+    edits: Sequence[PatternEdit],
 ) -> Tensor:
     """Attention of whole sequences under the model's own mask, in plain terms."""
     group = query.shape[1] // key.shape[1]
@@ -239,7 +239,7 @@ def _own_mask(
         sink = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
     pattern = scores.softmax(-1)[..., : key.shape[2]]
-    if edit is not None:
+    for edit in edits:
         rows = pattern.transpose(1, 2).flatten(0, 1).clone()  # [token, head, key]
         rows[edit.target, edit.head] = rows[edit.donor, edit.head]
         pattern = rows.unflatten(0, (query.shape[0], query.shape[2])).transpose(1, 2)
@@ -250,12 +250,14 @@ def _own_mask(
 def _check_mask(mask: Tensor | None, window: int | None) -> None:
     """The wave assumes causal attention, within a window if the layer has one."""
     if mask is None:
-        raise BadInput("this model attends without a causal mask: it cannot run on the wavefront")
+        raise NotOnWavefront(
+            "this model attends without a causal mask: it cannot run on the wavefront"
+        )
     k = torch.arange(mask.shape[-1], device=mask.device)
     q = k[:, None]
     assumed = k <= q if window is None else (k <= q) & (q - k < window)
     if not bool((mask == assumed).all()):
-        raise BadInput(
+        raise NotOnWavefront(
             "this model's attention mask is neither causal nor a causal window at this prompt "
             "length: it cannot run on the wavefront"
         )

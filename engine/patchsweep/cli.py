@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
@@ -37,6 +38,10 @@ Overrides = Annotated[
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
+class DoesNotHold(Exception):
+    """Results that were checked are not what they should be."""
+
+
 class Terminated(BaseException):
     """SIGTERM arrived."""
 
@@ -55,12 +60,17 @@ def _status(arguments: list[str]) -> int:
         app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except BadInput as error:
         return _say(error, 2)
+    except DoesNotHold as error:
+        return _say(error, 1)
     except CycloptsError as error:
         return _say(f"{error} See {shlex.join(['patchsweep', *given[:1], '--help'])}", 2)
-    except KeyboardInterrupt:
-        return _say(f"interrupted{_go_on(given)}", 130)
-    except Terminated:
-        return _say(f"terminated{_go_on(given)}", 143)
+    except (KeyboardInterrupt, Terminated) as error:
+        # Writes that were under way are dropped, which asyncio would report at exit.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
+        word, status = (
+            ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
+        )
+        return _say(f"{word}{_go_on(given)}", status)
     except Exception as error:
         if TRACEBACK in arguments:
             traceback.print_exc()
@@ -175,6 +185,36 @@ def show(results: Path, /) -> None:
     from patchsweep.results import open as open_results
 
     print_results(open_results(results), _console())
+
+
+@app.command
+def verify(results: Path, /, *, cells: int = 20, seed: int = 0) -> None:
+    """Run some random cells again as full forwards through nnsight, and compare.
+
+    Status 1 if a difference is larger than the results' dtype allows.
+
+    Example: patchsweep verify ioi.zarr --cells 50
+
+    Parameters
+    ----------
+    results
+        A results folder.
+    cells
+        How many cells; structural ones are not drawn.
+    seed
+        Another seed draws other cells.
+    """
+    from patchsweep.report.show import comparison_table
+    from patchsweep.verification import verify as verify_results
+
+    found = verify_results(results, cells, seed=seed)
+    console = _console()
+    console.print(f"{found.cells} cells again as full forwards through nnsight")
+    console.print(comparison_table(found.differences, found.tolerance))
+    if found.left_out:
+        console.print(f"not compared, nnsight cannot patch them: {', '.join(found.left_out)}")
+    if not found.holds:
+        raise DoesNotHold(f"{results}: cells differ from full forwards by more than rounding")
 
 
 @app.command

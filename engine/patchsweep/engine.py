@@ -8,9 +8,9 @@ import platform
 import re
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,29 +20,28 @@ import torch
 from tqdm import tqdm
 
 from patchsweep import results as results_of
-from patchsweep import selftest, tasks
-from patchsweep.attention import attention_is
+from patchsweep import tasks
+from patchsweep.backends import opened
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward, take_apart
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
 from patchsweep.model import Model, dimensions_of, load_model
 from patchsweep.pairs import Pair, read_pairs
-from patchsweep.plan import BudgetTooSmall, Plan, make_plan
+from patchsweep.plan import BudgetTooSmall, Plan, Wave, make_plan
 from patchsweep.prepare import digest, prepare
 from patchsweep.results import CellEffect, Results
 from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
-from patchsweep.spec import Prompts, Spec, Sweep, parse_settings
+from patchsweep.spec import Metric, Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
-from patchsweep.values import Values
-from patchsweep.wave import run_wave
+from patchsweep.wave import WaveResult, run_wave
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
+Run = Callable[[Plan, Wave, Sequence[Metric]], WaveResult]
 JOINT = 10  # cells that are patched together once a sweep is done
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
@@ -115,7 +114,11 @@ def plan_sweep(
         if pair.corrupt and (unequal or pair.clean == pair.corrupt):
             raise BadInput(f"pair {i}: the prompts must differ and have equal numbers of tokens")
     settings = with_circuit(settings, ranking_of(settings))
-    features = Features(sae.layer, sae.at, sae.features, sae.width) if sae else None
+    features = None
+    if sae is not None:
+        d = dimensions
+        sae.check_width(d.heads * d.d_head if sae.at == "head_z" else d.d_model)
+        features = Features(sae.layer, sae.at, sae.features, sae.width)
     chosen = token_budget or settings.token_budget
     if chosen != "auto":
         return make_plan(pairs, settings, dimensions, chosen, features)
@@ -176,33 +179,26 @@ def carry_out(
     budget = existing.attrs["token_budget"] if existing else None
     sae = load_autoencoder(settings)
     plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae)
-    attrs = provenance(model, plan, settings)
-    if existing:
-        _same_sweep(existing, attrs)
-    elif out.exists() and not found:
-        _create(out, plan, settings, model, attrs)  # says what is wrong with the folder
+    if out.exists() and not found:
+        _create(out, plan, settings, model, {})  # says what is wrong with the folder
 
-    exact = torch.autocast(model.device.type, enabled=False)
-    with attention_is(model.hf_model), deterministic(model.device), exact:
-        lengths = [n for p in pairs for n in (len(p.clean), len(p.corrupt)) if n]
-        forward = take_apart(model.hf_model, max(lengths), min(lengths))
-        values = prepare(forward, plan, settings, model.tokenizer, sae)
-        attrs["values"] = digest(values)
-        if existing and existing.attrs.get("values") != attrs["values"]:
-            raise _another(existing, "other means, vectors, probes or autoencoder")
-        tested = selftest.check(forward, plan, values)
+    with exactly(model.device), opened(model, plan, settings, sae) as backend:
+        forward, carry = backend.forward, backend.carry
+        values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
+        attrs = provenance(model, plan, settings) | backend.record
+        attrs |= {"values": digest(values), "noise_scale": values.noise_scale}
+        if existing:
+            _same_sweep(existing, attrs)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         store = existing or _create(out, plan, settings, model, attrs)
-        store.set_attrs(self_test=asdict(tested), noise_scale=values.noise_scale)
-        _run_waves(forward, plan, settings, store, values)
-        store.set_attrs(joint=_joint(forward, plan, settings, values, results_of.open(out)))
+        run = partial(run_wave, forward, values=values, carry=carry)
+        _run_waves(run, plan, settings, store)
+        store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
     return results_of.open(out)
 
 
-def _joint(
-    forward: Forward, plan: Plan, settings: Sweep, values: Values, results: Results
-) -> dict[str, Any]:
+def _joint(run: Run, plan: Plan, settings: Sweep, results: Results) -> dict[str, Any]:
     """Per component and direction, one run more: the cells of largest effect patched together, by
     the first metric and source; its effect beside theirs alone."""
     found: dict[str, Any] = {}
@@ -213,7 +209,7 @@ def _joint(
             if len(top) < 2:
                 continue
             sites = [_site_of(name, cell) for cell in top]
-            effect = _effect_of_set(forward, plan, settings, values, sites, direction)
+            effect = _effect_of_set(run, plan, settings, sites, direction)
             singles = [cell.effect for cell in top]
             if not math.isfinite(effect):
                 continue
@@ -231,12 +227,7 @@ def _site_of(component: str, cell: CellEffect) -> Site:
 
 
 def _effect_of_set(
-    forward: Forward,
-    plan: Plan,
-    settings: Sweep,
-    values: Values,
-    sites: Sequence[Site],
-    direction: Direction,
+    run: Run, plan: Plan, settings: Sweep, sites: Sequence[Site], direction: Direction
 ) -> float:
     """The effect over all pairs of patching some sites together: of the first metric and source."""
     alone = settings.model_copy(
@@ -254,25 +245,25 @@ def _effect_of_set(
     for wave in one.waves:
         if wave.source or wave.sample:
             continue
-        result = run_wave(forward, one, wave, alone.metrics, values)
+        result = run(one, wave, alone.metrics)
         [(_, found, _)] = result.blocks
         [column] = found
         clean, corrupt = result.baseline[column]
         destination, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
         moved += float((found[column].ravel() - destination).sum())
-        run = one.sources[0].kind == "run"
-        span += float((source - destination).sum()) if run else len(destination)
+        other = one.sources[0].kind == "run"
+        span += float((source - destination).sum()) if other else len(destination)
     return moved / span if span else float("nan")
 
 
-def _run_waves(forward: Forward, plan: Plan, settings: Sweep, store: Store, values: Values) -> None:
+def _run_waves(run: Run, plan: Plan, settings: Sweep, store: Store) -> None:
     done = {name: store.done(name) for name in plan.grids}
     todo = [w for w in plan.waves if not all(done[b.component][b.index] for b in w.blocks)]
     began = time.perf_counter()
     cells = sum(plan.cells_of(w) for w in todo)
     with tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar:
         for wave in todo:
-            result = run_wave(forward, plan, wave, settings.metrics, values)
+            result = run(plan, wave, settings.metrics)
             if wave.owner:
                 at = (wave.source, wave.sample, wave.pairs)
                 store.write_baseline(*at, result.baseline, result.noise_floor)
@@ -327,7 +318,6 @@ def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": model.fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
-        "backend": "wavefront",
         "sources": [{"name": s.name, "normalised": s.kind == "run"} for s in plan.sources],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "host": socket.gethostname(),
@@ -341,6 +331,8 @@ IDENTITY = {
     "plan_hash": "other prompts, components, positions or directions",
     "model_fingerprint": "another model",
     "metrics": "other metrics",
+    "backend": "another backend",
+    "values": "other means, vectors, probes or autoencoder",
 }
 
 
@@ -358,6 +350,13 @@ def _another(store: Store, what: str) -> BadInput:
         f"{store.path} holds the results of another sweep ({what}): "
         "choose another --out, or --overwrite to replace it"
     )
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Deterministic, and in the dtype of the model whatever the user has switched on."""
+    with deterministic(device), torch.autocast(device.type, enabled=False):
+        yield
 
 
 @contextmanager

@@ -1,5 +1,9 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class BadInput(ValueError):
     """Wrong use or wrong input: one line that says what, where and the mend."""
+
+
+class NotOnWavefront(BadInput):
+    """This model cannot run on the wavefront; it may run through nnsight."""

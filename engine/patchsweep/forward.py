@@ -6,9 +6,10 @@ with its layers made to pass their input on, and the layers with the arguments t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from patchsweep.attention import LayerCall, Stacked, attention_call
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, NotOnWavefront
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows
 
@@ -112,8 +113,9 @@ class Forward:
             call = LayerCall([Rows(0, 1, 1)], zero[:0], zero[:0], {}, (), (), stream)
             with attention_call(call):
                 hidden = self.layer(index, hidden, zero, stream)
-            owners = [m for m in layer.modules() if getattr(m, "weight", None) is stream.down]
-            if stream.down is None or len(owners) != 1:
+            down = stream.linear.get("mlp_out")
+            owners = [m for m in layer.modules() if getattr(m, "weight", None) is down]
+            if down is None or len(owners) != 1:
                 raise BadInput(
                     f"neuron cannot be patched in this model: the MLP of layer {index} does not "
                     "end in a linear map that only it uses"
@@ -163,9 +165,7 @@ class Forward:
             return self._forward(zeros, zeros)[:, 0]
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = self.hf_model(
-            input_ids=tokens, position_ids=positions, use_cache=False
-        ).logits
+        out: Tensor = self.hf_model(**arguments(self.hf_model, tokens, positions)).logits
         return out
 
     @contextmanager
@@ -188,13 +188,8 @@ def take_apart(hf_model: PreTrainedModel, length: int, shortest: int | None = No
     The model must be using patchsweep's attention (`attention.attention_is`). BadInput if it has no
     plain unembedding, or if what it computes per position depends on the prompt's length.
     """
-    layers = layers_of(hf_model)
-    if getattr(getattr(hf_model.get_output_embeddings(), "weight", None), "dim", int)() != 2:
-        raise BadInput(
-            f"{type(hf_model).__name__} has no unembedding with a plain weight matrix: "
-            "this model cannot run on the wavefront"
-        )
-    returns_tuple = _returns_tuple(hf_model, layers[0], *_tokens(hf_model, length))
+    whole = as_it_is(hf_model, length)
+    layers, returns_tuple = whole.layers, whole.returns_tuple
     calls = _recorded(hf_model, layers, returns_tuple, length)
     if shortest is not None and shortest < length:
         short = _recorded(hf_model, layers, returns_tuple, shortest)
@@ -202,11 +197,32 @@ def take_apart(hf_model: PreTrainedModel, length: int, shortest: int | None = No
         first = _tensors([_Positions(length, positions)(v) for v in _values(calls)])
         for a, b in zip(first, _tensors(_values(short)), strict=True):
             if a.shape != b.shape or not torch.allclose(a.double(), b.double(), atol=1e-6):
-                raise BadInput(
+                raise NotOnWavefront(
                     f"{type(hf_model).__name__} computes positions that depend on the prompt's "
                     f"length (here {shortest} to {length} tokens): sweep prompts of one length"
                 )
-    return Forward(hf_model, list(layers), length, calls, returns_tuple)
+    return replace(whole, calls=calls)
+
+
+def arguments(hf_model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> dict[str, Any]:
+    """The arguments of a model's forward; some models count positions themselves."""
+    given = {"input_ids": tokens, "use_cache": False}
+    if "position_ids" in inspect.signature(hf_model.forward).parameters:
+        given["position_ids"] = positions
+    return given
+
+
+def as_it_is(hf_model: PreTrainedModel, length: int) -> Forward:
+    """A model's forward for which only the tail is taken apart. BadInput if it has no plain
+    unembedding."""
+    layers = layers_of(hf_model)
+    if getattr(getattr(hf_model.get_output_embeddings(), "weight", None), "dim", int)() != 2:
+        raise BadInput(
+            f"{type(hf_model).__name__} has no unembedding with a plain weight matrix: "
+            "this model cannot be swept"
+        )
+    returns_tuple = _returns_tuple(hf_model, layers[0], *_tokens(hf_model, length))
+    return Forward(hf_model, list(layers), length, (), returns_tuple)
 
 
 Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -234,7 +250,7 @@ def _recorded(
         for layer in layers:
             stack.enter_context(replaced(layer, record))
         stack.enter_context(replaced(hf_model.get_output_embeddings(), _nothing))
-        hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        hf_model(**arguments(hf_model, tokens, positions))
     return calls
 
 
@@ -266,7 +282,7 @@ def _returns_tuple(
     hook = layer.register_forward_hook(stop)
     try:
         with attention_call(Stacked()):
-            hf_model(input_ids=tokens, position_ids=positions, use_cache=False)
+            hf_model(**arguments(hf_model, tokens, positions))
     except _Seen as seen:
         return bool(seen.args[0])
     finally:

@@ -218,6 +218,21 @@ class Layouts:
         s = self.sources[source]
         return s.others[min(sample, s.samples - 1)][pair] if s.kind == "run" else None
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(self._lengths)
+
+    @property
+    def shortest(self) -> int:
+        """Tokens of the shortest prompt."""
+        return min(self._lengths)
+
+    @cached_property
+    def _lengths(self) -> list[int]:
+        others = [len(o.tokens) for s in self.sources for row in s.others for o in row]
+        return [*map(len, self.pairs), *others]
+
     def frames(self, variant: Variant) -> list[Frame]:
         """Every pair in a variant."""
         key = ("frames", *self._kind(variant))

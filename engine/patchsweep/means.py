@@ -10,10 +10,10 @@ from torch import Tensor
 from patchsweep.forward import Forward
 from patchsweep.layout import Layouts
 from patchsweep.sae import SAE
-from patchsweep.schedule import Step, rows_only
+from patchsweep.schedule import Embedding, Step, rows_only
 from patchsweep.stream import Tap
 from patchsweep.taps import Seen
-from patchsweep.wave import carry
+from patchsweep.wave import Carry
 
 TOKENS = 4096  # of prompts that go up together
 
@@ -26,6 +26,7 @@ def means(
     prompts: Sequence[tuple[int, ...]],
     by: str,
     sae: SAE | None,
+    carry: Carry,
 ) -> dict[str, Tensor]:
     """The mean activation of each component, [layer, position or 1, unit, width], in float64.
 
@@ -39,7 +40,7 @@ def means(
     for prompt in (*prompts, None):
         if prompt is None or sum(map(len, batch)) + len(prompt) > TOKENS:
             if batch:
-                _add(forward, layouts, sums, batch)
+                _add(forward, layouts, sums, batch, carry)
             batch = []
         if prompt is not None:
             batch.append(prompt)
@@ -81,12 +82,16 @@ class _Sum:
 
 
 def _add(
-    forward: Forward, layouts: Layouts, sums: dict[str, _Sum], prompts: Sequence[tuple[int, ...]]
+    forward: Forward,
+    layouts: Layouts,
+    sums: dict[str, _Sum],
+    prompts: Sequence[tuple[int, ...]],
+    carry: Carry,
 ) -> None:
     schedule = rows_only(prompts, layouts.dimensions.layers)
-    position = torch.from_numpy(schedule.embedding.positions).to(forward.device)
 
-    def seen(layer: int, _: Step) -> Seen:
+    def seen(layer: int, step: Step) -> Seen:
+        position = torch.from_numpy(step.positions).to(forward.device)
         taps: dict[str, Tap] = {}
         for total in sums.values():
             at = layer - (total.place == "resid_post")
@@ -96,7 +101,10 @@ def _add(
                 taps[total.place] = mine if previous is None else _both(previous, mine)
         return Seen(taps)
 
-    embedding = sums["embed"].tap(0, position) if "embed" in sums else None
+    def embedding(of: Embedding) -> Tap | None:
+        position = torch.from_numpy(of.positions).to(forward.device)
+        return sums["embed"].tap(0, position) if "embed" in sums else None
+
     carry(forward, schedule, seen, embedding)
 
 

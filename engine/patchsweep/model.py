@@ -116,10 +116,15 @@ def _kv_heads(config: PretrainedConfig, layer: nn.Module) -> int:
     """Physical key-value heads. A config may name a number that its family does not use, so a
     projection has to have that size; the self-test checks it."""
     heads: int = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or heads
+    names = ("num_key_value_heads", "num_kv_heads")
+    named = [1] if getattr(config, "multi_query", False) else []
+    named += [n for n in (getattr(config, name, None) for name in names) if n]
     d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
     sizes = {size for p in layer.parameters() for size in p.shape}
-    return kv if sizes & {kv * d_head, 2 * kv * d_head, (heads + 2 * kv) * d_head} else heads
+    for kv in named:
+        if sizes & {kv * d_head, 2 * kv * d_head, (heads + 2 * kv) * d_head}:
+            return int(kv)
+    return heads
 
 
 def _neurons(config: PretrainedConfig, layer: nn.Module) -> int | None:

@@ -21,23 +21,27 @@ from patchsweep.sae import SAE
 from patchsweep.sites import SETS
 from patchsweep.spec import Gaussian, Mean, Metric, Prompts, Sweep, Vector
 from patchsweep.values import Constants, Values, embedding_std, read_tensor, read_vector
+from patchsweep.wave import Carry, wavefront
 
 
 def prepare(
-    forward: Forward, plan: Plan, settings: Sweep, tokenizer: Any, sae: SAE | None
+    forward: Forward,
+    plan: Plan,
+    settings: Sweep,
+    tokenizer: Any,
+    sae: SAE | None,
+    carry: Carry = wavefront,
 ) -> Values:
-    """BadInput for what the model does not have: layers, heads, widths; the model must be using
-    patchsweep's attention."""
+    """BadInput for what the model does not have: layers, heads, widths."""
     layouts = plan.layouts
     components = layouts.patched([name for name in plan.grids if name != SETS])
     if sae is not None:
-        sae.check_width(
-            _width(forward, layouts, sae.at)[1] if sae.at != "head_z" else _all_heads(layouts)
-        )
         sae = sae.to(forward.device, forward.hf_model.dtype)
     for metric in settings.metrics:
         _check_metric(metric, plan)
-    if "neuron" in components or any(m.name == "neuron" for m in settings.metrics):
+    if carry is wavefront and (
+        "neuron" in components or any(m.name == "neuron" for m in settings.metrics)
+    ):
         _check_neurons(forward, layouts)
     constants: Constants = {}
     for number, source in enumerate(plan.sources):
@@ -48,7 +52,7 @@ def prepare(
             )
         if isinstance(source.given, Mean):
             prompts = mean_prompts(source.given, plan.pairs, tokenizer)
-            found = means(forward, layouts, components, prompts, source.given.by, sae)
+            found = means(forward, layouts, components, prompts, source.given.by, sae, carry)
             constants |= {(number, name): table for name, table in found.items()}
         elif isinstance(source.given, Vector):
             for name in components:
@@ -97,10 +101,6 @@ def _width(forward: Forward, layouts: Layouts, name: str) -> tuple[int, int]:
         "sae_feature": 1,
     }
     return units, wide.get(name, d.d_model)
-
-
-def _all_heads(layouts: Layouts) -> int:
-    return layouts.dimensions.heads * layouts.dimensions.d_head
 
 
 def _check_neurons(forward: Forward, layouts: Layouts) -> None:

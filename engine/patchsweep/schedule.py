@@ -68,7 +68,8 @@ class Step:
 
     gather [token]: for every packed token, which token of the layer below's output (of the
     embedding, at the first layer) it is. positions [token]. rows: who attends to whom. The z of the
-    tokens `borrowers` is that of the tokens `lenders`. `edits` are in the order of the forward.
+    tokens `borrowers` is that of the tokens `lenders`. `edits` are in the order of the forward. The
+    first `base` tokens are those of unpatched runs. Inside, metrics read the rows `reading`.
     """
 
     gather: Ints
@@ -78,6 +79,8 @@ class Step:
     lenders: Ints
     edits: list[Edit]
     row_tokens: RowTokens
+    base: int
+    reading: Ints
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,8 @@ class Schedule:
                 ),
                 edits=self._edits(here_patched, tokens, slot, donor_slot),
                 row_tokens=tokens,
+                base=base,
+                reading=np.arange(len(self.row_pair)),
             )
 
     def _embed(self, source: Ints, here: Ints) -> None:

@@ -10,26 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchsweep.attention import PatternEdit, Stacked, attention_call, attention_is
+from patchsweep.attention import Stacked, attention_call, attention_is
 from patchsweep.dimensions import Dimensions
-from patchsweep.errors import BadInput
+from patchsweep.errors import NotOnWavefront
 from patchsweep.forward import Forward, neurons_seen, replaced
-from patchsweep.layout import NAMES, OWN
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, make_plan
-from patchsweep.schedule import Edit, Schedule, make_schedule
+from patchsweep.sae import SAE
+from patchsweep.schedule import Schedule, make_schedule
 from patchsweep.sites import SETS, Site
 from patchsweep.spec import Sweep
+from patchsweep.stacked import batches
 from patchsweep.stream import ResidualStream, Tap
-from patchsweep.taps import Editor
+from patchsweep.taps import Editor, Seen
 from patchsweep.values import Values
-from patchsweep.wave import carry
+from patchsweep.wave import embedding_tap, wavefront
 
 CELLS = 16  # per component
 
@@ -41,7 +43,7 @@ TOLERANCE = {
     torch.float16: 2e-2,
     torch.bfloat16: 6e-2,
 }
-Seen = list[tuple[int, int, int | None, int]]
+Calls = list[tuple[int, int, int | None, int]]  # of attention: heads, kv heads, window, queries
 
 
 @dataclass(frozen=True)
@@ -55,42 +57,41 @@ class SelfTest:
 
 
 @torch.no_grad()
-def check(forward: Forward, plan: Plan, values: Values) -> SelfTest:
-    """Compare the three ways; BadInput if they differ by more than the dtype's tolerance.
+def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
+    """Compare the three ways; NotOnWavefront if they differ by more than the dtype's tolerance.
 
     The model must be using patchsweep's attention.
     """
     small = _few_cells(plan)
     schedule = make_schedule(small, small.waves[0])
-    chosen = np.flatnonzero(schedule.runs.set)
+    chosen = len(schedule.base_offset) + np.flatnonzero(schedule.runs.set)
     prompts = torch.from_numpy(schedule.embedding.tokens[: schedule.base]).view(2, -1)
-    prompts = prompts.to(forward.device)
     with attention_is(forward.hf_model, "eager"):
-        own = _last_logits(forward, prompts)
+        own = _last_logits(forward, prompts.to(forward.device))
     editor = Editor(
         layouts=small.layouts,
-        values=Values(small.sources, sae=values.sae),
+        values=Values(small.sources, sae=sae),
         source=0,
-        base=schedule.base,
         positions=schedule.inner,
         keys=schedule.keys,
         inner={},
         device=forward.device,
     )
-    wave = forward.logits(carry(forward, schedule, editor.seen)[:, 0])
-    patched = _stacked(forward, small, schedule, chosen, prompts, editor)
+    embedding = partial(embedding_tap, editor=editor, sample=0)
+    wave = forward.logits(wavefront(forward, schedule, editor.seen, embedding)[:, 0])
+    patched = _stacked(forward, small.dimensions, schedule, editor)
 
     tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
     found = SelfTest(
         cells=len(chosen),
         baseline_difference=_largest(_difference(wave[:2], own)),
-        cell_difference=_largest(_difference(wave[2:][chosen], patched)),
+        cell_difference=_largest(_difference(wave[chosen], patched[chosen])),
         tolerance=tolerance,
     )
     for what in ("baseline", "cell"):
         difference = getattr(found, f"{what}_difference")
         if difference > tolerance:
-            raise BadInput(
+            raise NotOnWavefront(
                 f"{type(forward.hf_model).__name__} failed its self-test: a {what} is "
                 f"{difference:.2g} logits from a full forward (tolerance {tolerance:.2g}): "
                 "this family cannot run on the wavefront"
@@ -160,57 +161,31 @@ def _last_logits(forward: Forward, tokens: Tensor) -> Tensor:
     return logits[:, 0]
 
 
-def _stacked(
-    forward: Forward,
-    plan: Plan,
-    schedule: Schedule,
-    chosen: np.ndarray[Any, np.dtype[np.int64]],
-    prompts: Tensor,
-    editor: Editor,
-) -> Tensor:
-    """Logits [run, vocab] of the chosen runs as one batch of full forwards: the two prompts, then
-    a copy of the destination for every run, patched from the source's row."""
-    length = prompts.shape[1]
-    batch = torch.cat([prompts, prompts[:1].expand(len(chosen), -1)])
-    row_of = np.full(len(schedule.runs.pair), -1)
-    row_of[chosen] = 2 + np.arange(len(chosen))
-    p = schedule.patched
-    target = row_of[p.run] * length + p.position
-
-    edits: dict[tuple[int, str], Edit] = {}  # donors are base tokens: the batch's first two rows
-    for code, layer in np.unique(np.stack([p.component, p.layer], 1), axis=0):
-        mine = (p.component == code) & (p.layer == layer)
-        name = NAMES[code]
-        edits[int(layer), name] = Edit(
-            name,
-            OWN,
-            target[mine],
-            p.donor[mine],
-            target[mine],
-            p.unit[mine],
-            p.position[mine],
-            p.run[mine],
-        )
-    calls: list[Seen] = [[] for _ in forward.layers]
-    embedding = edits.pop((0, "embed"), None)
+def _stacked(forward: Forward, d: Dimensions, schedule: Schedule, editor: Editor) -> Tensor:
+    """Logits [row, vocab] of a schedule's rows as one batch of full forwards."""
+    [batch] = batches(schedule, 1 << 62)
+    tokens = torch.from_numpy(batch.tokens).to(forward.device)
+    calls: list[Calls] = [[] for _ in forward.layers]
+    tap = embedding_tap(batch.embedding, editor, 0)
+    steps = [editor.seen(layer, batch.step(layer)) for layer in range(len(forward.layers) + 1)]
     with ExitStack() as stack:
         stack.enter_context(attention_call(Stacked()))
-        if embedding is not None:
-            stack.enter_context(_embedded(forward, editor.write(embedding, 0)))
+        if tap is not None:
+            stack.enter_context(_embedded(forward, tap))
         for layer, module in enumerate(forward.layers):
-            mine = [e for (at, _), e in edits.items() if at == layer]
-            patched = _patched(forward, layer, mine, calls[layer], editor)
+            after = steps[layer + 1].taps.get("resid_post")
+            patched = _patched(forward, layer, steps[layer], after, calls[layer])
             stack.enter_context(replaced(module, patched))
-        logits = _last_logits(forward, batch)[2:]
-    _check_calls(forward, plan.dimensions, calls, length)
+        logits = _last_logits(forward, tokens)
+    _check_calls(forward, d, calls, batch.length)
     return logits
 
 
-def _check_calls(forward: Forward, d: Dimensions, calls: Sequence[Seen], length: int) -> None:
+def _check_calls(forward: Forward, d: Dimensions, calls: Sequence[Calls], length: int) -> None:
     """Every layer attends once, as the config says."""
     for layer, (call, window) in enumerate(zip(calls, d.windows, strict=True)):
         if call != [(d.heads, d.kv_heads, window, length)]:
-            raise BadInput(
+            raise NotOnWavefront(
                 f"layer {layer} of {type(forward.hf_model).__name__} does not attend once with "
                 f"{d.heads} heads, {d.kv_heads} key-value heads and window {window}, as its config "
                 "says: this model cannot run on the wavefront"
@@ -230,55 +205,31 @@ def _embedded(forward: Forward, tap: Tap) -> Any:
 
 
 def _patched(
-    forward: Forward, layer: int, edits: Sequence[Edit], seen: Seen, editor: Editor
+    forward: Forward, layer: int, what: Seen, after: Tap | None, calls: Calls
 ) -> Callable[..., Any]:
-    """The layer's forward for whole sequences, with some tokens' activations replaced."""
-    module: nn.Module = forward.layers[layer]
-    own = module.forward
-    taps: dict[str, list[Tap]] = {}
-    pattern = None
-    for edit in edits:
-        if edit.component == "head_pattern":
-            index = (
-                torch.from_numpy(x).to(editor.device) for x in (edit.target, edit.unit, edit.donor)
-            )
-            target, head, donor = index
-            pattern = PatternEdit(target, head, donor, donor, donor, donor)
-        else:
-            place = editor.layouts.place(edit.component)
-            taps.setdefault(place, []).append(editor.write(edit, layer))
+    """The layer's forward for whole sequences, with what happens in it and `after` it."""
+    own = forward.layers[layer].forward
+    watched = {k: v for k, v in what.taps.items() if k in ResidualStream.PLACES}
+    down = forward.down_projections[layer] if "neuron" in what.taps else None
 
-    def tap(place: str) -> Tap:
-        def each(x: Tensor) -> None:
-            for one in taps[place]:
-                one(x)
-
-        return each
-
-    def at_border(place: str, hidden: Tensor) -> Tensor:
-        if place not in taps:
+    def at_border(tap: Tap | None, hidden: Tensor) -> Tensor:
+        if tap is None:
             return hidden
         tokens = hidden.flatten(0, 1).clone()
-        tap(place)(tokens[:, None])
+        tap(tokens[:, None])
         return tokens.view_as(hidden)
 
     def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden = at_border("resid_pre", hidden)
-        inside = {place: tap(place) for place in taps}
-        watched = {k: v for k, v in inside.items() if k in ResidualStream.PLACES}
+        hidden = at_border(what.taps.get("resid_pre"), hidden)
         stream = ResidualStream(watched) if watched else None
-        down = forward.down_projections[layer] if "neuron" in taps else None
+        run = own if stream is None else partial(stream.watch, own)
         with (
-            attention_call(Stacked(inside, pattern, stream, seen)),
-            neurons_seen(down, inside.get("neuron")),
+            attention_call(Stacked(what.taps, what.patterns, stream, calls)),
+            neurons_seen(down, what.taps.get("neuron")),
         ):
-            out = (own if stream is None else _watched(stream, own))(hidden, *args, **kwargs)
+            out = run(hidden, *args, **kwargs)
         if isinstance(out, tuple):
-            return (at_border("resid_post", out[0]), *out[1:])
-        return at_border("resid_post", out)
+            return (at_border(after, out[0]), *out[1:])
+        return at_border(after, out)
 
     return call
-
-
-def _watched(stream: ResidualStream, layer: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda *args, **kwargs: stream.watch(layer, *args, **kwargs)

@@ -405,6 +405,7 @@ class Sweep(_Data):
         Annotated[Metric, BeforeValidator(parse_metric), PlainSerializer(_metric_data)], ...
     ] = (Metric("logit_diff"),)
     token_budget: Literal["auto"] | StrictInt = "auto"
+    backend: Literal["auto", "wavefront", "nnsight"] = "auto"
 
     @property
     def directions(self) -> tuple[Direction, ...]:

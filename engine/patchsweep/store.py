@@ -211,6 +211,29 @@ class Store:
         """The attributes of a group, for example `prompts`."""
         return dict(self._group[name].attrs)
 
+    def pairs(self) -> list[Pair]:
+        """The prompt pairs of the sweep."""
+        said = self.group_attrs("prompts")
+        clean, corrupt, align = (
+            self.read(f"prompts/{name}").tolist()
+            for name in ("clean_tokens", "corrupt_tokens", "align")
+        )
+        length, group = (self.read(f"prompts/{name}").tolist() for name in ("length", "group"))
+        return [
+            Pair(
+                clean=tuple(clean[i][:n]),
+                corrupt=tuple(t for t in corrupt[i] if t >= 0),
+                answer=tuple(said["answer"][i]),
+                wrong=tuple(said["wrong"][i]),
+                labels=said["labels"][i],
+                group=group[i],
+                align=tuple(align[i][:n]) if said["aligned"][i] else None,
+                others={k: tuple(v) for k, v in said["others"][i].items()},
+                continuation=tuple(said["continuation"][i]),
+            )
+            for i, n in enumerate(length)
+        ]
+
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             array = self._group.get(name)
@@ -363,6 +386,9 @@ def _create_prompts(
             "wrong": [list(tokens) for tokens in wrong],
             "answer_text": texts(answer),
             "wrong_text": texts(wrong),
+            "aligned": [pair.align is not None for pair in pairs],
+            "others": [dict(pair.others) for pair in pairs],
+            "continuation": [list(pair.continuation) for pair in pairs],
         },
     )
     width = max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))

@@ -8,11 +8,12 @@ needed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -46,33 +47,62 @@ class ResidualStream(TorchFunctionMode):
     """While active around a layer call: show what is written to the residual stream to taps.
 
     `taps` are by place (attn_out, resid_mid, mlp_out); `found` tells which of them this layer has:
-    resid_mid only where the MLP reads the stream after attention was added. `down` is the weight
-    of the linear map that the MLP's output comes from.
+    resid_mid only where the MLP reads the stream after attention was added. `linear` tells which
+    linear map what is written (attn_out, mlp_out) comes from: its module, or a bare weight.
     """
 
     taps: Mapping[str, Tap]
     found: set[str] = field(default_factory=set)
-    down: Tensor | None = None
+    linear: dict[str, nn.Module | Tensor | None] = field(default_factory=dict)
     PLACES: ClassVar[tuple[str, ...]] = ("attn_out", "resid_mid", "mlp_out")
 
     def __post_init__(self) -> None:
         super().__init__()
         self._roles = WeakTensorKeyDictionary()
-        self._linear = WeakTensorKeyDictionary()  # of what a linear map returned: its weight
+        self._linear = WeakTensorKeyDictionary()  # of what comes from one linear map: that map
 
     def watch(self, layer: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Call a layer with the residual stream `hidden`; BadInput if it lacks a place."""
-        self._roles[hidden] = STREAM
-        with self:
-            out = layer(hidden, *args, **kwargs)
+        out = self.follow(layer, hidden, *args, **kwargs)
         for place in self.taps:
             if place not in self.found:
                 raise BadInput(f"{place} cannot be patched in this model: {MISSING[place]}")
         return out
 
+    def follow(self, layer: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Call a layer with the residual stream `hidden`."""
+        self._roles[hidden] = STREAM
+        with self:
+            return layer(hidden, *args, **kwargs)
+
     def from_attention(self, z: Tensor) -> None:
         """`z` is what the attention function returns."""
         self._roles[z] = ATTENTION
+
+    @contextmanager
+    def inside_attention(self, inputs: Sequence[Any]) -> Iterator[None]:
+        """What is computed inside from the first of `inputs` that is known is attention's."""
+        known = next((t for t in inputs if self._role(t) is not None), None)
+        role = self._role(known)
+        if known is None or role is None:
+            yield
+            return
+        self._roles[known] = ATTENTION
+        yield
+        self._roles[known] = role
+
+    def computed(self, module: nn.Module, inputs: Sequence[Any], out: Tensor) -> None:
+        """A module computed `out` from `inputs`, perhaps by means that cannot be watched."""
+        if out not in self._roles:
+            role = self._derived("module", tuple(inputs))
+            if role is not None:
+                self._roles[out] = role
+        if getattr(getattr(module, "weight", None), "dim", int)() == 2:
+            self._linear[out] = module
+
+    def is_mid(self, value: Any) -> bool:
+        """Whether this is the stream after attention was added to it."""
+        return self._role(value) == MID
 
     def __torch_function__(
         self,
@@ -98,13 +128,13 @@ class ResidualStream(TorchFunctionMode):
                 if isinstance(t, Tensor) and (name in ADDITIONS or t not in self._roles):
                     self._roles[t] = role
         if isinstance(out, Tensor) and out not in self._linear:
-            weight = self._weight(name, args)
-            if weight is not None:
-                self._linear[out] = weight
+            linear = self._map(name, args)
+            if linear is not None:
+                self._linear[out] = linear
         return out
 
-    def _weight(self, name: str, args: tuple[Any, ...]) -> Tensor | None:
-        """The weight of the one linear map that a result comes from."""
+    def _map(self, name: str, args: tuple[Any, ...]) -> nn.Module | Tensor | None:
+        """The one linear map that a result comes from."""
         if name in LINEAR:
             weight: Tensor = args[LINEAR[name]]
             return weight
@@ -156,8 +186,8 @@ class ResidualStream(TorchFunctionMode):
 
     def _write(self, place: str, written: Tensor | None) -> None:
         self.found.add(place)
-        if place == "mlp_out" and written is not None:
-            self.down = self._linear.get(written)
+        if written is not None:
+            self.linear[place] = self._linear.get(written)
         if place in self.taps and written is not None:
             self._show(place, written)
 

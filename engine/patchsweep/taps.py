@@ -37,12 +37,11 @@ class Seen:
 @dataclass(frozen=True)
 class Editor:
     """Turns the edits of a wave, and the inner metrics, into taps. `source` is the wave's own;
-    `base` counts the tokens of unpatched runs; `inner` receives what metrics read [row]."""
+    `inner` receives what metrics read [row]."""
 
     layouts: Layouts
     values: Values
     source: int
-    base: int
     positions: NDArray[np.int64]  # [row, inner metric], −1 where there is none
     keys: NDArray[np.int64]
     inner: dict[str, Tensor]
@@ -54,7 +53,9 @@ class Editor:
         for edit in step.edits:
             if edit.component != "head_pattern":
                 place = self.layouts.place(edit.component)
-                taps.setdefault(place, []).append(self.write(edit, layer - (place == "resid_post")))
+                taps.setdefault(place, []).append(
+                    self._write(edit, layer - (place == "resid_post"), step.base)
+                )
         pattern_edits = [e for e in step.edits if e.component == "head_pattern"]
         reads = []
         for column, inner in enumerate(self.layouts.reads.inner):
@@ -71,10 +72,10 @@ class Editor:
 
     def embedding(self, edits: Iterable[Edit]) -> list[Tap]:
         """What replaces embeddings by constants."""
-        return [self.write(edit, 0) for edit in edits]
+        return [self._write(edit, 0, 0) for edit in edits]
 
-    def write(self, edit: Edit, layer: int) -> Tap:
-        """The tap that makes a replacement."""
+    def _write(self, edit: Edit, layer: int, base: int) -> Tap:
+        """The tap that makes a replacement in a call whose first `base` tokens are unpatched."""
         source = self.source if edit.source == OWN else edit.source
         kind = self.values.sources[source].kind
         target, donor, own, unit, position = (
@@ -86,7 +87,7 @@ class Editor:
         if edit.component == "sae_feature":
             sae = self.values.sae
             assert sae is not None
-            return _feature(sae, self.base, kind, target, donor, own, unit, given)
+            return _feature(sae, base, kind, target, donor, own, unit, given)
 
         def overwrite(x: Tensor) -> None:
             if kind == "run":
@@ -117,8 +118,8 @@ class Editor:
     def _pattern_read(
         self, column: int, inner: Inner, step: Step, edits: Sequence[Edit]
     ) -> PatternRead:
-        position, key = self.positions[:, column], self.keys[:, column]
-        row = np.arange(len(position))
+        row = step.reading
+        position, key = self.positions[row, column], self.keys[row, column]
         count = np.maximum(position, 0) + 1
         slots = np.arange(count.max())
         edited = (
@@ -126,6 +127,7 @@ class Editor:
             if edits
             else np.zeros((3, 0), np.int64)
         )
+        edited[0] = np.searchsorted(row, edited[0])  # among those read
         same = (edited[1] == position[edited[0]]) & (edited[2] == inner.metric.head)
         return PatternRead(
             tokens=self._to(step.row_tokens.token(row, np.maximum(position, 0))),
@@ -134,13 +136,13 @@ class Editor:
             head=inner.metric.head,
             key=self._to(np.maximum(key, 0)),
             edited=self._to(np.stack([edited[0][same], np.flatnonzero(same)])),
-            out=lambda value: self._keep(column, inner, value),
+            out=lambda value: self._keep(column, inner, value, row),
         )
 
     def _read(self, column: int, inner: Inner, step: Step) -> Tap:
         """The tap that reads an activation of every row."""
-        m, position = inner.metric, self.positions[:, column]
-        token = self._to(step.row_tokens.token(np.arange(len(position)), np.maximum(position, 0)))
+        m, row = inner.metric, step.reading
+        token = self._to(step.row_tokens.token(row, np.maximum(self.positions[row, column], 0)))
 
         def read(x: Tensor) -> None:
             if m.name == "neuron":
@@ -153,14 +155,17 @@ class Editor:
                 direction = self.values.directions[m.column].to(x)
                 activation = x[token, m.unit] if m.component == "head_z" else x[token].flatten(1)
                 value = activation @ direction
-            self._keep(column, inner, value)
+            self._keep(column, inner, value, row)
 
         return read
 
-    def _keep(self, column: int, inner: Inner, value: Tensor) -> None:
-        missing = self._to(self.positions[:, column] < 0)
+    def _keep(self, column: int, inner: Inner, value: Tensor, row: NDArray[np.int64]) -> None:
+        missing = self._to(self.positions[row, column] < 0)
         exact = torch.float64 if value.dtype == torch.float64 else torch.float32
-        self.inner[inner.metric.column] = value.to(exact).masked_fill(missing, float("nan"))
+        if inner.metric.column not in self.inner:
+            self.inner[inner.metric.column] = value.new_empty(len(self.positions), dtype=exact)
+        kept = self.inner[inner.metric.column]
+        kept[self._to(row)] = value.to(exact).masked_fill(missing, float("nan"))
 
     def _place_of(self, inner: Inner) -> str:
         if inner.metric.name == "probe":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,10 +18,14 @@ from patchsweep.plan import Plan, Wave
 from patchsweep.schedule import NULL, Embedding, Schedule, Step, make_schedule
 from patchsweep.sites import Block, Status
 from patchsweep.spec import Metric
-from patchsweep.stream import ResidualStream
+from patchsweep.stream import ResidualStream, Tap
 from patchsweep.taps import BORDER, Editor, Seen
 from patchsweep.values import Values
 
+# Takes the rows of a schedule up the layers, as `wavefront` does.
+Carry = Callable[
+    [Forward, Schedule, Callable[[int, Step], Seen], Callable[[Embedding], Tap | None]], Tensor
+]
 Found = dict[str, NDArray[np.floating]]
 Statuses = dict[str, NDArray[np.uint8]]
 
@@ -38,21 +43,41 @@ class WaveResult:
 
 @torch.no_grad()
 def run_wave(
-    forward: Forward, plan: Plan, wave: Wave, metrics: Sequence[Metric], values: Values
+    forward: Forward,
+    plan: Plan,
+    wave: Wave,
+    metrics: Sequence[Metric],
+    values: Values,
+    carry: Carry | None = None,
 ) -> WaveResult:
-    """Compute every cell of a wave's blocks. The model must be using patchsweep's attention."""
+    """Compute every cell of a wave's blocks, on the wavefront if no other way to `carry` runs up
+    the layers is given; for it the model must be using patchsweep's attention."""
     schedule = make_schedule(plan, wave)
+    found = values_of_rows(forward, plan, wave, schedule, metrics, values, carry or wavefront)
+    return _sorted_out(plan, wave, schedule, found)
+
+
+def values_of_rows(
+    forward: Forward,
+    plan: Plan,
+    wave: Wave,
+    schedule: Schedule,
+    metrics: Sequence[Metric],
+    values: Values,
+    carry: Carry,
+) -> Found:
+    """Each metric's values [row], by column, of a wave's rows."""
     editor = Editor(
         layouts=plan.layouts,
         values=values,
         source=wave.source,
-        base=schedule.base,
         positions=schedule.inner,
         keys=schedule.keys,
         inner={},
         device=forward.device,
     )
-    hidden = carry(forward, schedule, editor.seen, embedding_tap(schedule.embedding, editor, wave))
+    embedding = partial(embedding_tap, editor=editor, sample=wave.sample)
+    hidden = carry(forward, schedule, editor.seen, embedding)
     rows = Rows(
         pairs=[plan.pairs[i] for i in wave.pairs],
         pair=schedule.row_pair,
@@ -64,13 +89,10 @@ def run_wave(
             for name, slots in plan.layouts.reads.of.items()
         },
     )
-    found = evaluate(forward, hidden, rows, metrics, editor.inner)
-    return _sorted_out(plan, wave, schedule, found)
+    return evaluate(forward, hidden, rows, metrics, editor.inner)
 
 
-def embedding_tap(
-    embedding: Embedding, editor: Editor, wave: Wave
-) -> Callable[[Tensor], None] | None:
+def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | None:
     """Puts noise on embeddings, and constants in their place."""
     constants = editor.embedding(embedding.edits)
     if not constants and not len(embedding.noised):
@@ -83,7 +105,7 @@ def embedding_tap(
                 embedding.pair.tolist(),
                 embedding.slot.tolist(),
                 embedding.source.tolist(),
-                wave.sample,
+                sample,
                 x.shape[-1],
             )
             x[token, 0] += noise.to(x)
@@ -93,17 +115,19 @@ def embedding_tap(
     return tap
 
 
-def carry(
+def wavefront(
     forward: Forward,
     schedule: Schedule,
     seen: Callable[[int, Step], Seen],
-    embedding: Callable[[Tensor], None] | None = None,
+    embedding: Callable[[Embedding], Tap | None],
 ) -> Tensor:
     """Take a schedule up the layers: the last layer's output where logits are read, [row, read,
-    d_model]. Rows are the base rows, then the runs. `seen` says what happens in a layer call."""
+    d_model]. Rows are the base rows, then the runs. `seen` says what happens in a layer call,
+    `embedding` what happens to embeddings."""
     device = forward.device
     first = schedule.embedding
-    hidden = forward.embed(_to(first.tokens, device), _to(first.positions, device), embedding)
+    tokens, positions = _to(first.tokens, device), _to(first.positions, device)
+    hidden = forward.embed(tokens, positions, embedding(first))
     for layer, step in enumerate(schedule.steps()):
         hidden = hidden[_to(step.gather, device)]
         what = seen(layer, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -65,6 +66,15 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def comparison_table(differences: Mapping[str, float], tolerance: float) -> Table:
+    """The largest difference of every metric from full forwards."""
+    table = _table("metric", "largest difference", "tolerance", "")
+    for metric, difference in differences.items():
+        holds = "holds" if difference <= tolerance else "DOES NOT HOLD"
+        table.add_row(metric, f"{difference:.1e}", f"{tolerance:.0e}", holds)
+    return table
+
+
 def cell_name(cell: CellEffect, unit: str) -> str:
     """The usual name of a cell's place: layer.head, or the layer alone."""
     return f"{cell.layer}.{cell.unit}" if unit else str(cell.layer)
@@ -88,6 +98,7 @@ def _header(results: Results) -> dict[str, str]:
         "direction": ", ".join(grid.directions),
         "source": _sources(grid),
         "dtype": str(attrs["dtype"]),
+        "backend": f"{attrs['backend']} ({attrs['backend_reason']})",
     }
     for component in results.components:
         counts = results.counts(component, results.metrics[0])
@@ -169,8 +180,32 @@ def _detections(results: Results, component: str, metric: str, direction: str) -
     return Text(f"{text}: {', '.join(names)}{more}" if found else text)
 
 
+# Attributes that are shown above, or not as text.
+ELSEWHERE = {
+    "model",
+    "spec",
+    "backend",
+    "backend_reason",
+    "joint",
+    "metrics",
+    "components",
+    "dtype",
+}
+ELSEWHERE |= {"patchsweep_schema"}
+
+
 def _provenance(results: Results) -> dict[str, str]:
-    skip = ("model", "spec", "joint", "metrics", "components", "dtype", "patchsweep_schema")
+    skip = (
+        "model",
+        "spec",
+        "backend",
+        "backend_reason",
+        "joint",
+        "metrics",
+        "components",
+        "dtype",
+        "patchsweep_schema",
+    )
     attrs = {key: value for key, value in results.attrs.items() if key not in skip}
     rows = {key.replace("_", " "): _flat(value) for key, value in sorted(attrs.items())}
     return {**rows, "schema": str(results.attrs["patchsweep_schema"]), "path": str(results.path)}

@@ -1,0 +1,188 @@
+"""The nnsight backend: patched runs as interventions on full forwards of the model as it is.
+
+For families outside the wavefront's reach and for checking it: the model runs with its own
+attention, on its own devices; runs are stacked along the batch dimension as sequences of one length
+(nnsight's own batching pads on the left and would shift learned positions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nnsight import NNsight  # type: ignore[import-untyped]
+from torch import Tensor
+
+from patchsweep.attention import PatternRead
+from patchsweep.dimensions import Dimensions
+from patchsweep.errors import BadInput
+from patchsweep.forward import Forward, arguments
+from patchsweep.layout import Layouts
+from patchsweep.modules import Spot, find_spots, first_of
+from patchsweep.schedule import Embedding, Schedule, Step
+from patchsweep.spec import INNER, Metric
+from patchsweep.stacked import Batch, batches
+from patchsweep.stream import Tap
+from patchsweep.taps import BORDER, Seen
+
+# Patched everywhere: what goes into a layer, what comes out of it, what the embedding returns.
+ANYWHERE = (*BORDER, "embed")
+UNKNOWN = "the names and order of its query, key and value projections are not known"
+WHY = {
+    "head_q": UNKNOWN,
+    "head_k": UNKNOWN,
+    "head_v": UNKNOWN,
+    "head_pattern": "patterns are seen by the wavefront only",
+    "neuron": "its MLP does not end in one linear map",
+    "resid_mid": "its attention and MLP read the same residual stream (parallel blocks)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Interventions:
+    """Runs the schedules of waves as batches of about `tokens` tokens: a `wave.Carry`.
+
+    `spots` [layer] say by place where an activation is.
+    """
+
+    spots: Sequence[Mapping[str, Spot]]
+    model: NNsight
+    tokens: int
+
+    def lacks(self, layouts: Layouts, name: str) -> bool:
+        """Whether the model does not show where this component is."""
+        place = layouts.place(name)
+        layers = layouts.layers(name)
+        return place not in ANYWHERE and any(place not in self.spots[i] for i in layers)
+
+    def check(self, layouts: Layouts, components: Iterable[str], metrics: Iterable[Metric]) -> None:
+        """BadInput for what cannot be patched or read this way in this model."""
+        for name in components:
+            if self.lacks(layouts, name):
+                why = WHY.get(layouts.place(name), "no module holds it alone")
+                raise BadInput(f"{name} cannot be patched through nnsight in this model: {why}")
+        for source, given in enumerate(layouts.sources):
+            rotated = given.kind in ("mean", "vector") and {"head_q", "head_k"} & set(components)
+            if rotated:
+                raise BadInput(
+                    f"source {layouts.sources[source].name}: queries and keys are patched before "
+                    "they are rotated through nnsight: take them from zero or another run"
+                )
+        for m in metrics:
+            if m.name == "attention" and "pattern" not in self.spots[m.layer]:
+                raise BadInput(
+                    f"{m.column}: this model's attention does not return its probabilities"
+                )
+            read = m.component if m.name == "probe" else m.name
+            if m.name in INNER - {"attention"} and self.lacks(layouts, read):
+                raise BadInput(f"{m.column}: {read} cannot be read through nnsight in this model")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        forward: Forward,
+        schedule: Schedule,
+        seen: Callable[[int, Step], Seen],
+        embedding: Callable[[Embedding], Tap | None],
+    ) -> Tensor:
+        """The last layer's output where logits are read, [row, read, d_model]."""
+        out: Tensor | None = None
+        for batch in batches(schedule, self.tokens):
+            steps = [batch.step(layer) for layer in range(schedule.layers + 1)]
+            what = [seen(layer, step) for layer, step in enumerate(steps)]
+            hidden = self._run(forward, batch, what, embedding(batch.embedding))
+            reads = torch.from_numpy(schedule.reads[batch.new]).clamp(min=0)
+            first = torch.from_numpy(steps[-1].row_tokens.first[batch.new])
+            found = hidden[(first[:, None] + reads).to(hidden.device)]
+            if out is None:
+                out = found.new_empty(len(schedule.row_pair), *found.shape[1:])
+            out[torch.from_numpy(batch.new).to(out.device)] = found
+        assert out is not None
+        return out.to(forward.device)
+
+    def _run(
+        self, forward: Forward, batch: Batch, what: Sequence[Seen], embedding: Tap | None
+    ) -> Tensor:
+        """The last layer's output for all tokens of a batch, [token, d_model]."""
+        tokens = torch.from_numpy(batch.tokens).to(forward.device)
+        positions = torch.arange(batch.length, device=tokens.device)[None]
+        paths = {module: name for name, module in forward.hf_model.named_modules()}
+        layers = [self.model.get(paths[layer]) for layer in forward.layers]
+        embedded = self.model.get(paths[forward.hf_model.get_input_embeddings()])
+        inputs = arguments(forward.hf_model, tokens, positions)
+        with self.model.trace(**inputs, attention_mask=torch.ones_like(tokens)) as tracer:
+            if embedding is not None:
+                _overwrite(embedded.output, embedding)
+            for layer, envoy in enumerate(layers):
+                _at_border(envoy.input, what[layer])
+                self._inside(envoy, self.spots[layer], what[layer])
+            hidden = first_of(layers[-1].output)
+            _at_border(hidden, what[-1])
+            out: Tensor = hidden.flatten(0, 1).save()
+            tracer.stop()
+        return out
+
+    def _inside(self, layer: Any, spots: Mapping[str, Spot], what: Seen) -> None:
+        """What happens in one layer, in the order of its modules."""
+        places = [p for p in what.taps if p in spots] + ["pattern"] * bool(what.pattern_reads)
+        for place in sorted(places, key=lambda p: spots[p].order):
+            spot = spots[place]
+            module = layer.get(spot.module)
+            if place == "pattern":
+                _read_patterns(module.output[1], what.pattern_reads)
+            else:
+                x = module.input if spot.side == "input" else first_of(module.output)
+                _tapped(x, spot, what.taps[place])
+
+
+@torch.no_grad()
+def open_interventions(forward: Forward, dimensions: Dimensions, tokens: int) -> Interventions:
+    """Find where a model holds its activations. BadInput if a later token changes what an earlier
+    one computes: then no backend can run it."""
+    size = min(6, dimensions.max_positions or 6)
+    one = torch.arange(size, device=forward.device)[None] % dimensions.vocab
+    other = torch.cat([one[:, :-1], (one[:, -1:] + 1) % dimensions.vocab], 1)
+    a, b = (forward.hf_model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, other))
+    if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.std())):
+        raise BadInput(
+            f"{type(forward.hf_model).__name__} is not causal (a token changes what earlier ones "
+            "compute): neither backend can run it"
+        )
+    return Interventions(find_spots(forward, dimensions), NNsight(forward.hf_model), tokens)
+
+
+def _at_border(hidden: Tensor, what: Seen) -> None:
+    for place in BORDER:
+        if place in what.taps:
+            _overwrite(hidden, what.taps[place])
+
+
+def _overwrite(x: Tensor, tap: Tap) -> None:
+    """A tap on [batch, position, width], in place."""
+    tokens = x.reshape(-1, 1, x.shape[-1])
+    tap(tokens)
+    if tokens.data_ptr() != x.data_ptr():
+        x.copy_(tokens.view_as(x))
+
+
+def _read_patterns(pattern: Tensor, reads: Sequence[PatternRead]) -> None:
+    """Attention probabilities from [batch, head, query, key]."""
+    rows = pattern.transpose(1, 2).flatten(0, 1)
+    for read in reads:
+        read.out(rows[read.tokens, read.head, read.key])
+
+
+def _tapped(x: Tensor, spot: Spot, tap: Tap) -> None:
+    """A tap on what a module takes or returns, in place."""
+    view = spot.view(x)
+    tokens = view.reshape(-1, *view.shape[2:])
+    if spot.scale == 1.0:
+        tap(tokens)
+    else:
+        before = tokens * spot.scale
+        after = before.clone()
+        tap(after)
+        tokens = torch.where(after != before, after / spot.scale, tokens)
+    view.copy_(tokens.view(view.shape))
