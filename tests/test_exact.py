@@ -37,19 +37,9 @@ METRICS: list[Any] = [
     "kl_reverse",
     "total_variation",
 ]
-# Experts have no neurons of their own; of latent attention queries cannot be moved by the oracle.
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
-MOVABLE = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "mistral",
-    "olmo2",
-    "opt",
-    "stablelm",
-)
+EXPERTS = [n for n, f in FAMILIES.items() if f.down is None]
+# Of latent attention no one module makes queries and keys, so the oracle cannot move them.
+MOVABLE = [n for n, f in FAMILIES.items() if f.qkv]
 # Most tests measure few things, so that they can look at many cells.
 FEW: list[Any] = ["logit_diff", "kl"]
 SOME = ("llama", "gpt2", "gpt_neox", "gemma2", "qwen3", "mistral", "opt", "gpt_oss")
@@ -239,7 +229,7 @@ class Expected:
             destination = self.prompt(pair, source, sample)
         patches = self.patches(pair, direction, source, sample, sites)
         args = (self.hf_model, self.family, destination, patches, self.sae)
-        return heads._forward(*args)
+        return heads.forward(*args)
 
     def values(
         self, pair: int, direction: str, source: str, sample: int, sites: Any
@@ -248,9 +238,7 @@ class Expected:
         p = self.case.pairs[pair]
         found, inside = self._run(pair, direction, source, sample, sites)
         clean, _ = self.run(pair, "clean", source, sample, ())
-        ends = {"denoise": p.read if source.startswith("sigma") or source == "second" else None}
         read = len(found) - max(1, len(p.continuation))
-        del ends
         out = self.logit_metrics(p, found[read], clean[p.read])
         if "relative_prob" in self.case.settings["metrics"]:
             corrupt, _ = self.run(pair, "corrupt", source, sample, ())
@@ -534,7 +522,11 @@ def test_sae_features(name: str, at: str) -> None:
         "components": ["sae_feature", "head_z"],
         "direction": "both",
         "metrics": "inner",
-        "sets": {"two": ["sae_feature.2@-1", "head_v.0.1@-2"], "one": ["sae_feature.3"]},
+        "sets": {
+            "two": ["sae_feature.2@-1", "head_v.0.1@-2"],
+            "one": ["sae_feature.3"],
+            "at one token": ["sae_feature.2@-1", "sae_feature.3@-1", "sae_feature.6@-1"],
+        },
     }
     check(Case(name, three(5)[:2], given, sae_at=at), 40)
     given = {"components": ["sae_feature"], "direction": "noise"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,8 +62,14 @@ class Family:
     relative to the layer. `attn_norm` and `mlp_norm` are the norms between a block and the residual
     stream, None where a block's output is added as it is. `mid` is the module whose input is the
     residual stream between attention and MLP; a parallel block has none. `residual_multiplier`
-    scales what a block adds. `tolerance`: largest difference of logits in float64 between two exact
-    implementations.
+    scales what a block adds. `down` is the module whose input are the neurons, None for experts.
+
+    `qkv` are the modules whose outputs become queries, keys and values without anything that mixes
+    heads or tokens; () where there are none. One module for all three is `fused`: "blocks" are all
+    queries, all keys, all values; "heads" are query, key and value of each head in turn. `grouped`
+    says whether the family can have fewer heads of keys and values than of queries.
+
+    `tolerance`: largest difference of logits in float64 between two exact implementations.
     """
 
     model_type: str
@@ -75,6 +81,10 @@ class Family:
     attn_norm: str | None = None
     mlp_norm: str | None = None
     mid: str = "post_attention_layernorm"
+    down: str | None = "mlp.down_proj"
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    fused: Literal["", "blocks", "heads"] = ""
+    grouped: bool = True
     parallel: bool = False
     residual_multiplier: float = 1.0
     attention: str = "sdpa"
@@ -132,6 +142,10 @@ FAMILIES: dict[str, Family] = {
         attn="attn",
         o_proj="attn.c_proj",
         mid="ln_2",
+        down="mlp.c_proj",
+        qkv=("attn.c_attn",),
+        fused="blocks",
+        grouped=False,
         tolerance=EXACT,
     ),
     "gpt_neox": Family(
@@ -140,6 +154,10 @@ FAMILIES: dict[str, Family] = {
         layer="gpt_neox.layers.{}",
         attn="attention",
         o_proj="attention.dense",
+        down="mlp.dense_4h_to_h",
+        qkv=("attention.query_key_value",),
+        fused="heads",
+        grouped=False,
         parallel=True,
         tolerance=EXACT,
     ),
@@ -149,6 +167,10 @@ FAMILIES: dict[str, Family] = {
         layer="gpt_neox.layers.{}",
         attn="attention",
         o_proj="attention.dense",
+        down="mlp.dense_4h_to_h",
+        qkv=("attention.query_key_value",),
+        fused="heads",
+        grouped=False,
         tolerance=EXACT,
     ),
     # Full attention in the layers 0 and 1, a window above.
@@ -186,12 +208,14 @@ FAMILIES: dict[str, Family] = {
         mid="pre_feedforward_layernorm",
     ),
     "mistral": Family("mistral", {"sliding_window": 4}),
-    # The MLP reads the residual stream without a norm before it.
+    # The MLP reads the residual stream without a norm before it. Queries and keys have a norm over
+    # all heads together.
     "olmo2": Family(
         "olmo2",
         attn_norm="post_attention_layernorm",
         mlp_norm="post_feedforward_layernorm",
         mid="mlp",
+        qkv=("self_attn.q_norm", "self_attn.k_norm", "self_attn.v_proj"),
     ),
     # The MLP is no module of its own: its output is that of fc2.
     "opt": Family(
@@ -201,10 +225,12 @@ FAMILIES: dict[str, Family] = {
         o_proj="self_attn.out_proj",
         mlp="fc2",
         mid="final_layer_norm",
+        down="fc2",
+        grouped=False,
         tolerance=EXACT,
     ),
-    "phi": Family("phi", o_proj="self_attn.dense", parallel=True, tolerance=EXACT),
-    "phi3": Family("phi3"),
+    "phi": Family("phi", o_proj="self_attn.dense", parallel=True, down="mlp.fc2", tolerance=EXACT),
+    "phi3": Family("phi3", qkv=("self_attn.qkv_proj",), fused="blocks"),
     "cohere": Family("cohere", {"logit_scale": 0.5}, parallel=True),
     "granite": Family(
         "granite",
@@ -217,17 +243,18 @@ FAMILIES: dict[str, Family] = {
         residual_multiplier=0.3,
     ),
     "stablelm": Family("stablelm", tolerance=EXACT),
-    "starcoder2": Family("starcoder2", tolerance=EXACT),
+    "starcoder2": Family("starcoder2", down="mlp.c_proj", tolerance=EXACT),
     "glm4": Family(
         "glm4",
         {"head_dim": 8},
         attn_norm="post_self_attn_layernorm",
         mlp_norm="post_mlp_layernorm",
     ),
-    "mixtral": Family("mixtral", {"num_local_experts": 4}),
+    "mixtral": Family("mixtral", {"num_local_experts": 4}, down=None),
     "qwen3_moe": Family(
         "qwen3_moe",
         {"head_dim": 8, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+        down=None,
     ),
     # Sinks; the family's eager attention keeps the dtype, and it has no sdpa.
     "gpt_oss": Family(
@@ -239,9 +266,11 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": 4,
             "max_position_embeddings": 131072,  # its YaRN factor is relative to this
         },
+        down=None,
         attention="eager",
     ),
-    # The first layer is dense, the others have experts; v is narrower than q and k.
+    # The first layer is dense, the others have experts; v is narrower than q and k, and of these
+    # only a part is rotated, that of the keys shared by all heads.
     "deepseek_v3": Family(
         "deepseek_v3",
         {
@@ -259,6 +288,8 @@ FAMILIES: dict[str, Family] = {
             "v_head_dim": 10,
             "num_mtp_layers": 0,
         },
+        down=None,
+        qkv=(),
     ),
 }
 

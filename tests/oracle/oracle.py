@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import Module
 from transformers import PreTrainedModel
 
+from oracle import hooks
 from oracle.families import Family
 
 Ids = Sequence[int]
@@ -45,25 +48,15 @@ def record(model: PreTrainedModel, family: Family, ids: Ids) -> dict[tuple[str, 
     """
     seen: dict[tuple[str, int], Tensor] = {}
 
-    def keep(component: str, layer: int, value: Tensor) -> None:
+    def keep(component: str, layer: int, value: Tensor) -> Tensor:
         seen[component, layer] = value.reshape(-1, value.shape[-1]).clone()
+        return value
 
-    with _attention(model, family), ExitStack() as hooks:
+    with hooks.attention(model, family.attention), ExitStack() as stack:
         for layer in range(model.config.num_hidden_layers):
-            modules = _modules(model, family, layer)
-            for component, (module, at) in modules.items():
-                if at == "input":
-                    handle = module.register_forward_pre_hook(
-                        lambda _m, args, kwargs, c=component, i=layer: keep(
-                            c, i, _input(args, kwargs)
-                        ),
-                        with_kwargs=True,
-                    )
-                else:
-                    handle = module.register_forward_hook(
-                        lambda _m, _args, out, c=component, i=layer: keep(c, i, _output(out))
-                    )
-                hooks.callback(handle.remove)
+            for component, (module, at) in hooks.modules(model, family, layer).items():
+                see = partial(keep, component, layer)
+                stack.enter_context(hooks.changed(module, at, see))
         baseline(model, ids)
     return seen
 
@@ -140,48 +133,37 @@ def _patched(
     """Logits [vocab] of the destination run with the places taken from recorded activations."""
     # In order, so that a hook sees what earlier patches of the layer have done.
     ordered = sorted(places, key=lambda place: COMPONENTS.index(place[0]))
-    with _attention(model, family), ExitStack() as hooks:
+    with hooks.attention(model, family.attention), ExitStack() as stack:
         for component, layer, unit, positions in ordered:
-            modules = _modules(model, family, layer)
+            modules = hooks.modules(model, family, layer)
             if component not in modules:
                 raise ValueError(f"{component}: none in a parallel block ({family.model_type})")
             if (unit is not None) != (component == "head_z"):
                 raise ValueError(f"{component}: unit {unit}; head_z wants a head, others none")
             value, rows = source[component, layer], sorted(positions)
             if component == "resid_mid":
-                handles = _patch_mid(modules, value, rows, family.residual_multiplier)
-            else:
-                columns = slice(None)
-                if unit is not None:
-                    width = value.shape[1] // model.config.num_attention_heads
-                    columns = slice(unit * width, (unit + 1) * width)
-                handles = [_patch(*modules[component], value, rows, columns)]
-            for handle in handles:
-                hooks.callback(handle.remove)
+                stack.enter_context(_mid(modules, value, rows, family.residual_multiplier))
+                continue
+            columns = slice(None)
+            if unit is not None:
+                width = value.shape[1] // model.config.num_attention_heads
+                columns = slice(unit * width, (unit + 1) * width)
+            change = partial(_replaced, value, rows, columns)
+            stack.enter_context(hooks.changed(*modules[component], change))
         return baseline(model, destination_ids)
 
 
-def _patch(module: Any, at: str, value: Tensor, rows: list[int], columns: slice) -> Any:
-    """Replaces value[rows, columns] in a module's input or output; the hook's handle."""
-
-    def swap(hidden: Tensor) -> Tensor:
-        new = hidden.reshape(-1, hidden.shape[-1]).clone()
-        new[rows, columns] = value[rows, columns]
-        return new.view_as(hidden)
-
-    if at == "input":
-        return module.register_forward_pre_hook(
-            lambda _m, args, kwargs: _with_input(args, kwargs, swap(_input(args, kwargs))),
-            with_kwargs=True,
-        )
-    return module.register_forward_hook(
-        lambda _m, _args, out: _with_output(out, swap(_output(out)))
-    )
+def _replaced(value: Tensor, rows: list[int], columns: slice, hidden: Tensor) -> Tensor:
+    """`hidden` with value[rows, columns] in their places."""
+    new = hidden.reshape(-1, hidden.shape[-1]).clone()
+    new[rows, columns] = value[rows, columns]
+    return new.view_as(hidden)
 
 
-def _patch_mid(
-    modules: dict[str, tuple[Any, str]], value: Tensor, rows: list[int], multiplier: float
-) -> list[Any]:
+@contextmanager
+def _mid(
+    modules: dict[str, tuple[Module, str]], value: Tensor, rows: list[int], multiplier: float
+) -> Iterator[None]:
     """Replaces the residual stream after attention, by making attention add just what is missing.
 
     (The MLP block reads that stream twice, through its norm and as the residual; no one module's
@@ -189,64 +171,20 @@ def _patch_mid(
     """
     before: list[Tensor] = []
 
-    def see(_module: Any, args: Any, kwargs: Any) -> None:
-        before.append(_input(args, kwargs)[0])
+    def see(hidden: Tensor) -> Tensor:
+        before.append(hidden[0])
+        return hidden
 
-    def swap(_module: Any, _args: Any, out: Any) -> Any:
-        new = _output(out).clone()
+    def swap(out: Tensor) -> Tensor:
+        new = out.clone()
         new[0, rows] = (value[rows] - before[-1][rows]) / multiplier
-        return _with_output(out, new)
+        return new
 
-    return [
-        modules["resid_pre"][0].register_forward_pre_hook(see, with_kwargs=True),
-        modules["attn_out"][0].register_forward_hook(swap),
-    ]
-
-
-def _modules(model: PreTrainedModel, family: Family, layer: int) -> dict[str, tuple[Any, str]]:
-    """For every component of a layer: a module, and whether it is its input or its output."""
-    block = model.get_submodule(family.layer.format(layer))
-    modules = {
-        "resid_pre": (block, "input"),
-        "head_z": (block.get_submodule(family.o_proj), "input"),
-        "attn_out": (block.get_submodule(family.attn_norm or family.attn), "output"),
-        "mlp_out": (block.get_submodule(family.mlp_norm or family.mlp), "output"),
-        "resid_post": (block, "output"),
-    }
-    if not family.parallel:
-        modules["resid_mid"] = (block.get_submodule(family.mid), "input")
-    return modules
-
-
-@contextmanager
-def _attention(model: PreTrainedModel, family: Family) -> Iterator[None]:
-    """The family's own attention for the time of a forward, whatever the model is set to."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation(family.attention)
-    try:
+    with (
+        hooks.changed(*modules["resid_pre"], see),
+        hooks.changed(*modules["attn_out"], swap),
+    ):
         yield
-    finally:
-        model.set_attn_implementation(before)
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    value: Tensor = args[0] if args else kwargs["hidden_states"]
-    return value
-
-
-def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], value: Tensor) -> Any:
-    if args:
-        return (value, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": value}
-
-
-def _output(out: Any) -> Tensor:
-    value: Tensor = out[0] if isinstance(out, tuple) else out
-    return value
-
-
-def _with_output(out: Any, value: Tensor) -> Any:
-    return (value, *out[1:]) if isinstance(out, tuple) else value
 
 
 # Metrics: logits [..., vocab] -> values [...], in float64.

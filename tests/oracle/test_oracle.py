@@ -274,3 +274,22 @@ def test_metrics_by_hand() -> None:
     close(oracle.kl(q, logits[0]), sum(-0.25 * math.log(4 * x) for x in p[0]))
     # Far apart: no overflow, no NaN.
     assert oracle.logprob(np.array([0.0, 2000.0]), [0]) == -2000
+
+
+def test_probability_metrics_by_hand() -> None:
+    p, c = np.array([0.1, 0.2, 0.3, 0.4]), np.array([0.4, 0.3, 0.2, 0.1])
+    logits = np.log(np.stack([p, c])) + np.array([[7.0], [-900.0]])
+    close = np.testing.assert_allclose
+    close(oracle.prob_diff(logits, [3], [0, 1]), [0.4 - 0.3, 0.1 - 0.7])
+    close(oracle.total_variation(logits[0], logits[0]), 0, atol=1e-15)
+    close(oracle.total_variation(logits[0], logits), [0, 0.4], atol=1e-15)
+    # All of one against all of the other: the largest there is.
+    close(oracle.total_variation(np.array([0.0, 2000.0]), np.array([2000.0, 0.0])), 1)
+    gain, loss = (0.4 - 0.1) / 0.1, (0.4 - 0.1) / 0.1
+    close(oracle.relative_prob(logits[0], logits[1], [3], [0]), (gain + loss) / 2)
+    gain, loss = (0.7 - 0.3) / 0.3, (0.3 - 0.2) / 0.2
+    close(oracle.relative_prob(logits[0], logits[1], [2, 3], [1]), (gain + loss) / 2)
+    close(oracle.relative_prob(logits[1], logits[1], [3], [0]), 0, atol=1e-15)
+    close(oracle.sequence_logprob(logits, [2, 0], 0), math.log(0.3) + math.log(0.4))
+    close(oracle.sequence_logprob(logits, [1], 1), math.log(0.3))
+    assert oracle.sequence_logprob(logits, [], 0) == 0
