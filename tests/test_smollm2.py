@@ -1,4 +1,4 @@
-"""The trained SmolLM2-135M in float32: whole grids against full forwards with plain hooks."""
+"""The trained SmolLM2-135M in float32: grids and cells against full forwards with plain hooks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 import patchsweep as ps
-from oracle import heads, oracle
-from oracle.families import Family
+from cells import FEW, METRICS, Case, check
 
 IOI = (
     "When John and Mary went to the store, John gave a drink to",
@@ -131,143 +130,82 @@ def test_bfloat16_rounds_like_a_full_forward(tmp_path: Path) -> None:
     assert ratio <= 1.5
 
 
+def cells(
+    model: ps.Model, pairs: list[ps.Pair], count: int, sae_at: str = "", **settings: Any
+) -> int:
+    """`count` cells of a sweep, each against a full forward; how many were run."""
+    case = Case("llama", pairs, settings, 30, 1, sae_at, 15, model=model, tolerance=2e-4)
+    return check(case, count)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "pairs": {"direction": "both"},
-    "noise": {"corrupt": {"gaussian": {"sigma": 3, "tokens": [3, 9]}}, "direction": "both"},
+    "noise": {"corrupt": {"gaussian": {"sigma": [3], "tokens": [3, 9]}}, "direction": "both"},
     "zero": {"source": "zero", "direction": "noise"},
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_component(model: ps.Model, tmp_path: Path, kind: str) -> None:
-    """Cells of every component, and sets of neurons and heads, against full forwards."""
-    given = KINDS[kind]
-    neurons = [f"neuron.{layer}.{unit}@{at}" for layer, unit, at in ((3, 7, -1), (20, 900, 9))]
+def test_every_component(model: ps.Model, kind: str) -> None:
+    """And sets of neurons and heads."""
     sets = {
-        "neurons": [*neurons, "neuron.29.1535@13"],
+        "neurons": ["neuron.3.7@-1", "neuron.20.900@9", "neuron.29.1535@13"],
         "circuit": ["head_z.23.3@-1", "head_v.20.0@9", "head_q.25.1@-1", "mlp_out.27@-1"],
     }
     components = ["embed", "head_q", "head_k", "head_v", "head_pattern", "attn_out", "resid_mid"]
-    results = sweep(
-        model, IOI, tmp_path / "r", components=components, positions=[9, -1], sets=sets, **given
-    )
+    given = {"components": components, "positions": [9, -1], "sets": sets, **KINDS[kind]}
+    assert cells(model, [ps.make_pair(model.tokenizer, *IOI)], 24, **given) > 10
+
+
+def test_windows_and_what_is_read_inside(model: ps.Model) -> None:
+    """Attention, a neuron, probes and a user's own metric, of several layers at once."""
+    given = {"components": ["mlp_out", "head_z"], "windows": [2, 5], "positions": [9, -1]}
+    given |= {"metrics": "inner", "direction": "both"}
+    assert cells(model, [ps.make_pair(model.tokenizer, *IOI)], 10, **given) > 5
+
+
+def test_features(model: ps.Model) -> None:
+    """Of a random autoencoder: alone, several at one token, with a head, and as a metric."""
+    sets = {
+        "at one token": ["sae_feature.1@9", "sae_feature.2@9", "sae_feature.5@9"],
+        "with a head": ["sae_feature.2@-1", "head_v.12.1@9", "head_z.23.3@-1"],
+    }
     pair = ps.make_pair(model.tokenizer, *IOI)
-    rng = np.random.default_rng(0)
-    cells: list[tuple[str, Any]] = []
-    for name in components:
-        status = results.store.read(f"{name}/logit_diff_status")
-        ran = np.argwhere(status == 1)
-        for index in ran[rng.integers(len(ran), size=3)]:
-            position = (9, len(pair) - 1)[index[6]]
-            cells.append((name, (index, [(name, int(index[4]), int(index[5]), position)])))
-    for i, sites in enumerate(sets.values()):
-        for d in range(len(results.grid("sets").directions)):
-            parts = [ps.parse_site(site) for site in sites]
-            places = [(p.component, p.layer, p.unit or 0, int(p.position) % 14) for p in parts]
-            cells.append(("sets", ((d, 0, 0, 0, 0, 0, i), places)))
-
-    noise = None
-    if kind == "noise":
-        width = model.hf_model.config.hidden_size
-        scale = 3 * results.attrs["noise_scale"]
-        noise = torch.zeros(len(pair), width)
-        for slot, position in enumerate((3, 9)):
-            drawn = np.random.default_rng([0, 0, 0, slot]).standard_normal(width)
-            noise[position] = torch.from_numpy(drawn * scale)
-        used = model.hf_model.get_input_embeddings()(torch.tensor([pair.clean[3], pair.clean[9]]))
-        assert results.attrs["noise_scale"] == pytest.approx(
-            float(used.std(correction=0)), rel=1e-4
-        )
-    clean = heads.Prompt(pair.clean)
-    other = heads.Prompt(pair.corrupt) if noise is None else heads.Prompt(pair.clean, noise)
-    llama = Family("llama")
-    for name, (index, places) in cells:
-        denoise = results.grid(name).directions[index[0]] == "denoise"
-        source: Any = clean if denoise else other
-        if kind == "zero":
-            source = torch.zeros(())
-        patches = [heads.Patch(c, layer, unit, {p: p}, source) for c, layer, unit, p in places]
-        logits = heads.logits(model.hf_model, llama, other if denoise else clean, patches)[-1]
-        expected = float(logits[pair.answer[0]] - logits[pair.wrong[0]])
-        found = results.store.read(f"{name}/logit_diff")[tuple(index)]
-        assert abs(found - expected) <= 2e-4, (name, index)
+    given = {"components": ["sae_feature"], "positions": [9, -1], "metrics": "inner", "sets": sets}
+    assert cells(model, [pair], 10, "resid_post", **given, direction="both") > 5
+    ablated = {**given, "source": ["zero", "other"], "direction": "noise", "metrics": METRICS}
+    assert cells(model, [pair], 6, "mlp_out", **ablated) > 2
 
 
-LLAMA = Family("llama")
+def test_steering(model: ps.Model) -> None:
+    vector = torch.from_numpy(4 * np.random.default_rng(0).standard_normal(576))
+    given = {"components": ["resid_pre", "mlp_out"], "positions": [9, -1], "source": "vector"}
+    pair = ps.make_pair(model.tokenizer, *IOI)
+    assert cells(model, [pair], 6, **given, direction="noise", _vector=vector) > 3
 
 
-def logit_diff(pair: ps.Pair, logits: Tensor) -> float:
-    return float(logits[-1, pair.answer[0]] - logits[-1, pair.wrong[0]])
-
-
-def test_means_and_other_pairs(model: ps.Model, tmp_path: Path) -> None:
+def test_means_and_other_pairs(model: ps.Model) -> None:
     """Mean and resample ablation of heads' values and MLPs."""
     swapped = (IOI[0].replace("John gave", "Mary gave"), IOI[0], " John", " Mary")
     pairs = [ps.make_pair(model.tokenizer, *texts) for texts in (IOI, swapped)]
-    results = ps.sweep(
-        model,
-        pairs,
-        components=["head_v", "mlp_out"],
-        positions=[9, -1],
-        direction="noise",
-        source=[{"mean": {"prompts": "clean"}}, "resample"],
-        out=tmp_path / "r",
-    )
-    runs = [heads.Prompt(pair.clean) for pair in pairs]
-    seen = [heads.activations(model.hf_model, LLAMA, run) for run in runs]
-    for name, layer, unit in (("head_v", 8, 2), ("mlp_out", 21, 0), ("head_v", 25, 0)):
-        mean = (seen[0][name, layer] + seen[1][name, layer])[9, unit] / 2
-        for s, source in enumerate((mean, runs[1])):
-            patch = heads.Patch(name, layer, unit, {9: 9}, source)
-            expected = logit_diff(pairs[0], heads.logits(model.hf_model, LLAMA, runs[0], [patch]))
-            found = results.store.read(f"{name}/logit_diff")[0, s, 0, 0, layer, unit, 0]
-            assert abs(found - expected) <= 2e-4, (name, layer, s)
+    sources = [{"mean": {"prompts": "clean"}}, {"resample": {"samples": 2}}]
+    sets = {"several": ["head_v.8.2", "head_v.25.0@9", "mlp_out.0@-1", "mlp_out.21@9"]}
+    given = {"components": ["head_v", "mlp_out"], "positions": [9, -1], "sets": sets}
+    assert cells(model, pairs, 12, **given, source=sources, direction="noise") > 6
 
 
-def test_unequal_prompts_and_metrics(model: ps.Model, tmp_path: Path) -> None:
+def test_unequal_prompts_and_metrics(model: ps.Model) -> None:
     """Queries and keys rotated to another place, read by several metrics."""
-    pair = ps.make_pair(
-        model.tokenizer,
-        IOI[0],
-        "Then, " + IOI[1][0].lower() + IOI[1][1:],
-        " Mary",
-        " John",
-        align="end",
-    )
+    text = "Then, " + IOI[1][0].lower() + IOI[1][1:]
+    pair = ps.make_pair(model.tokenizer, IOI[0], text, *IOI[2:], align="end")
     assert len(pair.corrupt) == len(pair.clean) + 2
-    results = ps.sweep(
-        model,
-        [pair],
-        components=["head_q", "head_k", "head_z"],
-        positions=[5, 9, -1],
-        direction="both",
-        metrics=["logit_diff", "kl", "kl_reverse", "total_variation", "rank", "logprob"],
-        out=tmp_path / "r",
-    )
-    clean, corrupt = heads.Prompt(pair.clean), heads.Prompt(pair.corrupt)
-    reference = heads.logits(model.hf_model, LLAMA, clean)[-1]
-    cells = [
-        ("head_q", 20, 4, 13),
-        ("head_k", 12, 1, 9),
-        ("head_z", 23, 3, 13),
-        ("head_k", 4, 0, 5),
-    ]
-    for name, layer, unit, position in cells:
-        for d, direction in enumerate(("denoise", "noise")):
-            there = {position + 2: position} if direction == "denoise" else {position: position + 2}
-            run, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-            patch = heads.Patch(name, layer, unit, there, source)
-            logits = heads.logits(model.hf_model, LLAMA, run, [patch])
-            at = (d, 0, 0, 0, layer, unit, [5, 9, 13].index(position))
-            last = logits[-1]
-            expected = {
-                "logit_diff": logit_diff(pair, logits),
-                "kl": oracle.kl(reference, last),
-                "kl_reverse": oracle.kl(last, reference),
-                "total_variation": oracle.total_variation(reference, last),
-                "rank": oracle.rank(last, pair.answer),
-                "logprob": oracle.logprob(last, pair.answer),
-            }
-            for metric, value in expected.items():
-                found = results.store.read(f"{name}/{metric}")[at]
-                assert abs(found - value) <= 2e-4, (name, direction, metric)
+    given = {"components": ["head_q", "head_k", "head_z"], "positions": [5, 9, -1]}
+    given |= {"direction": "both", "metrics": METRICS}
+    assert cells(model, [pair], 12, **given) > 5
+
+
+def test_answers_of_several_tokens(model: ps.Model) -> None:
+    pair = ps.make_pair(model.tokenizer, *FACT, continuation=" Paris, of course")
+    assert len(pair.continuation) == 4
+    given = {"components": ["head_z", "mlp_out"], "positions": [3, -1], "direction": "both"}
+    assert cells(model, [pair], 8, **given, metrics=[*FEW, "sequence_logprob"]) > 5
