@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 import patchsweep as ps
 from oracle import heads, oracle
-from oracle.families import FAMILIES, Family
+from oracle.families import EVERY, FAMILIES, Family
 from patchsweep.pairs import Pair
 from patchsweep.sites import SETS, Status
 
@@ -221,8 +221,9 @@ class Expected:
         if len(found) == len(clean):
             out["kl_at_-2"] = oracle.kl(clean[p.read - 1], found[read - 1])
             at = self.case.middle
-            pattern, stream, z = (inside[c, at] for c in ("head_pattern", "resid_post", "head_z"))
-            out[f"attention_{at}_1_-1_1"] = pattern[read, 1, 1]
+            stream, z = inside["resid_post", at], inside["head_z", at]
+            if ("head_pattern", at) in inside:
+                out[f"attention_{at}_1_-1_1"] = inside["head_pattern", at][read, 1, 1]
             probe = probe_direction(self.hf_model).to(stream)
             out[f"probe_resid_post_{at}_-1"] = stream[read, 0] @ probe
             out[f"probe_head_z_{at}_2_-2"] = z[read - 1, 2].sum()
@@ -274,13 +275,14 @@ def inner_metrics(case: Case, hf_model: Any, folder: Path) -> list[Any]:
     np.save(ones, np.ones(d_head(hf_model)))
     at = {"layer": case.middle}
     out: list[Any] = [
-        {"attention": {**at, "head": 1, "query": -1, "key": 1}},
         {"probe": {**at, "component": "resid_post", "position": -1, "file": str(stream)}},
         {"probe": {**at, "component": "head_z", "unit": 2, "position": -2, "file": str(ones)}},
         {"kl": {"at": -2}},
         {"callable": {"path": "cells:spread"}},
     ]
-    if FAMILIES[case.family].down is not None:
+    if case.family in FAMILIES:  # of others the oracle does not see patterns
+        out.append({"attention": {**at, "head": 1, "query": -1, "key": 1}})
+    if EVERY[case.family].down is not None:
         out.append({"neuron": {**at, "neuron": 3, "position": -1}})
     if case.sae_at:
         out.append({"sae_feature": {"feature": 2, "position": -1}})
@@ -307,7 +309,7 @@ def autoencoder(case: Case, hf_model: Any, folder: Path) -> Autoencoder:
 
 def check(case: Case, cells: int | None) -> int:
     """Sweep, then compare `cells` random cells (all if None) with the oracle; how many were run."""
-    family = FAMILIES[case.family]
+    family = EVERY[case.family]
     model = case.model or ps.wrap(family.build(case.layers, case.seed, **case.overrides), Letters())
     hf_model = model.hf_model
     with TemporaryDirectory() as name:

@@ -133,7 +133,9 @@ def _neurons(config: PretrainedConfig, layer: nn.Module) -> int | None:
     if _experts(config):
         return None
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-    sizes = {size for p in layer.parameters() for size in p.shape}
+    attention = [m for m in layer.modules() if "Attention" in type(m).__name__]
+    inside = {p for m in attention for p in m.parameters()}
+    sizes = {size for p in layer.parameters() if p not in inside for size in p.shape}
     named = [getattr(config, name, None) for name in names]
     return next((n for n in (*named, 4 * config.hidden_size) if n in sizes), None)
 

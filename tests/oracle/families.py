@@ -132,7 +132,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 # torch's grouped matmul for experts takes no float64; the plain loop does.
-EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
@@ -292,6 +292,120 @@ FAMILIES: dict[str, Family] = {
         qkv=(),
     ),
 }
+
+
+# Families that do not call transformers' attention interface.
+BLOCK: dict[str, Any] = {"layer": "transformer.h.{}", "attention": "eager"}
+ELSEWHERE: dict[str, Family] = {
+    "gptj": Family(
+        "gptj",
+        {"rotary_dim": 4, "n_positions": 64},
+        attn="attn",
+        o_proj="attn.out_proj",
+        down="mlp.fc_out",
+        qkv=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        grouped=False,
+        parallel=True,
+        **BLOCK,
+    ),
+    "gpt_neo": Family(
+        "gpt_neo",
+        {"attention_types": [[["global", "local", "global"], 1]], "window_size": 4},
+        attn="attn",
+        o_proj="attn.attention.out_proj",
+        mid="ln_2",
+        down="mlp.c_proj",
+        qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        grouped=False,
+        **BLOCK,
+    ),
+    # One key-value head, parallel blocks, rotary positions.
+    "falcon": Family(
+        "falcon",
+        {"num_key_value_heads": 1},
+        attn="self_attention",
+        o_proj="self_attention.dense",
+        down="mlp.dense_4h_to_h",
+        qkv=("self_attention.query_key_value",),
+        fused="blocks",
+        parallel=True,
+        **BLOCK,
+    ),
+    # Biases that grow with distance in place of positions.
+    "falcon_alibi": Family(
+        "falcon",
+        {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
+        attn="self_attention",
+        o_proj="self_attention.dense",
+        down="mlp.dense_4h_to_h",
+        qkv=("self_attention.query_key_value",),
+        fused="heads",
+        grouped=False,
+        **BLOCK,
+    ),
+    # Two norms beside each other; groups of heads lie in an order of their own.
+    "falcon_grouped": Family(
+        "falcon",
+        {"new_decoder_architecture": True, "num_kv_heads": 2},
+        attn="self_attention",
+        o_proj="self_attention.dense",
+        down="mlp.dense_4h_to_h",
+        qkv=(),
+        parallel=True,
+        **BLOCK,
+    ),
+    # What attention and the MLP return has the stream in it already.
+    "bloom": Family(
+        "bloom",
+        attn="self_attention.dense",
+        o_proj="self_attention.dense",
+        mlp="mlp.dense_4h_to_h",
+        down="mlp.dense_4h_to_h",
+        qkv=("self_attention.query_key_value",),
+        fused="heads",
+        grouped=False,
+        **BLOCK,
+    ),
+    "mpt": Family(
+        "mpt",
+        {"max_seq_len": 64},
+        layer="transformer.blocks.{}",
+        attn="attn",
+        o_proj="attn.out_proj",
+        mlp="ffn.down_proj",
+        mid="norm_2",
+        down="ffn.down_proj",
+        qkv=("attn.Wqkv",),
+        fused="blocks",
+        grouped=False,
+        attention="eager",
+    ),
+    "codegen": Family(
+        "codegen",
+        {"rotary_dim": 4, "n_positions": 64, "num_attention_heads": 8},
+        attn="attn",
+        o_proj="attn.out_proj",
+        down="mlp.fc_out",
+        qkv=(),
+        parallel=True,
+        **BLOCK,
+    ),
+    # A mask of chunks: neither causal nor a window once the prompt is longer than one.
+    "llama4_text": Family(
+        "llama4_text",
+        {
+            "head_dim": 8,
+            "attention_chunk_size": 4,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 64,
+        },
+        mlp="feed_forward",
+        down=None,
+    ),
+}
+EVERY = FAMILIES | ELSEWHERE
 
 
 def prompts(

@@ -30,6 +30,7 @@ NAME = "oracle_heads"
 # A query or key that changes its position is patched here; any q, k or v may be.
 PROJECTED = ("q_proj", "k_proj", "v_proj")
 MOVED = {"head_q": "q_proj", "head_k": "k_proj"}
+PROJECTION = {**MOVED, "head_v": "v_proj"}
 HAS_UNITS = (
     *PROJECTED,
     "head_q",
@@ -162,7 +163,8 @@ def forward(
             sources[_key(patch.source)] = forward(model, family, patch.source, (), sae)[1]
 
     run = _Run(sae)
-    for patch in _before_rotary(_last_ones(patches)):
+    before = MOVED if model._can_set_attn_implementation() else PROJECTION
+    for patch in _before_attention(_last_ones(patches), before):
         from_run = isinstance(patch.source, Prompt)
         edit = _Edit(patch, sources[_key(patch.source)] if from_run else {})
         at = sae.at if sae is not None and patch.component == "sae_feature" else patch.component
@@ -266,16 +268,18 @@ def _last_ones(patches: Sequence[Patch]) -> list[Patch]:
     return out[::-1]
 
 
-def _before_rotary(patches: Sequence[Patch]) -> Iterator[Patch]:
-    """Queries and keys of another position are patched before the model rotates them."""
+def _before_attention(patches: Sequence[Patch], before: Mapping[str, str]) -> Iterator[Patch]:
+    """Queries and keys of another position are patched before the model rotates them; where
+    attention is not seen, all of `before` are patched in their projections."""
     for patch in patches:
-        if patch.component not in MOVED or not isinstance(patch.source, Prompt):
+        if patch.component not in before or not isinstance(patch.source, Prompt):
             yield patch
             continue
-        moved = {dst: src for dst, src in patch.positions.items() if dst != src}
-        kept = {dst: src for dst, src in patch.positions.items() if dst == src}
+        anywhere = patch.component not in MOVED or before is not MOVED
+        moved = {dst: src for dst, src in patch.positions.items() if anywhere or dst != src}
+        kept = {dst: src for dst, src in patch.positions.items() if dst not in moved}
         if moved:
-            yield replace(patch, component=MOVED[patch.component], positions=moved)
+            yield replace(patch, component=before[patch.component], positions=moved)
         if kept:
             yield replace(patch, positions=kept)
 

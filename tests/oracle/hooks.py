@@ -41,6 +41,9 @@ def changed(module: Module, at: str, change: Change) -> Iterator[None]:
 def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
     """That attention function for the time of a forward, whatever the model is set to."""
     before = model.config._attn_implementation
+    if not model._can_set_attn_implementation():  # these families have one, their own
+        yield
+        return
     model.set_attn_implementation(name)
     try:
         yield

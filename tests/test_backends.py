@@ -1,0 +1,195 @@
+"""The nnsight backend, and which backend a sweep takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import patchsweep as ps
+from cells import METRICS, Case, Letters, check
+from oracle.families import ELSEWHERE, EVERY, FAMILIES
+from patchsweep.sites import COMPONENTS
+from patchsweep.store import Store
+from test_exact import SOURCES, pair_of, three, unequal
+
+# Of these the order of queries, keys and values in their projection is not known.
+WITHOUT_QKV = ("falcon_grouped", "codegen", "deepseek_v3")
+BOTH = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text", "olmo2", "opt", "phi3", "granite")
+BOTH += ("mixtral", "gpt_oss", "deepseek_v3")
+
+
+def able(name: str) -> list[str]:
+    """The components that nnsight can patch in a family."""
+    family = EVERY[name]
+    missing = {"sae_feature", "head_pattern"} | ({"resid_mid"} if family.parallel else set())
+    missing |= {"neuron"} if family.down is None else set()
+    missing |= {"head_q", "head_k", "head_v"} if name in WITHOUT_QKV else set()
+    return [c for c in COMPONENTS if c not in missing]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_families_outside_the_wavefront(name: str, tmp_path: Path) -> None:
+    """`auto` takes nnsight, says why, and every component and metric is the oracle's."""
+    given = {"components": able(name), "direction": "both", "metrics": METRICS}
+    assert check(Case(name, three(), given), 90) > 10
+    model = ps.wrap(EVERY[name].build(3, 1), Letters())
+    one = {"components": ["head_z"], "positions": [-1]}
+    attrs = ps.sweep(model, three(), out=tmp_path / "r.zarr", **one).attrs
+    assert attrs["backend"] == "nnsight"
+    assert "cannot run on the wavefront" in attrs["backend_reason"]
+    with pytest.raises(ps.BadInput, match="cannot run on the wavefront"):
+        ps.sweep(model, three(), out=tmp_path / "w.zarr", backend="wavefront", **one)
+
+
+def arrays(results: ps.Results) -> dict[str, np.ndarray]:
+    """Everything that was measured."""
+    names = [f"{c}/{m}{s}" for c in results.components for m in results.metrics for s in SUFFIXES]
+    names += [f"baseline/{m}" for m in results.metrics]
+    return {name: results.store.read(name) for name in names}
+
+
+SUFFIXES = ("", "_status")
+
+
+def agree(case: Case, out: Path, tolerance: float) -> None:
+    """One sweep through both backends: whole grids are equal, statuses exactly."""
+    model = ps.wrap(EVERY[case.family].build(case.layers, case.seed), Letters())
+    found = [
+        arrays(ps.sweep(model, case.pairs, out=out / b, backend=b, **case.settings))
+        for b in ("wavefront", "nnsight")
+    ]
+    for name, one in found[0].items():
+        np.testing.assert_allclose(one, found[1][name], rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_both_backends_agree(name: str, tmp_path: Path) -> None:
+    given = {"components": able(name), "direction": "both", "metrics": METRICS}
+    agree(Case(name, three(), given), tmp_path, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("kind", [k for k in SOURCES if k != "pairs"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+def test_both_backends_agree_on_every_source(name: str, kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    pairs = [pair_of(rng, 6, 1), pair_of(rng, 6, 2), pair_of(rng, 5, 1), pair_of(rng, 5, 1)]
+    unrotated = "mean" in str(SOURCES[kind])
+    some = [c for c in able(name) if not (unrotated and c in ("head_q", "head_k"))]
+    given = {"components": some, "direction": "both", **SOURCES[kind]}
+    agree(Case(name, pairs, given), tmp_path, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_both_backends_agree_on_prompts_of_unequal_length(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(4)
+    given = {"components": able(name), "direction": "both"}
+    pairs = [unequal(rng, 6, 2), unequal(rng, 7, 1)]
+    agree(Case(name, pairs, given), tmp_path, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("name", ["llama", "gptj", "bloom"])
+def test_sets_features_and_what_metrics_read_inside(name: str) -> None:
+    """Through nnsight against the oracle."""
+    given: dict[str, Any] = {
+        "components": [*able(name), "sae_feature"],
+        "direction": "both",
+        "metrics": "inner",
+        "windows": [2],
+        "sets": {"some": ["mlp_out.0", "head_z.1.2@-1", "sae_feature.3@-2"]},
+        "backend": "nnsight",
+    }
+    assert check(Case(name, three(3)[:2], given, sae_at="mlp_out"), 60) > 10
+
+
+def test_both_backends_on_the_real_model(tmp_path: Path) -> None:
+    model = ps.load_model("smollm2-135m")
+    texts = ("The capital of France is", "The capital of Japan is", " Paris", " Tokyo")
+    pair = ps.make_pair(model.tokenizer, *texts)
+    given: dict[str, Any] = {
+        "components": ["head_z", "mlp_out", "head_k"],
+        "metrics": ["logit_diff", "kl", "rank"],
+    }
+    one, other = (
+        arrays(ps.sweep(model, [pair], out=tmp_path / b, backend=b, **given))
+        for b in ("wavefront", "nnsight")
+    )
+    for name, found in one.items():
+        atol = 1 if name.endswith("/rank") else 2e-4  # two tokens may be as likely as each other
+        np.testing.assert_allclose(found, other[name], rtol=0, atol=atol, err_msg=name)
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> tuple[ps.Model, ps.Results]:
+    model = ps.wrap(FAMILIES["llama"].build(3, 1), Letters())
+    given = {"components": ["head_z", "head_pattern"], "metrics": ["logit_diff", "rank"]}
+    return model, ps.sweep(model, three(), out=tmp_path / "r.zarr", **given)
+
+
+def test_verify(results: tuple[ps.Model, ps.Results]) -> None:
+    model, found = results
+    verified = ps.verify(found, 50, model)
+    assert verified.holds
+    assert verified.cells == 50
+    assert verified.left_out == ("head_pattern",)
+    assert max(verified.differences.values()) < 1e-9
+
+
+def test_verify_finds_what_is_wrong(results: tuple[ps.Model, ps.Results]) -> None:
+    """One wrong value, once all cells are run again."""
+    model, found = results
+    array = Store.open(found.path, "r+")._group["head_z/logit_diff"]
+    status = found.store.read("head_z/logit_diff_status")
+    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
+    array[first] = array[first] + 1e-4
+    verified = ps.verify(found, 10**6, model)
+    assert verified.cells == int((status == 1).sum())
+    assert not verified.holds
+    assert verified.differences["logit_diff"] == pytest.approx(1e-4, rel=0.5)
+    assert verified.differences["rank"] == 0
+
+
+def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
+    other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
+    with pytest.raises(ps.BadInput, match="another model"):
+        ps.verify(results[1], 5, other)
+
+
+class _TwoWays(torch.nn.Module):
+    """Attention that also looks ahead."""
+
+    def __init__(self, own: torch.nn.Module) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.own(hidden + hidden.mean(1, keepdim=True), *args, **kwargs)
+
+
+def test_what_neither_backend_can_run(tmp_path: Path) -> None:
+    hf_model = FAMILIES["llama"].build(2, 1)
+    hf_model.model.layers[0].mlp = _TwoWays(hf_model.model.layers[0].mlp)
+    with pytest.raises(ps.BadInput, match=r"not causal .* neither backend can run it"):
+        ps.sweep(ps.wrap(hf_model, Letters()), three(), out=tmp_path / "r", components=["head_z"])
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"components": ["head_pattern"]}, "head_pattern cannot be patched through nnsight"),
+    ({"components": ["resid_mid"]}, "resid_mid cannot be patched through nnsight .*parallel"),
+    (
+        {"components": ["head_q"], "source": [{"mean": {"prompts": "clean"}}]},
+        "before they are rotated",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "says"), REFUSED)
+def test_refused_in_one_line(given: dict[str, Any], says: str, tmp_path: Path) -> None:
+    model = ps.wrap(FAMILIES["gpt_neox"].build(2, 1), Letters())
+    with pytest.raises(ps.BadInput, match=says) as error:
+        ps.sweep(model, three(), out=tmp_path / "r", backend="nnsight", direction="noise", **given)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "r").exists()
