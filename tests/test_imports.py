@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own level and from those above it in this list; never further down.
 LEVELS = (
-    ("errors", "dimensions", "families"),
+    ("errors", "dimensions", "families", "offload"),
     ("sites", "stream", "cone", "sae"),
     ("effect",),
     ("pairs", "statistics"),
@@ -23,7 +23,8 @@ LEVELS = (
     ("spec", "reader"),
     ("attention", "sources", "reads", "circuits", "table"),
     ("forward", "results", "layout"),
-    ("plan", "model", "report", "metrics", "values", "modules"),
+    ("plan", "placement", "report", "metrics", "values", "modules"),
+    ("model",),
     ("schedule",),
     ("taps", "stacked"),
     ("wave", "interventions"),

@@ -6,6 +6,18 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Offload:
+    """Weights that are kept off the device that computes, in bytes: moved to it in every wave, each
+    module's once; the most of them that are there at one time."""
+
+    moved: int = 0
+    held: int = 0
+
+
+WHOLE = Offload()  # every weight is there
+
+
+@dataclass(frozen=True)
 class Dimensions:
     """What a plan has to know of a model.
 

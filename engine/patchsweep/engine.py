@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,13 +24,15 @@ from patchsweep import results as results_of
 from patchsweep import tasks
 from patchsweep.backends import opened
 from patchsweep.circuits import with_circuit
-from patchsweep.dimensions import Dimensions
+from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
-from patchsweep.model import Model, dimensions_of, load_model
+from patchsweep.model import Model, dimensions_of, empty_model, load_model
+from patchsweep.offload import unreachable
 from patchsweep.pairs import Pair, read_pairs
+from patchsweep.placement import device_map, foreseen
 from patchsweep.plan import BudgetTooSmall, Plan, Wave, make_plan
 from patchsweep.prepare import digest, prepare
 from patchsweep.results import CellEffect, Results
@@ -50,18 +53,26 @@ def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results
     """Do what a spec says. BadInput if `out` is missing from it, and as `sweep` does."""
     if spec.out is None:
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
-    model = load_model(spec.model, spec.dtype, spec.device)
+    model = load_model(
+        spec.model,
+        spec.dtype,
+        spec.device,
+        max_memory=spec.max_memory,
+        offload_folder=spec.offload_folder,
+    )
     pairs = build_pairs(spec.prompts, model.tokenizer)
     return carry_out(model, pairs, spec, spec.out, resume=resume, overwrite=overwrite)
 
 
 def plan_spec(spec: Spec) -> Plan:
     """The plan of a spec, from the model's config and tokenizer alone."""
-    dimensions = dimensions_of(load_config(spec.model), spec.dtype)
+    empty = empty_model(load_config(spec.model), spec.dtype)
+    device, offload = resolve_device(spec.device), WHOLE
+    if spec.device == "balanced":
+        device, offload = foreseen(empty, device_map(empty, spec.max_memory))
     pairs = build_pairs(spec.prompts, load_tokenizer(spec.model))
-    return plan_sweep(
-        dimensions, pairs, spec, resolve_device(spec.device), sae=load_autoencoder(spec)
-    )
+    sae = load_autoencoder(spec)
+    return plan_sweep(dimensions_of(empty), pairs, spec, device, sae=sae, offload=offload)
 
 
 def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
@@ -100,6 +111,7 @@ def plan_sweep(
     device: torch.device,
     token_budget: int | None = None,
     sae: SAE | None = None,
+    offload: Offload = WHOLE,
 ) -> Plan:
     """The plan of a sweep; `token_budget` is that of results to go on with, if there are any."""
     if not pairs:
@@ -120,15 +132,16 @@ def plan_sweep(
         sae.check_width(d.heads * d.d_head if sae.at == "head_z" else d.d_model)
         features = Features(sae.layer, sae.at, sae.features, sae.width)
     chosen = token_budget or settings.token_budget
-    if chosen != "auto":
-        return make_plan(pairs, settings, dimensions, chosen, features)
-    usual, most = auto_budget(dimensions, device)
+    usual, most = (
+        auto_budget(dimensions, device, offload.held) if chosen == "auto" else (chosen, chosen)
+    )
     try:
-        return make_plan(pairs, settings, dimensions, usual, features)
+        plan = make_plan(pairs, settings, dimensions, usual, features)
     except BudgetTooSmall as error:
         if error.least > most:
             raise
-        return make_plan(pairs, settings, dimensions, error.least, features)
+        plan = make_plan(pairs, settings, dimensions, error.least, features)
+    return replace(plan, offload=offload)
 
 
 def ranking_of(settings: Sweep) -> tuple[Site, ...]:
@@ -150,15 +163,15 @@ def load_autoencoder(settings: Sweep) -> SAE | None:
     return load_sae(given.file, given.layer, given.at) if given else None
 
 
-def auto_budget(dimensions: Dimensions, device: torch.device) -> tuple[int, int]:
+def auto_budget(dimensions: Dimensions, device: torch.device, held: int) -> tuple[int, int]:
     """Packed tokens per layer call: what is usual, and the most that fits in half of the memory
-    that is free now."""
+    that is free now but for `held` bytes."""
     if device.type == "cuda":
         held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + held  # what torch keeps is free for it
     else:
         free = psutil.virtual_memory().available
-    fits = int(free * MEMORY_SHARE) // dimensions.bytes_per_token
+    fits = int(max(0, free - held) * MEMORY_SHARE) // dimensions.bytes_per_token
     return max(1, min(fits, MOST_TOKENS.get(device.type, MOST_TOKENS["cpu"]))), fits
 
 
@@ -172,13 +185,13 @@ def carry_out(
     overwrite: bool,
 ) -> Results:
     """Run the waves whose blocks are not done yet."""
-    if any(p.is_meta for p in model.hf_model.parameters()):
-        raise BadInput(f"{model.name} is partly offloaded: load it whole onto one device")
+    if missing := unreachable(model.hf_model):
+        raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
     found = Store.open(out, "r+") if (resume or overwrite) and out.exists() else None
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
     sae = load_autoencoder(settings)
-    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae)
+    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae, model.offload)
     if out.exists() and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
 

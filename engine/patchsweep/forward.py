@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from patchsweep.attention import LayerCall, Stacked, attention_call
 from patchsweep.errors import BadInput, NotOnWavefront
+from patchsweep.offload import device_of, replaced, weights_of
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows
 
@@ -48,9 +49,20 @@ class Forward:
 
     @property
     def device(self) -> torch.device:
-        """Where the residual stream lives."""
-        device: torch.device = self.hf_model.get_input_embeddings().weight.device
-        return device
+        """Where the residual stream begins."""
+        return device_of(self.hf_model.get_input_embeddings())
+
+    @cached_property
+    def devices(self) -> list[torch.device]:
+        """Where the residual stream is in every layer call, and at last where the tail reads it."""
+        return [device_of(layer) for layer in (*self.layers, self.layers[-1])]
+
+    def once(self) -> AbstractContextManager[None]:
+        """Inside, what lies outside the layers and the embeddings (norms, positions) has its
+        weights brought in once, however often the model's forward passes there."""
+        inside = {m for layer in self.layers for m in layer.modules()}
+        ends = (self.hf_model.get_input_embeddings(), self.hf_model.get_output_embeddings())
+        return weights_of(*(m for m in self.hf_model.modules() if m not in {*inside, *ends}))
 
     def embed(self, tokens: Tensor, positions: Tensor, tap: Tap | None = None) -> Tensor:
         """The residual stream that the first layer receives, [token, d_model].
@@ -111,10 +123,12 @@ class Forward:
         for index, layer in enumerate(self.layers):
             stream = ResidualStream({})
             call = LayerCall([Rows(0, 1, 1)], zero[:0], zero[:0], {}, (), (), stream)
-            with attention_call(call):
-                hidden = self.layer(index, hidden, zero, stream)
-            down = stream.linear.get("mlp_out")
-            owners = [m for m in layer.modules() if getattr(m, "weight", None) is down]
+            at = self.devices[index]
+            # Weights that a hook brought in are others once it has put them away.
+            with attention_call(call), weights_of(*layer.modules()):
+                hidden = self.layer(index, hidden.to(at), zero.to(at), stream)
+                down = stream.linear.get("mlp_out")
+                owners = [m for m in layer.modules() if getattr(m, "weight", None) is down]
             if down is None or len(owners) != 1:
                 raise BadInput(
                     f"neuron cannot be patched in this model: the MLP of layer {index} does not "
@@ -132,36 +146,43 @@ class Forward:
             return h
 
         self._tail(hidden, unembedding)
-        return seen[0].reshape(hidden.shape[0], -1)
+        return seen[0].reshape(hidden.shape[0], -1).to(hidden.device)
 
     def finish(self, raw: Tensor) -> Tensor:
         """What the model makes of the unembedding's output (scale, soft-cap), [row, token]."""
-        weight = self.hf_model.get_output_embeddings().weight
-        idle = torch.zeros(raw.shape[0], self.hf_model.config.get_text_config().hidden_size)
-        return self._tail(idle.to(weight), lambda _: raw[:, None])
+        width = self.hf_model.config.get_text_config().hidden_size
+        idle = torch.zeros(raw.shape[0], width, dtype=raw.dtype, device=raw.device)
+        return self._tail(idle, lambda _: raw[:, None])
 
     @cached_property
     def finishes(self) -> bool:
         """Whether logits are more than the unembedding's output: measured on probe values."""
-        weight = self.hf_model.get_output_embeddings().weight
-        raw = torch.linspace(-50, 50, 101, device=weight.device).to(weight.dtype)[None]
+        output = self.hf_model.get_output_embeddings()
+        raw = torch.linspace(-50, 50, 101, device=device_of(output)).to(output.weight.dtype)[None]
         return not torch.equal(self.finish(raw), raw)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [row, vocab] when the last layer returns `hidden` [row, d_model]."""
-        weight, bias = self.unembedding()
-        return self._tail(hidden, lambda h: F.linear(h, weight, bias))
+        with self.unembedding() as (weight, bias):
+            return self._tail(hidden, lambda h: F.linear(h.to(weight.device), weight, bias))
 
-    def unembedding(self) -> tuple[Tensor, Tensor | None]:
-        """Weight [vocab, d_model] and bias [vocab] of the unembedding."""
+    @contextmanager
+    def unembedding(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Weight [vocab, d_model] and bias [vocab] of the unembedding, brought in once inside."""
         output = self.hf_model.get_output_embeddings()
-        return output.weight, getattr(output, "bias", None)
+        with weights_of(output):
+            yield output.weight, getattr(output, "bias", None)
 
     def _tail(self, hidden: Tensor, unembedding: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits of the model's forward whose last layer returns `hidden` [row, d_model]."""
         zeros = torch.zeros(hidden.shape[0], 1, dtype=torch.long, device=hidden.device)
-        output = self.hf_model.get_output_embeddings()
-        with self._bypassed(lambda _: hidden[:, None]), replaced(output, unembedding):
+        embedding = self.hf_model.get_input_embeddings()
+        nothing = hidden.new_zeros(hidden.shape[0], 1, embedding.weight.shape[1])
+        with (
+            self._bypassed(lambda _: hidden[:, None]),
+            replaced(embedding, lambda _: nothing),
+            replaced(self.hf_model.get_output_embeddings(), unembedding),
+        ):
             return self._forward(zeros, zeros)[:, 0]
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -193,7 +214,7 @@ def take_apart(hf_model: PreTrainedModel, length: int, shortest: int | None = No
     calls = _recorded(hf_model, layers, returns_tuple, length)
     if shortest is not None and shortest < length:
         short = _recorded(hf_model, layers, returns_tuple, shortest)
-        positions = torch.arange(shortest, device=hf_model.get_input_embeddings().weight.device)
+        positions = torch.arange(shortest, device=device_of(hf_model.get_input_embeddings()))
         first = _tensors([_Positions(length, positions)(v) for v in _values(calls)])
         for a, b in zip(first, _tensors(_values(short)), strict=True):
             if a.shape != b.shape or not torch.allclose(a.double(), b.double(), atol=1e-6):
@@ -230,7 +251,7 @@ Calls = list[tuple[tuple[Any, ...], dict[str, Any]]]
 
 def _tokens(hf_model: PreTrainedModel, length: int) -> tuple[Tensor, Tensor]:
     """Some tokens and their positions, [1, length]."""
-    device = hf_model.get_input_embeddings().weight.device
+    device = device_of(hf_model.get_input_embeddings())
     tokens = torch.zeros(1, length, dtype=torch.long, device=device)
     return tokens, torch.arange(length, device=device)[None]
 
@@ -313,20 +334,6 @@ def _nothing(hidden: Tensor) -> Tensor:
     return hidden[..., :1]
 
 
-@contextmanager
-def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` computes `forward` inside. Offload hooks on it do not run: no weights are moved."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
 class _Positions:
     """Picks the packed positions out of whatever a model computes per position."""
 
@@ -341,6 +348,7 @@ class _Positions:
             return {k: self(v) for k, v in value.items()}
         if not isinstance(value, Tensor):
             return value
+        value = value.to(self.positions.device)
         if value.dim() >= 2 and value.shape[:2] == (1, self.length):
             return value[:, self.positions]
         return value[self.positions] if value.shape == (self.length,) else value

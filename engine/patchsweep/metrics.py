@@ -89,13 +89,15 @@ def evaluate(
     logit_metrics = [m for m in metrics if m.name not in INNER]
     out = dict(inner)
     if logit_metrics:
-        table = _Table(rows, hidden.device)
-        head = read(forward, hidden, rows, table, logit_metrics)
-        for m in logit_metrics:
-            if m.name == "callable":
-                out[m.column] = _called(forward, hidden, rows, m)
-            else:
-                out[m.column] = _value(m, head, table, rows)
+        with forward.unembedding() as (weight, bias):
+            hidden = hidden.to(weight.device)
+            table = _Table(rows, hidden.device)
+            head = read(forward, hidden, rows, table, logit_metrics, weight, bias)
+            for m in logit_metrics:
+                if m.name == "callable":
+                    out[m.column] = _called(forward, hidden, rows, m, len(weight))
+                else:
+                    out[m.column] = _value(m, head, table, rows)
     return {m.column: out[m.column].cpu().numpy() for m in metrics}
 
 
@@ -130,10 +132,16 @@ def _padded(tokens: tuple[int, ...], length: int) -> list[int]:
 
 
 def read(
-    forward: Forward, hidden: Tensor, rows: Rows, table: _Table, metrics: Sequence[Metric]
+    forward: Forward,
+    hidden: Tensor,
+    rows: Rows,
+    table: _Table,
+    metrics: Sequence[Metric],
+    weight: Tensor,
+    bias: Tensor | None,
 ) -> MetricHead:
-    """What the metrics need of the logits of hidden [row, read, d_model], of every [row · read]."""
-    weight, bias = forward.unembedding()
+    """What the metrics need of the logits of hidden [row, read, d_model], of every [row · read];
+    weight [vocab, d_model] and bias [vocab] are the unembedding's."""
     names = {m.name for m in metrics}
     count, reads = hidden.shape[:2]
     divergences = frozenset(DIVERGENCES[n] for n in names & DIVERGENCES.keys())
@@ -256,14 +264,14 @@ def load_function(path: str) -> Function:
     return function  # type: ignore[no-any-return]
 
 
-def _called(forward: Forward, hidden: Tensor, rows: Rows, m: Metric) -> Tensor:
+def _called(forward: Forward, hidden: Tensor, rows: Rows, m: Metric, vocab: int) -> Tensor:
     """A user's metric, given all logits of some rows at a time."""
-    function, weight = load_function(m.path), forward.unembedding()[0]
+    function = load_function(m.path)
     slot = rows.of[m.column][rows.pair][:, 0]
     at = hidden[torch.arange(len(slot)), torch.from_numpy(slot).to(hidden.device)]
     run = np.full(len(slot), 2, np.int8)
     run[: rows.base] = np.minimum(np.arange(rows.base) % rows.per_pair, 1)
-    step = max(1, TAIL_ELEMENTS // weight.shape[0])
+    step = max(1, TAIL_ELEMENTS // vocab)
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     out = []
     for i in range(0, len(slot), step):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,9 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from patchsweep import loading
-from patchsweep.dimensions import Dimensions
+from patchsweep.dimensions import Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
+from patchsweep.offload import device_of, offloaded, state
+from patchsweep.placement import device_map, offload
 
 # Values of each weight tensor that go into the fingerprint beside its sum.
 SAMPLED = 64
@@ -29,12 +33,17 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = self.hf_model.get_input_embeddings().weight.device
-        return device
+        """Where the model begins to compute."""
+        return device_of(self.hf_model.get_input_embeddings())
 
     @property
     def dimensions(self) -> Dimensions:
-        return dimensions(self.hf_model)
+        return dimensions_of(self.hf_model)
+
+    @property
+    def offload(self) -> Offload:
+        """What a wave moves of the weights that are kept off the device."""
+        return offload(self.hf_model, offloaded(self.hf_model))
 
     @property
     def fingerprint(self) -> str:
@@ -43,7 +52,7 @@ class Model:
         config = self.hf_model.config.to_diff_dict()
         config.pop("_name_or_path", None)
         digest = hashlib.sha256(f"{type(self.hf_model).__name__} {config}".encode())
-        for name, tensor in sorted(self.hf_model.state_dict().items()):
+        for name, tensor in state(self.hf_model):
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.float64)
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -55,13 +64,28 @@ class Model:
 
 
 def load_model(
-    name: str, dtype: str = "float32", device: str = "auto", trust_remote_code: bool = False
+    name: str,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    *,
+    max_memory: Mapping[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
 ) -> Model:
     """Load a packaged model (smollm2-135m), a local folder, a .gguf file or a Hub id.
 
-    BadInput says what is missing if it cannot be loaded.
+    `device`: auto, cpu, cuda, cuda:N, or balanced: over all GPUs, then the host's memory, then
+    disk. With balanced, `max_memory` limits the weights by place ({0: "10GB", "cpu": "20GB"};
+    places left out are not used), and `offload_folder` keeps weights that cannot be read from the
+    model's own files. BadInput says what is missing if it cannot be loaded.
     """
-    return Model(*loading.load(name, dtype, device, trust_remote_code), name)
+    loading.check_placement(device, max_memory, offload_folder)
+    where: str | dict[str, int | str] = device
+    if device == "balanced":
+        empty = empty_model(loading.load_config(name, trust_remote_code), dtype)
+        where = device_map(empty, max_memory)
+    folder = Path(offload_folder).expanduser() if offload_folder else None
+    return Model(*loading.load(name, dtype, where, trust_remote_code, folder), name)
 
 
 def wrap(hf_model: PreTrainedModel, tokenizer: Any, name: str = "") -> Model:
@@ -72,14 +96,13 @@ def wrap(hf_model: PreTrainedModel, tokenizer: Any, name: str = "") -> Model:
     return Model(hf_model, tokenizer, name or hf_model.config.name_or_path or "wrapped model")
 
 
-def dimensions_of(config: PretrainedConfig, dtype: str) -> Dimensions:
-    """A model's dimensions without its weights."""
+def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
+    """A model without its weights: they are on the meta device."""
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-    return dimensions(empty)
+        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
 
 
-def dimensions(hf_model: PreTrainedModel) -> Dimensions:
+def dimensions_of(hf_model: PreTrainedModel) -> Dimensions:
     """A model's dimensions; its weights may be on the meta device."""
     config = hf_model.config.get_text_config()
     layers = layers_of(hf_model)

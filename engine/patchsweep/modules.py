@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from patchsweep.dimensions import Dimensions
-from patchsweep.forward import Forward, replaced
+from patchsweep.forward import Forward
+from patchsweep.offload import replaced
 from patchsweep.stream import ResidualStream
 
 # Projections by name: one for each, or all in one. After these norms queries and keys are whole.

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.dimensions import Dimensions
+from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.layout import OWN, Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
@@ -76,6 +76,7 @@ class Plan:
     waves: tuple[Wave, ...]
     metric_count: int
     tail_weights: int  # vocabulary rows that multiply one read token
+    offload: Offload = WHOLE
 
     @property
     def pairs(self) -> Sequence[Pair]:
@@ -101,7 +102,8 @@ class Plan:
         return self.layouts.layout(block.component, self.variant(block))
 
     def counts(self) -> dict[str, int]:
-        """Totals: cells, structural cells, runs, blocks, waves, tokens·layers, FLOPs, bytes."""
+        """Totals: cells, structural cells, runs, blocks, waves, tokens·layers, FLOPs, bytes (moved:
+        weights that are brought in, over all waves)."""
         cells = runs = disk = 0
         value = 8 if self.dimensions.bytes_per_value == 8 else 4
         for name, grid in self.grids.items():
@@ -119,6 +121,7 @@ class Plan:
             "peak_tokens": max((w.tokens for w in self.waves), default=0),
             "flops": sum(w.flops for w in self.waves),
             "peak_bytes": self.peak_bytes,
+            "moved_bytes": self.offload.moved * len(self.waves),
             "disk_bytes": disk,
         }
 
@@ -135,13 +138,14 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Upper bound of the memory that a wave takes beside the model."""
+        """Upper bound of the memory that a wave takes beside the model's weights that stay."""
         d = self.dimensions
         tokens = max((w.tokens for w in self.waves), default=0)
         rows = max((w.rows for w in self.waves), default=0)
         tail = max(TAIL_ELEMENTS, rows * TAIL_TILE) * TAIL_ARRAYS + 3 * rows * d.d_model
         scores = SCORES_ELEMENTS * SCORES_ARRAYS
-        return tokens * d.bytes_per_token + (tail + scores) * max(4, d.bytes_per_value)
+        beside = (tail + scores) * max(4, d.bytes_per_value)
+        return tokens * d.bytes_per_token + beside + self.offload.held
 
     @cached_property
     def hash(self) -> str:

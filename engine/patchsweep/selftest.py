@@ -20,7 +20,8 @@ from torch import Tensor
 from patchsweep.attention import Stacked, attention_call, attention_is
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import NotOnWavefront
-from patchsweep.forward import Forward, neurons_seen, replaced
+from patchsweep.forward import Forward, neurons_seen
+from patchsweep.offload import replaced
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, make_plan
 from patchsweep.sae import SAE
@@ -31,7 +32,7 @@ from patchsweep.stacked import batches
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep.taps import Editor, Seen
 from patchsweep.values import Values
-from patchsweep.wave import embedding_tap, wavefront
+from patchsweep.wave import across, embedding_tap, wavefront
 
 CELLS = 16  # per component
 
@@ -78,7 +79,8 @@ def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
         device=forward.device,
     )
     embedding = partial(embedding_tap, editor=editor, sample=0)
-    wave = forward.logits(wavefront(forward, schedule, editor.seen, embedding)[:, 0])
+    hidden = wavefront(forward, schedule, across(forward, editor), embedding)
+    wave = forward.logits(hidden[:, 0]).to(own.device)
     patched = _stacked(forward, small.dimensions, schedule, editor)
 
     tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
@@ -167,14 +169,15 @@ def _stacked(forward: Forward, d: Dimensions, schedule: Schedule, editor: Editor
     tokens = torch.from_numpy(batch.tokens).to(forward.device)
     calls: list[Calls] = [[] for _ in forward.layers]
     tap = embedding_tap(batch.embedding, editor, 0)
-    steps = [editor.seen(layer, batch.step(layer)) for layer in range(len(forward.layers) + 1)]
     with ExitStack() as stack:
         stack.enter_context(attention_call(Stacked()))
         if tap is not None:
             stack.enter_context(_embedded(forward, tap))
         for layer, module in enumerate(forward.layers):
-            after = steps[layer + 1].taps.get("resid_post")
-            patched = _patched(forward, layer, steps[layer], after, calls[layer])
+            here = editor.on(forward.devices[layer])
+            after = here.seen(layer + 1, batch.step(layer + 1)).taps.get("resid_post")
+            what = here.seen(layer, batch.step(layer))
+            patched = _patched(forward, layer, what, after, calls[layer])
             stack.enter_context(replaced(module, patched))
         logits = _last_logits(forward, tokens)
     _check_calls(forward, d, calls, batch.length)

@@ -26,6 +26,7 @@ from pydantic import (
 
 from patchsweep import tasks
 from patchsweep.errors import BadInput
+from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.pairs import Bos
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, Site, component, parse_site
 
@@ -488,15 +489,29 @@ class Spec(Sweep):
     model: Annotated[StrictStr, Field(min_length=1)]
     dtype: Dtype = "float32"
     device: StrictStr = "auto"
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: Path | None = None
     prompts: Prompts
     out: Path | None = None
 
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
-            raise ValueError(f"'{value}' is no device: use auto, cpu, cuda or cuda:N")
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", value):
+            raise ValueError(f"'{value}' is no device: use {DEVICES}")
         return value
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _max_memory(cls, value: object) -> object:
+        if value is not None:
+            memory_limits(value)
+        return value
+
+    @model_validator(mode="after")
+    def _placement(self) -> Self:
+        check_placement(self.device, self.max_memory, self.offload_folder)
+        return self
 
 
 def parse_spec(data: object, where: str = "spec") -> Spec:

@@ -6,7 +6,7 @@ A tap sees one activation of all tokens of a call, [token, unit, width], and may
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -46,6 +46,10 @@ class Editor:
     keys: NDArray[np.int64]
     inner: dict[str, Tensor]
     device: torch.device
+
+    def on(self, device: torch.device) -> Editor:
+        """For tensors on another device."""
+        return self if device == self.device else replace(self, device=device)
 
     def seen(self, layer: int, step: Step) -> Seen:
         """What happens in layer call `layer`; the last is what the tail reads."""
@@ -150,7 +154,8 @@ class Editor:
             elif m.name == "sae_feature":
                 sae = self.values.sae
                 assert sae is not None
-                value = sae.encode(x[token].flatten(1))[:, m.feature]
+                sized = sae.to(x.device, x.dtype)
+                value = sized.encode(x[token].flatten(1))[:, m.feature]
             else:
                 direction = self.values.directions[m.column].to(x)
                 activation = x[token, m.unit] if m.component == "head_z" else x[token].flatten(1)

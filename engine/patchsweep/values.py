@@ -13,6 +13,7 @@ from torch import Tensor
 from patchsweep.errors import BadInput
 from patchsweep.forward import Forward
 from patchsweep.layout import Layouts
+from patchsweep.offload import weights_of
 from patchsweep.sae import SAE
 from patchsweep.sources import Source
 from patchsweep.spec import Gaussian, Vector
@@ -61,7 +62,7 @@ class Values:
         table = self.constants.get((source, component))
         if table is None:
             return None
-        by_layer = table[layer if table.shape[0] > 1 else 0]
+        by_layer = table[layer if table.shape[0] > 1 else 0].to(unit.device)
         pick = [
             index if size > 1 else torch.zeros_like(index)
             for index, size in zip((position, unit), by_layer.shape, strict=False)
@@ -81,10 +82,11 @@ def embedding_std(forward: Forward, given: Gaussian, layouts: Layouts) -> float:
         noised = [o.tokens[i] for o in source.others[0] for i in o.noised]
         tokens = torch.tensor(noised, device=forward.device)
     count, total, squares = 0, 0.0, 0.0
-    for part in tokens.split(4096):
-        x = embedding(part).double()
-        count, total = count + x.numel(), total + float(x.sum())
-        squares += float((x * x).sum())
+    with weights_of(embedding):
+        for part in tokens.split(4096):
+            x = embedding(part).double()
+            count, total = count + x.numel(), total + float(x.sum())
+            squares += float((x * x).sum())
     return float(np.sqrt(max(0.0, squares / count - (total / count) ** 2)))
 
 

@@ -77,7 +77,6 @@ def values_of_rows(
         device=forward.device,
     )
     embedding = partial(embedding_tap, editor=editor, sample=wave.sample)
-    hidden = carry(forward, schedule, editor.seen, embedding)
     rows = Rows(
         pairs=[plan.pairs[i] for i in wave.pairs],
         pair=schedule.row_pair,
@@ -89,7 +88,9 @@ def values_of_rows(
             for name, slots in plan.layouts.reads.of.items()
         },
     )
-    return evaluate(forward, hidden, rows, metrics, editor.inner)
+    with forward.once():
+        hidden = carry(forward, schedule, across(forward, editor), embedding)
+        return evaluate(forward, hidden, rows, metrics, editor.inner)
 
 
 def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | None:
@@ -115,6 +116,11 @@ def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | No
     return tap
 
 
+def across(forward: Forward, editor: Editor) -> Callable[[int, Step], Seen]:
+    """What an editor does in a layer call, on the device of that layer."""
+    return lambda layer, step: editor.on(forward.devices[layer]).seen(layer, step)
+
+
 def wavefront(
     forward: Forward,
     schedule: Schedule,
@@ -124,12 +130,12 @@ def wavefront(
     """Take a schedule up the layers: the last layer's output where logits are read, [row, read,
     d_model]. Rows are the base rows, then the runs. `seen` says what happens in a layer call,
     `embedding` what happens to embeddings."""
-    device = forward.device
-    first = schedule.embedding
-    tokens, positions = _to(first.tokens, device), _to(first.positions, device)
+    first, begin = schedule.embedding, forward.device
+    tokens, positions = _to(first.tokens, begin), _to(first.positions, begin)
     hidden = forward.embed(tokens, positions, embedding(first))
     for layer, step in enumerate(schedule.steps()):
-        hidden = hidden[_to(step.gather, device)]
+        device = forward.devices[layer]
+        hidden = hidden.to(device)[_to(step.gather, device)]
         what = seen(layer, step)
         for place in BORDER:
             if place in what.taps:

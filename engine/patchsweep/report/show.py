@@ -61,6 +61,9 @@ def plan_table(plan: Plan) -> Table:
         "memory": f"at most {counts['peak_bytes'] / 2**20:,.0f} MiB beside the model",
         "disk": f"at most {counts['disk_bytes'] / 2**20:,.1f} MiB before compression",
     }
+    if plan.offload.moved:
+        wave = f"{plan.offload.moved / 2**20:,.0f} MiB a wave"
+        words["weights"] = f"{counts['moved_bytes'] / 2**20:,.0f} MiB brought in, {wave}"
     for name, value in words.items():
         table.add_row(Text(name, style="bold"), value)
     return table
