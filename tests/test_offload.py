@@ -23,13 +23,14 @@ from safetensors.torch import save_file
 
 import patchsweep as ps
 from oracle.families import FAMILIES, prompts
-from patchsweep import engine
-from patchsweep.forward import layers_of
+from patchsweep import engine, placement, selftest, wave
+from patchsweep.forward import Forward, layers_of
 from patchsweep.loading import memory_limits
 from patchsweep.pairs import Pair
 from patchsweep.placement import balanced_cut
 from patchsweep.report.show import plan_table
 from patchsweep.spec import parse_spec
+from patchsweep.taps import Editor
 from test_sweep import tokenizer, values
 
 METRICS: list[Any] = [
@@ -87,7 +88,7 @@ def same(a: Path, b: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes that hooks bring in inside each wave."""
     waves: list[int] = []
-    bring, wave = AlignDevicesHook.pre_forward, engine.run_wave
+    bring, run_wave = AlignDevicesHook.pre_forward, engine.run_wave
 
     def counting(hook: AlignDevicesHook, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = bring(hook, module, *args, **kwargs)
@@ -97,7 +98,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def next_wave(*args: Any) -> Any:
         waves.append(0)
-        return wave(*args)
+        return run_wave(*args)
 
     with monkeypatch.context() as patched:
         patched.setattr(AlignDevicesHook, "pre_forward", counting)
@@ -345,3 +346,101 @@ def test_smollm2_in_little_memory(tmp_path: Path) -> None:
     assert off["moved_bytes"] == off["waves"] * (whole["stay"] - off["stay"]) > 0
     assert off["taken"] < 200e6 + off["peak_bytes"], found
     assert off["taken"] < whole["taken"] - off["moved_bytes"] / off["waves"] / 2, found
+
+
+def test_everything_is_on_the_device_of_its_layer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every layer is said to have a device of its own: what its call uses is asked for there."""
+    model = ps.wrap(FAMILIES["llama"].build(4), tokenizer())
+    ps.sweep(model, pairs_of(), out=tmp_path / "one", **SETTINGS)
+    devices = [torch.device("cpu", i) for i in (0, 1, 2, 3, 3)]
+    asked: set[torch.device] = set()
+    calls = []
+    to, editors_to, layer = wave._to, Editor._to, Forward.layer
+
+    def wave_to(index: Any, device: torch.device) -> torch.Tensor:
+        asked.add(device)
+        return to(index, device)
+
+    def editor_to(editor: Editor, array: Any) -> torch.Tensor:
+        asked.add(editor.device)
+        return editors_to(editor, array)
+
+    def called(forward: Forward, index: int, *args: Any) -> torch.Tensor:
+        calls.append((index, set(asked)))
+        asked.clear()
+        return layer(forward, index, *args)
+
+    monkeypatch.setattr(Forward, "devices", devices)
+    monkeypatch.setattr(wave, "_to", wave_to)
+    monkeypatch.setattr(Editor, "_to", editor_to)
+    monkeypatch.setattr(selftest, "check", lambda *_: selftest.SelfTest(0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(Forward, "layer", called)
+    ps.sweep(model, pairs_of(), out=tmp_path / "four", **SETTINGS)
+    # Before the first layer comes the embedding, and the tail of the wave before.
+    found = [(index, there) for index, there in calls if there and index > 0]
+    assert len(found) > 6
+    for index, there in found:
+        assert there == {devices[index]}, index
+    same(tmp_path / "one", tmp_path / "four")
+
+
+@pytest.mark.gpu
+def test_gpu_and_memory(tmp_path: Path) -> None:
+    folder = str(saved(tmp_path / "m", "llama", True))
+    whole = ps.load_model(folder, "float64", "cuda:0")
+    memory = {0: limit(whole, 1)["cpu"], "cpu": "1GB"}
+    model = ps.load_model(folder, "float64", "balanced", max_memory=memory)
+    assert places(model) == {0, "cpu"}
+    assert model.fingerprint == whole.fingerprint
+    assert model.offload.moved > 0
+    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
+    ps.sweep(model, pairs_of(), out=tmp_path / "off", **SETTINGS)
+    same(tmp_path / "whole", tmp_path / "off")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_gpus(tmp_path: Path, tied: bool) -> None:
+    folder = str(saved(tmp_path / "m", "llama", tied))
+    whole = ps.load_model(folder, "float64", "cuda:0")
+    memory = {0: "1GB", 1: "1GB"}
+    model = ps.load_model(folder, "float64", "balanced", max_memory=memory)
+    assert places(model) == {0, 1}
+    assert model.offload.moved == 0
+    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
+    ps.sweep(model, pairs_of(), out=tmp_path / "two", **SETTINGS)
+    expected, found = values(tmp_path / "whole"), values(tmp_path / "two")
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=1e-9, err_msg=name)
+
+
+def test_the_map_of_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers are cut by their work where they fit so, else as accelerate does."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for tied in (False, True):
+        with torch.device("meta"):
+            empty = FAMILIES["llama"].build(8, tie_word_embeddings=tied)
+        placed = placement.device_map(empty, {0: "1GB", 1: "1GB"})
+        layers = [placed[f"model.layers.{i}"] for i in range(8)]
+        assert layers == [0] * 6 + [1] * 2
+        assert placed["model.embed_tokens"] == 0
+        assert placed["lm_head"] == (0 if tied else 1)
+        assert placement.foreseen(empty, placed)[1].moved == 0
+        named = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
+        assert all(any(n.startswith(f"{part}.") for part in placed) for n in named)
+
+
+def test_waves_leave_room_for_the_weights_that_come_and_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = type("Memory", (), {"available": 1_000_000})
+    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: free)
+    dimensions = ps.wrap(FAMILIES["llama"].build(2), tokenizer()).dimensions
+    _, most = engine.auto_budget(dimensions, torch.device("cpu"), 0)
+    _, left = engine.auto_budget(dimensions, torch.device("cpu"), 400_000)
+    assert left == int(600_000 * engine.MEMORY_SHARE) // dimensions.bytes_per_token < most
+    assert engine.auto_budget(dimensions, torch.device("cpu"), 2_000_000)[1] == 0
