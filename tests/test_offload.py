@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import disk_offload
 from accelerate.hooks import AlignDevicesHook
 from rich.console import Console
 from safetensors.torch import save_file
@@ -444,3 +445,20 @@ def test_waves_leave_room_for_the_weights_that_come_and_go(
     _, left = engine.auto_budget(dimensions, torch.device("cpu"), 400_000)
     assert left == int(600_000 * engine.MEMORY_SHARE) // dimensions.bytes_per_token < most
     assert engine.auto_budget(dimensions, torch.device("cpu"), 2_000_000)[1] == 0
+
+
+def test_a_model_that_accelerate_dispatched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf_model = FAMILIES["llama"].build(3)
+    whole = ps.wrap(hf_model, tokenizer(), "tiny")
+    fingerprint = whole.fingerprint
+    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
+    disk_offload(hf_model, str(tmp_path / "weights"), torch.device("cpu"))
+    model = ps.wrap(hf_model, tokenizer(), "tiny")
+    assert model.fingerprint == fingerprint
+    with counted(monkeypatch) as waves:
+        ps.sweep(model, pairs_of(), out=tmp_path / "off", **SETTINGS)
+    same(tmp_path / "whole", tmp_path / "off")
+    assert set(waves) == {model.offload.moved} != {0}
+    assert all(p.is_meta for p in hf_model.parameters())
