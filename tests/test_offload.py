@@ -97,9 +97,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             waves[-1] += sum(p.nbytes for p in module.parameters(hook.place_submodules))
         return out
 
-    def next_wave(*args: Any) -> Any:
+    def next_wave(*args: Any, **kwargs: Any) -> Any:
         waves.append(0)
-        return run_wave(*args)
+        return run_wave(*args, **kwargs)
 
     with monkeypatch.context() as patched:
         patched.setattr(AlignDevicesHook, "pre_forward", counting)

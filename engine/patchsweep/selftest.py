@@ -79,8 +79,8 @@ def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
         device=forward.device,
     )
     embedding = partial(embedding_tap, editor=editor, sample=0)
-    hidden = wavefront(forward, schedule, across(forward, editor), embedding)
-    wave = forward.logits(hidden[:, 0]).to(own.device)
+    reached = wavefront(forward, schedule, across(forward, editor), embedding)
+    wave = forward.logits(reached[:, 0]).to(own.device)
     patched = _stacked(forward, small.dimensions, schedule, editor)
 
     tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
@@ -169,15 +169,15 @@ def _stacked(forward: Forward, d: Dimensions, schedule: Schedule, editor: Editor
     tokens = torch.from_numpy(batch.tokens).to(forward.device)
     calls: list[Calls] = [[] for _ in forward.layers]
     tap = embedding_tap(batch.embedding, editor, 0)
+    seen = across(forward, editor)
+    steps = [seen(layer, batch.step(layer)) for layer in range(len(forward.layers) + 1)]
     with ExitStack() as stack:
         stack.enter_context(attention_call(Stacked()))
         if tap is not None:
             stack.enter_context(_embedded(forward, tap))
         for layer, module in enumerate(forward.layers):
-            here = editor.on(forward.devices[layer])
-            after = here.seen(layer + 1, batch.step(layer + 1)).taps.get("resid_post")
-            what = here.seen(layer, batch.step(layer))
-            patched = _patched(forward, layer, what, after, calls[layer])
+            after = steps[layer + 1].taps.get("resid_post")
+            patched = _patched(forward, layer, steps[layer], after, calls[layer])
             stack.enter_context(replaced(module, patched))
         logits = _last_logits(forward, tokens)
     _check_calls(forward, d, calls, batch.length)
@@ -211,7 +211,7 @@ def _patched(
     forward: Forward, layer: int, what: Seen, after: Tap | None, calls: Calls
 ) -> Callable[..., Any]:
     """The layer's forward for whole sequences, with what happens in it and `after` it."""
-    own = forward.layers[layer].forward
+    own, above = forward.layers[layer].forward, forward.devices[layer + 1]
     watched = {k: v for k, v in what.taps.items() if k in ResidualStream.PLACES}
     down = forward.down_projections[layer] if "neuron" in what.taps else None
 
@@ -232,7 +232,7 @@ def _patched(
         ):
             out = run(hidden, *args, **kwargs)
         if isinstance(out, tuple):
-            return (at_border(after, out[0]), *out[1:])
-        return at_border(after, out)
+            return (at_border(after, out[0].to(above)), *out[1:])
+        return at_border(after, out.to(above))
 
     return call

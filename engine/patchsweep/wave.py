@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -88,9 +89,15 @@ def values_of_rows(
             for name, slots in plan.layouts.reads.of.items()
         },
     )
-    with forward.once():
+    # Full forwards pass everywhere once.
+    with forward.once() if carry is wavefront else nullcontext():
         hidden = carry(forward, schedule, across(forward, editor), embedding)
         return evaluate(forward, hidden, rows, metrics, editor.inner)
+
+
+def across(forward: Forward, editor: Editor) -> Callable[[int, Step], Seen]:
+    """What an editor does in a layer call, on the device of that layer."""
+    return lambda layer, step: editor.on(forward.devices[layer]).seen(layer, step)
 
 
 def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | None:
@@ -114,11 +121,6 @@ def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | No
             each(x)
 
     return tap
-
-
-def across(forward: Forward, editor: Editor) -> Callable[[int, Step], Seen]:
-    """What an editor does in a layer call, on the device of that layer."""
-    return lambda layer, step: editor.on(forward.devices[layer]).seen(layer, step)
 
 
 def wavefront(
