@@ -157,9 +157,23 @@ def test_runs_and_flops(
     assert flops == plan.counts()["flops"]
 
 
+SET = {"pair": ["sae_feature.3@-1", "sae_feature.4@-1"], "with": ["sae_feature.5@-2", "head_z.0.1"]}
+FEATURES: dict[str, dict[str, Any]] = {
+    "grid": {"components": ["sae_feature"]},
+    "sets": {"components": ["sae_feature", "head_z"], "sets": SET, "direction": "both"},
+    "only sets": {"sets": SET},
+    "sources": {"sets": SET, "source": ["zero", "other"], "direction": "noise"},
+    "metric": {
+        "components": ["head_z"],
+        "metrics": ["logit", {"sae_feature": {"feature": 2, "position": -1}}],
+    },
+}
+
+
 @pytest.mark.parametrize("at", ["resid_pre", "mlp_out", "resid_post"])
-def test_features(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An autoencoder encodes the unpatched runs, once per wave."""
+@pytest.mark.parametrize("kind", FEATURES)
+def test_features(kind: str, at: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An autoencoder encodes the unpatched runs once per wave, what sets change, what is read."""
     hf_model = FAMILIES["llama"].build(3)
     rng = torch.Generator().manual_seed(0)
     encoder, decoder = (torch.randn(*s, generator=rng) for s in ((48, 20), (20, 48)))
@@ -174,7 +188,7 @@ def test_features(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SAE, "encode", encode)
     pairs = [Pair(*prompts(np.random.default_rng(3), 50, n, 1), (5,), (7,)) for n in (7, 6)]
     model = ps.wrap(hf_model, Letters())
-    parsed = parse_settings({"components": ["sae_feature"], "sae": {"file": "x"}})
+    parsed = parse_settings({**FEATURES[kind], "sae": {"file": "x"}})
     plan = plan_sweep(model.dimensions, pairs, parsed, model.device, sae=sae)
     with attention_is(hf_model), torch.no_grad():
         forward = take_apart(hf_model, 7, 6)
@@ -184,6 +198,7 @@ def test_features(at: str, monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.MonkeyPatch.context() as inner, counting(forward, inner) as found:
                 run_wave(forward, plan, wave, parsed.metrics, values)
             tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
+            assert sum(encoded) > 0
             assert found.weights + found.attention + tail + sum(encoded) == wave.flops
             assert found.tokens == wave.tokens
 

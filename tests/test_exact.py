@@ -137,6 +137,10 @@ def test_sae_features(name: str, at: str) -> None:
     given = {"components": ["sae_feature"], "direction": "noise"}
     given["source"] = ["zero", {"mean": {"prompts": "clean"}}]
     check(Case(name, three(5)[:2], given, sae_at=at), 20)
+    mixed = ["sae_feature.2@-1<second", "sae_feature.3@-1", "sae_feature.5@-1<zero"]
+    given = {"sets": {"of several sources": mixed}, "direction": "noise"}
+    given["source"] = ["other", "second", "zero"]
+    assert check(Case(name, three(5)[:2], given, sae_at=at), None) == 6
 
 
 SET_SITES = [

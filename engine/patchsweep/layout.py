@@ -80,7 +80,8 @@ class Layout:
     exists: whether there is a run. start: its row's first position in the destination. joins: the
     layer call from which its row is carried. extra [pair, layer call, entry]: tokens that patches
     add to a call beside the rows. extra_reads, head_reads [pair, entry]: keys that those tokens
-    read with every head, and with one. inside [pair, entry]: whether the prompt has the entry.
+    read with every head, and with one. encoded [pair, entry]: tokens whose features are computed
+    beside those of the unpatched runs. inside [pair, entry]: whether the prompt has the entry.
     """
 
     exists: Map
@@ -89,6 +90,7 @@ class Layout:
     extra: Ints
     extra_reads: Ints
     head_reads: Ints
+    encoded: Ints
     inside: Map
 
 
@@ -386,23 +388,27 @@ class Layouts:
         """Pair by pair, so that memory does not grow with places."""
         grid, calls = self.grid(name), self.dimensions.layers
         shape = (len(self.pairs), grid.layers, len(grid.positions))
+        by_entry = (len(self.pairs), len(grid.positions))
         by_call = (len(self.pairs), calls, len(grid.positions))
         out = Layout(
             exists=np.zeros(shape, bool),
             start=np.zeros(shape, np.int64),
             joins=np.zeros(shape, np.int64),
             extra=np.zeros(by_call, np.int64),
-            extra_reads=np.zeros((len(self.pairs), len(grid.positions)), np.int64),
-            head_reads=np.zeros((len(self.pairs), len(grid.positions)), np.int64),
+            extra_reads=np.zeros(by_entry, np.int64),
+            head_reads=np.zeros(by_entry, np.int64),
+            encoded=np.zeros(by_entry, np.int64),
             inside=self._inside(name, variant),
         )
         if not self.exists_at_all(variant):
             return out
         for i in range(len(self.pairs)):
-            self._lay_out(out, i, variant, self.places(name, variant, i))
+            self._lay_out(out, i, variant, self.places(name, variant, i), name == SETS)
         return out
 
-    def _lay_out(self, out: Layout, pair: int, variant: Variant, places: Places) -> None:
+    def _lay_out(
+        self, out: Layout, pair: int, variant: Variant, places: Places, in_sets: bool
+    ) -> None:
         """Fill in one pair."""
         position = self.frames(variant)[pair].to_dst[places.position]
         call, joins = self.calls(places)
@@ -423,6 +429,9 @@ class Layouts:
         np.add.at(out.extra_reads[pair], entry[queried], keys[queried])
         patterns = np.flatnonzero(places.component == CODES["head_pattern"])
         np.add.at(out.head_reads[pair], entry[patterns], keys[patterns])
+        if in_sets:
+            features = places.component == CODES["sae_feature"]
+            np.add.at(out.encoded[pair], entry[features], 1)
 
     def _inside(self, name: str, variant: Variant) -> Map:
         """[pair, entry]: whether a pair has the entry, in both runs."""

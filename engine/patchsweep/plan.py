@@ -28,6 +28,7 @@ from patchsweep.reads import (
     resolve_reads,
     whole_vocabulary,
 )
+from patchsweep.sae import TILE as FEATURES_TILE
 from patchsweep.sites import SETS, Block, Direction, Grid, blocks
 from patchsweep.sources import Source, resolve
 from patchsweep.spec import Sweep
@@ -144,8 +145,18 @@ class Plan:
         rows = max((w.rows for w in self.waves), default=0)
         tail = max(TAIL_ELEMENTS, rows * TAIL_TILE) * TAIL_ARRAYS + 3 * rows * d.d_model
         scores = SCORES_ELEMENTS * SCORES_ARRAYS
-        beside = (tail + scores) * max(4, d.bytes_per_value)
+        beside = (tail + scores + self._features) * max(4, d.bytes_per_value)
         return tokens * d.bytes_per_token + beside + self.offload.held
+
+    @property
+    def _features(self) -> int:
+        """Features of an autoencoder that are there at one time."""
+        if self.layouts.features is None:
+            return 0
+        base = max(
+            (_base_tokens(self.layouts, w.pairs, w.source, w.sample) for w in self.waves), default=0
+        )
+        return 2 * (base * self.layouts.features.features + FEATURES_TILE)
 
     @cached_property
     def hash(self) -> str:
@@ -411,7 +422,7 @@ def _waves(
         for block in blocks(grid):
             together.setdefault((block.pairs, block.source, block.sample), []).append(block)
 
-    waves = []
+    waves, reads = [], layouts.reads.positions.shape[1]
     for (pairs, source, sample), members in together.items():
         always = costs.beside(source, sample).part(pairs, range(1), 1)
         parts = [
@@ -432,7 +443,7 @@ def _waves(
                 2 * d.layer_weights * int(held.tokens.sum())
                 + 4 * d.d_head * held.reads
                 + 2 * d.d_model * tail_weights * held.rows
-                + _encoding(layouts, inside, source, sample)
+                + _encoding(layouts, inside, source, sample, held.rows // reads)
             )
             waves.append(
                 Wave(
@@ -457,13 +468,28 @@ def _waves(
     return tuple(waves)
 
 
-def _encoding(layouts: Layouts, inside: Sequence[Block], source: int, sample: int) -> int:
-    """FLOPs of an autoencoder, which encodes the unpatched runs once per wave."""
+def _encoding(
+    layouts: Layouts, inside: Sequence[Block], source: int, sample: int, rows: int
+) -> int:
+    """FLOPs of an autoencoder: it encodes the unpatched runs once per wave if a feature is patched,
+    features that sets patch where they stand, and those that metrics read in every row."""
     f = layouts.features
-    if f is None or not any(b.component == "sae_feature" for b in inside):
+    if f is None:
         return 0
-    others = [
-        layouts.other(s, sample, i) for s in carried_runs(layouts, source) for i in inside[0].pairs
-    ]
-    tokens = sum(len(layouts.pairs[i]) for i in inside[0].pairs)
-    return 2 * f.width * f.features * (tokens + sum(len(o.tokens) for o in others if o))
+    tokens = rows * sum(r.metric.name == "sae_feature" for r in layouts.reads.inner)
+    grids = sets = 0
+    for b in inside:
+        layout = layouts.layout(b.component, Variant(b.direction, source, sample))
+        pairs, entries = entries_of(b)
+        grids += int(b.component == "sae_feature" and layout.exists[pairs, :, entries].any())
+        sets += int(layout.encoded[pairs, entries].sum())
+    if grids or sets:
+        tokens += sets + _base_tokens(layouts, inside[0].pairs, source, sample)
+    return 2 * f.width * f.features * tokens
+
+
+def _base_tokens(layouts: Layouts, pairs: range, source: int, sample: int) -> int:
+    """Tokens of the unpatched runs of some pairs."""
+    others = [layouts.other(s, sample, i) for s in carried_runs(layouts, source) for i in pairs]
+    own = sum(len(layouts.pairs[i]) for i in pairs)
+    return own + sum(len(o.tokens) for o in others if o)

@@ -38,6 +38,7 @@ from torch import Tensor
 from patchsweep.errors import BadInput
 
 # Activations that an autoencoder may read. head_z: all heads, flattened [head * d_head].
+TILE = 1 << 22  # features computed at once where one of each token is wanted, in elements
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_z")
 
 SAE_LENS = "sae_weights.safetensors"
@@ -144,6 +145,12 @@ class SAE:
         """
         sae = self.to(x.device, x.dtype)
         return sae._features((x if sae.centre is None else x - sae.centre) @ sae.encoder)
+
+    def one_each(self, x: Tensor, feature: Tensor) -> Tensor:
+        """Of every activation [token, width] one feature, [token]; a tile of tokens at a time."""
+        step = max(1, TILE // self.features)
+        tiles = zip(x.split(step), feature.split(step), strict=True)
+        return torch.cat([self.encode(a).gather(1, b[:, None])[:, 0] for a, b in tiles])
 
     def _features(self, projected: Tensor) -> Tensor:
         """Features [token, feature] of what the encoder makes of its input, before the bias."""

@@ -5,7 +5,7 @@ A tap sees one activation of all tokens of a call, [token, unit, width], and may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,6 +18,7 @@ from patchsweep.layout import OWN, Layouts
 from patchsweep.reads import Inner
 from patchsweep.sae import SAE
 from patchsweep.schedule import Edit, Step
+from patchsweep.sources import Kind
 from patchsweep.stream import Tap
 from patchsweep.values import Values
 
@@ -55,11 +56,16 @@ class Editor:
         """What happens in layer call `layer`; the last is what the tail reads."""
         taps: dict[str, list[Tap]] = {}
         for edit in step.edits:
-            if edit.component != "head_pattern":
+            if edit.component not in ("head_pattern", "sae_feature"):
                 place = self.layouts.place(edit.component)
                 taps.setdefault(place, []).append(
-                    self._write(edit, layer - (place == "resid_post"), step.base)
+                    self._write(edit, layer - (place == "resid_post"))
                 )
+        features = [e for e in step.edits if e.component == "sae_feature"]
+        if features:
+            taps.setdefault(self.layouts.place("sae_feature"), []).append(
+                self._write_features(features, step.base)
+            )
         pattern_edits = [e for e in step.edits if e.component == "head_pattern"]
         reads = []
         for column, inner in enumerate(self.layouts.reads.inner):
@@ -76,22 +82,12 @@ class Editor:
 
     def embedding(self, edits: Iterable[Edit]) -> list[Tap]:
         """What replaces embeddings by constants."""
-        return [self._write(edit, 0, 0) for edit in edits]
+        return [self._write(edit, 0) for edit in edits]
 
-    def _write(self, edit: Edit, layer: int, base: int) -> Tap:
-        """The tap that makes a replacement in a call whose first `base` tokens are unpatched."""
-        source = self.source if edit.source == OWN else edit.source
-        kind = self.values.sources[source].kind
-        target, donor, own, unit, position = (
-            self._to(a) for a in (edit.target, edit.donor, edit.own, edit.unit, edit.position)
-        )
-        given = None
-        if kind != "run":
-            given = self.values.constant(source, edit.component, layer, unit, position)
-        if edit.component == "sae_feature":
-            sae = self.values.sae
-            assert sae is not None
-            return _feature(sae, base, kind, target, donor, own, unit, given)
+    def _write(self, edit: Edit, layer: int) -> Tap:
+        """The tap that makes a replacement."""
+        kind, given = self._value(edit, layer)
+        target, donor, unit = map(self._to, (edit.target, edit.donor, edit.unit))
 
         def overwrite(x: Tensor) -> None:
             if kind == "run":
@@ -103,6 +99,24 @@ class Editor:
                 x[target, unit] = 0 if given is None else given.to(x).expand(-1, x.shape[-1])
 
         return overwrite
+
+    def _write_features(self, edits: Sequence[Edit], base: int) -> Tap:
+        """The tap that replaces features, in a call whose first `base` tokens are unpatched."""
+        assert self.values.sae is not None
+        features = [
+            _Features(*self._value(e, 0), *map(self._to, (e.target, e.donor, e.own, e.unit)))
+            for e in edits
+        ]
+        return _overwrite(self.values.sae, base, features)
+
+    def _value(self, edit: Edit, layer: int) -> tuple[Kind, Tensor | None]:
+        """What kind of value is put in place, and the values [edit, width] that take no run."""
+        source = self.source if edit.source == OWN else edit.source
+        kind = self.values.sources[source].kind
+        if kind == "run":
+            return kind, None
+        unit, position = self._to(edit.unit), self._to(edit.position)
+        return kind, self.values.constant(source, edit.component, layer, unit, position)
 
     def _pattern(self, edit: Edit, step: Step) -> PatternEdit:
         count = edit.position + 1
@@ -199,35 +213,41 @@ def _all(taps: Sequence[Tap]) -> Tap:
     return tap
 
 
-def _feature(
-    sae: SAE,
-    base: int,
-    kind: str,
-    target: Tensor,
-    donor: Tensor,
-    own: Tensor,
-    unit: Tensor,
-    given: Tensor | None,
-) -> Callable[[Tensor], None]:
-    """x + (f′ − f)·decoder[feature]: the rest of x, the autoencoder's error among it, is kept."""
+@dataclass(frozen=True)
+class _Features:
+    """What an edit does to features, in columns [edit]: those of the tokens `target` become those
+    of the tokens `donor`, or `given` (`kind` as of sources). `own`: a token with the activation
+    that the target has before."""
+
+    kind: Kind
+    given: Tensor | None
+    target: Tensor
+    donor: Tensor
+    own: Tensor
+    unit: Tensor
+
+    def change(self, flat: Tensor, known: Tensor, sae: SAE) -> Tensor:
+        """By how much each feature changes; `known` are those of the first tokens."""
+        given = 0 if self.given is None else self.given.to(flat).expand(len(self.unit), -1)[:, 0]
+        if self.kind == "vector":
+            assert isinstance(given, Tensor)
+            return given
+        inside = self.own < len(known)
+        before = known[self.own.where(inside, 0), self.unit]
+        outside = (~inside).nonzero()[:, 0]
+        if len(outside):  # where the row has been changed before
+            before[outside] = sae.one_each(flat[self.own[outside]], self.unit[outside])
+        return (known[self.donor, self.unit] if self.kind == "run" else given) - before
+
+
+def _overwrite(sae: SAE, base: int, edits: Sequence[_Features]) -> Tap:
+    """x + Σ (f′ − f)·decoder[feature]: the rest of x, the autoencoder's error among it, is kept."""
 
     def overwrite(x: Tensor) -> None:
-        flat = x.view(x.shape[0], -1)
-        sized = sae.to(x.device, x.dtype)
+        flat, sized = x.view(x.shape[0], -1), sae.to(x.device, x.dtype)
         known = sized.encode(flat[:base])
-        inside = own < base
-        before = known[own.where(inside, 0), unit]
-        if not bool(inside.all()):
-            before = before.where(
-                inside, sized.encode(flat[own.where(~inside, 0)]).gather(1, unit[:, None])[:, 0]
-            )
-        if kind == "vector":
-            assert given is not None
-            change = given.to(x).expand(len(unit), -1)[:, 0]
-        elif kind == "run":
-            change = known[donor, unit] - before
-        else:
-            change = (0 if given is None else given.to(x)[:, 0]) - before
-        flat.index_add_(0, target, change[:, None] * sized.decoder[unit])
+        changes = [edit.change(flat, known, sized) for edit in edits]  # all before any of them
+        for edit, change in zip(edits, changes, strict=True):
+            flat.index_add_(0, edit.target, change[:, None] * sized.decoder[edit.unit])
 
     return overwrite
