@@ -272,7 +272,8 @@ def _whole_sweep(model: Model, pair: Pair, budget: int) -> float:
 
 @dataclass(frozen=True)
 class ManyPairs:
-    """Waves of one pair and of several pairs of the same shape, measured in turns: seconds."""
+    """One pair and several pairs of the same shape, measured in turns: seconds of the waves alone
+    ("one", "many") and of whole sweeps into results ("one_sweep", "many_sweep")."""
 
     pairs: int
     cells: dict[str, int]
@@ -281,12 +282,13 @@ class ManyPairs:
     rounds: list[dict[str, float]]
 
     def seconds(self, what: str) -> float:
-        """Median seconds of the waves of "one" or of "many"."""
+        """Median seconds."""
         return statistics.median(r[what] for r in self.rounds)
 
 
 def measure_pairs(model: Model, pairs: Sequence[Pair], rounds: int) -> ManyPairs:
-    """Time the waves of the first pair alone and of all of them."""
+    """Time the waves of the first pair alone, as often as there are pairs, and of all of them; and
+    a whole sweep of each."""
     device = model.device
     budget = plan_sweep(model.dimensions, pairs, settings(), device).token_budget
     plans = {
@@ -298,9 +300,16 @@ def measure_pairs(model: Model, pairs: Sequence[Pair], rounds: int) -> ManyPairs
         forward = take_apart(model.hf_model, max(map(len, pairs)))
         one_wave(forward, plans["one"], plans["one"].waves[-1])
         for _ in range(rounds):
-            times.append(
-                {k: timed(device, partial(all_waves, forward, p))[0] for k, p in plans.items()}
-            )
+            one = [timed(device, partial(all_waves, forward, plans["one"]))[0] for _ in pairs]
+            many, _ = timed(device, partial(all_waves, forward, plans["many"]))
+            times.append({"one": statistics.mean(one), "many": many})
+    for found in times:
+        for what, some in (("one", pairs[:1]), ("many", pairs)):
+            with tempfile.TemporaryDirectory() as folder:
+                write = partial(
+                    sweep, model, some, out=Path(folder, "r"), token_budget=budget, **SETTINGS
+                )
+                found[f"{what}_sweep"], _ = timed(device, write)
     counts = {k: p.counts() for k, p in plans.items()}
     return ManyPairs(
         pairs=len(pairs),
