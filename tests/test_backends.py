@@ -18,6 +18,8 @@ from test_exact import SOURCES, pair_of, three, unequal
 
 # Of these the order of queries, keys and values in their projection is not known.
 WITHOUT_QKV = ("falcon_grouped", "codegen", "deepseek_v3")
+# What attends in a method of its own, which patchsweep's attention can stand in for.
+METHOD = ("gptj", "gpt_neo", "codegen")
 BOTH = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text", "olmo2", "opt", "phi3", "granite")
 BOTH += ("mixtral", "gpt_oss", "deepseek_v3")
 
@@ -32,10 +34,21 @@ def able(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_families_outside_the_wavefront(name: str, tmp_path: Path) -> None:
-    """`auto` takes nnsight, says why, and every component and metric is the oracle's."""
+def test_families_without_the_interface(name: str) -> None:
+    """Through nnsight every component and metric is the oracle's."""
     given = {"components": able(name), "direction": "both", "metrics": METRICS}
-    assert check(Case(name, three(), given), 90) > 10
+    assert check(Case(name, three(), {**given, "backend": "nnsight"}), 90) > 10
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_families_that_attend_in_a_method(name: str) -> None:
+    """They run on the wavefront too."""
+    given = {"components": able(name), "direction": "both", "metrics": METRICS}
+    assert check(Case(name, three(), {**given, "backend": "wavefront"}), 90) > 10
+
+
+@pytest.mark.parametrize("name", [n for n in ELSEWHERE if n not in METHOD])
+def test_auto_takes_nnsight_and_says_why(name: str, tmp_path: Path) -> None:
     model = ps.wrap(EVERY[name].build(3, 1), Letters())
     one = {"components": ["head_z"], "positions": [-1]}
     attrs = ps.sweep(model, three(), out=tmp_path / "r.zarr", **one).attrs

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows, attention_rows, packed_attention
 
 NAME = "patchsweep"
+METHOD = "_attn"  # of families without the interface: (query, key, value, mask) → (z, pattern)
 # Values gathered at once where a pattern is applied, in elements.
 GATHERED = 1 << 22
 
@@ -113,15 +115,55 @@ def attention_is(hf_model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
     """The model uses this attention function inside (patchsweep's), and its own again after."""
     before = hf_model.config._attn_implementation
     if not hf_model._can_set_attn_implementation():
-        raise NotOnWavefront(
-            f"{type(hf_model).__name__} does not call transformers' attention interface: "
-            "this family cannot run on the wavefront"
-        )
+        with _method_is(hf_model, _as_method if name == NAME else None):
+            hf_model.config._attn_implementation = name  # for the masks
+            try:
+                yield
+            finally:
+                hf_model.config._attn_implementation = before
+        return
     hf_model.set_attn_implementation(name)
     try:
         yield
     finally:
         hf_model.set_attn_implementation(before)
+
+
+@contextmanager
+def _method_is(hf_model: PreTrainedModel, method: Callable[..., Any] | None) -> Iterator[None]:
+    """For families that attend in a method of their own (GPT-J, GPT-Neo, CodeGen): `method` in its
+    place; None for their own."""
+    found = [m for m in hf_model.modules() if callable(getattr(m, METHOD, None))]
+    if method is not None and not found:
+        raise NotOnWavefront(
+            f"{type(hf_model).__name__} does not call transformers' attention interface: "
+            "this family cannot run on the wavefront"
+        )
+    before = [m.__dict__.pop(METHOD, None) for m in found]
+    try:
+        for module in found:
+            if method is not None:
+                setattr(module, METHOD, partial(method, module))
+        yield
+    finally:
+        for module, own in zip(found, before, strict=True):
+            module.__dict__.pop(METHOD, None)
+            if own is not None:
+                setattr(module, METHOD, own)
+
+
+def _as_method(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
+) -> tuple[Tensor, None]:
+    """z [batch, head, token, d_head]. Windows are a mask [1, 1, query, key] that the module has."""
+    within, window = getattr(module, "bias", None), None
+    if isinstance(within, Tensor):
+        last = int(within[0, 0, -1].sum())
+        window = last if last < within.shape[-1] else None
+        mask = None if mask is None else mask & within[..., : mask.shape[-2], : mask.shape[-1]]
+    scaling = 1 / float(getattr(module, "scale_attn", 1.0))
+    z, _ = _attention(module, query, key, value, mask, scaling, window)
+    return z.transpose(1, 2), None
 
 
 def _attention(

@@ -131,6 +131,8 @@ def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
     size = getattr(config, "sliding_window", None)
     if not getattr(config, "use_sliding_window", True):
         size = None
+    if getattr(config, "attention_layers", None):  # GPT-Neo's names
+        return tuple(config.window_size if k == "local" else None for k in config.attention_layers)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * count
     return tuple(size if kind == "sliding_attention" else None for kind in kinds)
 
