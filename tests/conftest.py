@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from patchsweep import backends
+
 # Examples drawn from a fixed seed and never judged by the clock: the same result on every run.
 settings.register_profile("patchsweep", derandomize=True, deadline=None)
 settings.load_profile("patchsweep")
@@ -27,6 +29,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _threads() -> None:
     """One thread a test: several tests run at once, and small matrices gain nothing from more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _self_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test checks its models itself; what was found before is not believed."""
+    monkeypatch.setattr(backends, "kept_in", lambda: None)
 
 
 @pytest.fixture(autouse=True)

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nnsight import CONFIG  # type: ignore[import-untyped]
 
 import patchsweep as ps
 from cells import METRICS, Case, Letters, check
 from oracle.families import ELSEWHERE, EVERY, FAMILIES
+from patchsweep import backends, selftest
 from patchsweep.sites import COMPONENTS
 from patchsweep.store import Store
 from test_exact import SOURCES, pair_of, three, unequal
@@ -206,3 +208,37 @@ def test_refused_in_one_line(given: dict[str, Any], says: str, tmp_path: Path) -
         ps.sweep(model, three(), out=tmp_path / "r", backend="nnsight", direction="noise", **given)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "r").exists()
+
+
+def test_remote_needs_credentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CONFIG.API, "APIKEY", None)
+    model = ps.wrap(FAMILIES["gpt2"].build(2, 1), Letters())
+    given: dict[str, Any] = {"components": ["head_z"], "remote": True}
+    with pytest.raises(ps.BadInput, match="needs a key for NDIF: set NDIF_API_KEY"):
+        ps.sweep(model, three(), out=tmp_path / "r", backend="nnsight", **given)
+    with pytest.raises(ps.BadInput, match="remote runs through nnsight"):
+        ps.sweep(model, three(), out=tmp_path / "r", **given)
+
+
+def test_a_self_test_is_done_once_for_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "kept_in", lambda: tmp_path / "kept")
+    done: list[int] = []
+    check = selftest.check
+    monkeypatch.setattr(selftest, "check", lambda *args: done.append(1) or check(*args))
+
+    def sweep(seed: int, out: str, component: str = "head_z") -> dict[str, Any]:
+        model = ps.wrap(FAMILIES["llama"].build(2, seed), Letters())
+        return ps.sweep(model, three(), out=tmp_path / out, components=[component]).attrs
+
+    first, again = sweep(1, "a"), sweep(1, "b")
+    assert len(done) == 1
+    assert first["self_test"] == again["self_test"]
+    sweep(2, "another model")
+    sweep(1, "another component", "mlp_out")
+    assert len(done) == 3
+    for file in (tmp_path / "kept").iterdir():
+        file.write_text("{")  # cut off
+    sweep(1, "c")
+    assert len(done) == 4

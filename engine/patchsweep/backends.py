@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import patchsweep_kernels
 from patchsweep import selftest
 from patchsweep.attention import attention_is
 from patchsweep.errors import NotOnWavefront
 from patchsweep.forward import Forward, as_it_is, take_apart
 from patchsweep.interventions import Interventions, open_interventions
+from patchsweep.loading import cache
 from patchsweep.model import Model
 from patchsweep.plan import Plan
 from patchsweep.sae import SAE
+from patchsweep.selftest import SelfTest
 from patchsweep.sites import SETS
 from patchsweep.spec import Sweep
 from patchsweep.wave import Carry, wavefront
@@ -30,17 +41,19 @@ class Backend:
 
 
 @contextmanager
-def opened(model: Model, plan: Plan, settings: Sweep, sae: SAE | None) -> Iterator[Backend]:
+def opened(
+    model: Model, plan: Plan, settings: Sweep, sae: SAE | None, fingerprint: str
+) -> Iterator[Backend]:
     """The backend of a sweep, ready inside. With `backend: auto` the wavefront if the model passes
-    its self-test, else nnsight. NotOnWavefront if the wavefront was asked for and cannot do it;
-    BadInput if neither can."""
+    its self-test (once for a model of this `fingerprint`), else nnsight. NotOnWavefront if the
+    wavefront was asked for and cannot do it; BadInput if neither can."""
     reason = "asked for"
     if settings.backend != "nnsight":
         with ExitStack() as stack:
             try:
                 stack.enter_context(attention_is(model.hf_model))
                 forward = take_apart(model.hf_model, plan.layouts.longest, plan.layouts.shortest)
-                tested = selftest.check(forward, plan, sae)
+                tested = _tested(forward, plan, sae, fingerprint)
             except NotOnWavefront as error:
                 if settings.backend == "wavefront":
                     raise
@@ -57,6 +70,41 @@ def opened(model: Model, plan: Plan, settings: Sweep, sae: SAE | None) -> Iterat
         yield backend
 
 
+def _tested(forward: Forward, plan: Plan, sae: SAE | None, fingerprint: str) -> SelfTest:
+    """The self-test, or what it found before on the same model, prompts and components by the same
+    code."""
+    folder = kept_in()
+    said = [fingerprint, str(forward.device), _code(), torch.__version__, transformers.__version__]
+    said += [selftest.what(plan), str(sae and (sae.layer, sae.at, float(sae.encoder.sum())))]
+    file = folder and folder / f"{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:32]}.json"
+    if file and file.exists():
+        with suppress(ValueError, TypeError):
+            return SelfTest(**json.loads(file.read_text()))
+    found = selftest.check(forward, plan, sae)
+    if file:
+        with suppress(OSError):  # then it is done again
+            file.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = file.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(json.dumps(asdict(found)))
+            unfinished.rename(file)
+    return found
+
+
+def kept_in() -> Path | None:
+    """Where self-tests that were passed are kept; None for nowhere."""
+    return cache("selftests")
+
+
+@lru_cache
+def _code() -> str:
+    """Identifies what computes: every source file of the engine and of the kernels."""
+    found = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(patchsweep_kernels.__file__).parent):
+        for file in sorted(package.rglob("*.py")):
+            found.update(file.read_bytes())
+    return found.hexdigest()
+
+
 @contextmanager
 def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> Iterator[Backend]:
     """Full forwards of the model as it is. BadInput if it is not causal."""
@@ -66,4 +114,6 @@ def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> I
             stack.enter_context(attention_is(model.hf_model, "eager"))
         forward = as_it_is(model.hf_model, plan.layouts.longest)
         carry = open_interventions(forward, model.dimensions, plan.token_budget)
+        if settings.remote:
+            carry = carry.on_ndif(model)
         yield Backend(forward, carry, {"backend": "nnsight", "backend_reason": reason})

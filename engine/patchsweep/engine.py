@@ -195,10 +195,11 @@ def carry_out(
     if out.exists() and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
 
-    with exactly(model.device), opened(model, plan, settings, sae) as backend:
+    fingerprint = model.fingerprint
+    with exactly(model.device), opened(model, plan, settings, sae, fingerprint) as backend:
         forward, carry = backend.forward, backend.carry
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
-        attrs = provenance(model, plan, settings) | backend.record
+        attrs = provenance(model, plan, settings, fingerprint) | backend.record
         attrs |= {"values": digest(values), "noise_scale": values.noise_scale}
         if existing:
             _same_sweep(existing, attrs)
@@ -318,9 +319,9 @@ def _site_columns(plan: Plan) -> dict[str, Any]:
     }
 
 
-def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
+def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> dict[str, Any]:
     """What the results say about where they come from."""
-    packages = ("patchsweep", "torch", "transformers", "accelerate", "numpy", "zarr")
+    packages = ("patchsweep", "torch", "transformers", "accelerate", "nnsight", "numpy", "zarr")
     device = model.device
     return {
         "spec": settings.model_dump(mode="json"),
@@ -329,7 +330,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep) -> dict[str, Any]:
         "plan": plan.counts(),
         "model": model.name,
         "model_class": type(model.hf_model).__name__,
-        "model_fingerprint": model.fingerprint,
+        "model_fingerprint": fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
         "sources": [{"name": s.name, "normalised": s.kind == "run"} for s in plan.sources],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},

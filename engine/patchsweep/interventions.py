@@ -8,11 +8,11 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from nnsight import NNsight  # type: ignore[import-untyped]
+from nnsight import CONFIG, NNsight, TransformersModel  # type: ignore[import-untyped]
 from torch import Tensor
 
 from patchsweep.attention import PatternRead
@@ -20,6 +20,7 @@ from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, arguments
 from patchsweep.layout import Layouts
+from patchsweep.model import Model
 from patchsweep.modules import Spot, find_spots, first_of
 from patchsweep.schedule import Embedding, Schedule, Step
 from patchsweep.spec import INNER, Metric
@@ -50,6 +51,16 @@ class Interventions:
     spots: Sequence[Mapping[str, Spot]]
     model: NNsight
     tokens: int
+    remote: bool = False
+
+    def on_ndif(self, model: Model) -> Interventions:
+        """The same, run on NDIF's copy of the model. BadInput without credentials."""
+        if not CONFIG.API.APIKEY:
+            raise BadInput(
+                "remote: true needs a key for NDIF: set NDIF_API_KEY, or leave remote out"
+            )
+        there = TransformersModel(model.hf_model, task="text-generation", tokenizer=model.tokenizer)
+        return replace(self, model=there, remote=True)
 
     def lacks(self, layouts: Layouts, name: str) -> bool:
         """Whether the model does not show where this component is."""
@@ -112,7 +123,10 @@ class Interventions:
         layers = [self.model.get(paths[layer]) for layer in forward.layers]
         embedded = self.model.get(paths[forward.hf_model.get_input_embeddings()])
         inputs = arguments(forward.hf_model, tokens, positions)
-        with self.model.trace(**inputs, attention_mask=torch.ones_like(tokens)) as tracer:
+        inputs["attention_mask"] = torch.ones_like(tokens)
+        if self.remote:
+            inputs["remote"] = True
+        with self.model.trace(**inputs) as tracer:
             if embedding is not None:
                 _overwrite(embedded.output, embedding)
             for layer, envoy in enumerate(layers):

@@ -84,7 +84,7 @@ def load(
     if isinstance(device, str):
         target = resolve_device(device)
     elif "disk" in device.values():
-        options["offload_folder"] = _own_folder(offload_folder or _cache("offload"))
+        options["offload_folder"] = _own_folder(offload_folder or cache("offload"))
     place = _find(name)
     if place.gguf:
         place = _dequantised(place)
@@ -188,7 +188,7 @@ def _own_folder(parent: Path) -> str:
         ) from error
 
 
-def _cache(what: str) -> Path:
+def cache(what: str) -> Path:
     """Our folder of that name in the user's cache."""
     return Path(platformdirs.user_cache_dir("patchsweep")) / what
 
@@ -256,7 +256,7 @@ def _cache_folder(place: _Place) -> Path:
     file = Path(place.shown)
     status = file.stat()
     digest = _sha256(file, status.st_size, status.st_mtime_ns)
-    return _cache("gguf") / f"{file.stem}-{digest[:16]}"
+    return cache("gguf") / f"{file.stem}-{digest[:16]}"
 
 
 @lru_cache

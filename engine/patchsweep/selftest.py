@@ -101,6 +101,13 @@ def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
     return found
 
 
+def what(plan: Plan) -> str:
+    """What a self-test of this plan would compare: the prompts and the sites."""
+    small = _few_cells(plan)
+    [pair] = small.pairs
+    return f"{pair.clean} {pair.corrupt} {small.hash}"
+
+
 def _difference(a: Tensor, b: Tensor) -> Tensor:
     """|a − b|; not finite in both is equal, in one of them is as far as can be."""
     far = torch.finfo(a.dtype).max

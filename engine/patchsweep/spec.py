@@ -407,6 +407,7 @@ class Sweep(_Data):
     ] = (Metric("logit_diff"),)
     token_budget: Literal["auto"] | StrictInt = "auto"
     backend: Literal["auto", "wavefront", "nnsight"] = "auto"
+    remote: bool = False
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -424,6 +425,8 @@ class Sweep(_Data):
             raise ValueError("components is missing: name what to patch, e.g. [head_z, mlp_out]")
         if self.windows and not set(self.components) & set(WINDOWED):
             raise ValueError(f"windows are over {', '.join(WINDOWED)}: add one to components")
+        if self.remote and self.backend != "nnsight":
+            raise ValueError("remote runs through nnsight: add backend: nnsight")
         uses = "sae_feature" in self.components or any(
             m.name == "sae_feature" for m in self.metrics
         )
