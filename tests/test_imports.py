@@ -28,7 +28,7 @@ LEVELS = (
     ("schedule",),
     ("taps", "stacked"),
     ("wave", "interventions"),
-    ("means", "selftest"),
+    ("means", "selftest", "attribution"),
     ("prepare", "backends"),
     ("engine",),
     ("demo", "verification"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import BaseTorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
@@ -26,6 +25,8 @@ from patchsweep_kernels import Rows, attention_rows, packed_attention
 
 NAME = "patchsweep"
 METHOD = "_attn"  # of families without the interface: (query, key, value, mask) → (z, pattern)
+# What makes z [token, head, d_head] of a packed call, from all that `packed_attention` takes.
+Attend = Callable[..., Tensor]
 # Values gathered at once where a pattern is applied, in elements.
 GATHERED = 1 << 22
 
@@ -69,9 +70,9 @@ class PatternRead:
 class LayerCall:
     """What attention has to do in one layer.
 
-    `rows` say who attends to whom in a packed call. The tokens `borrowers` belong to no row: their
-    z is that of the tokens `lenders`. `taps` see head_q, head_k, head_v and head_z, and `stream` is
-    told which tensor is z.
+    `rows` say who attends to whom in a packed call, and `attend` computes it. The tokens
+    `borrowers` belong to no row: their z is that of the tokens `lenders`. `taps` see head_q,
+    head_k, head_v and head_z, and `stream` is told which tensor is z.
     """
 
     rows: Sequence[Rows]
@@ -81,6 +82,7 @@ class LayerCall:
     patterns: Sequence[PatternEdit]
     pattern_reads: Sequence[PatternRead]
     stream: ResidualStream | None
+    attend: Attend = packed_attention
 
 
 @dataclass(frozen=True)
@@ -182,13 +184,13 @@ def _attention(
     call = _call.get()
     assert call is not None, "patchsweep's attention was called outside a sweep"
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    with BaseTorchFunctionMode():
+    with torch._C.DisableTorchFunction():
         query = _tapped(query, call.taps.get("head_q"))
         key = _tapped(key, call.taps.get("head_k"))
         value = _tapped(value, call.taps.get("head_v"))
         if isinstance(call, LayerCall):
             how = (scaling, sliding_window, softcap, s_aux)
-            z = packed_attention(query[0], key[0], value[0], call.rows, *how)
+            z = call.attend(query[0], key[0], value[0], call.rows, *how)
             z[call.borrowers] = z[call.lenders]
             _patterns(call, z, query[0], key[0], value[0], *how)
         else:

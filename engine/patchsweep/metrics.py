@@ -86,19 +86,32 @@ def evaluate(
 ) -> dict[str, NDArray[np.floating]]:
     """Each metric's values [row], by column, from hidden [row, read, d_model] and from what was
     read inside (`inner`)."""
+    found = measure(forward, hidden, rows, metrics, inner)
+    return {column: value.cpu().numpy() for column, value in found.items()}
+
+
+def measure(
+    forward: Forward,
+    hidden: Tensor,
+    rows: Rows,
+    metrics: Sequence[Metric],
+    inner: Mapping[str, Tensor],
+    head: Callable[..., MetricHead] = metric_head,
+) -> dict[str, Tensor]:
+    """What `evaluate` returns, as tensors; `head` does what `metric_head` does."""
     logit_metrics = [m for m in metrics if m.name not in INNER]
     out = dict(inner)
     if logit_metrics:
         with forward.unembedding() as (weight, bias):
             hidden = hidden.to(weight.device)
             table = _Table(rows, hidden.device)
-            head = read(forward, hidden, rows, table, logit_metrics, weight, bias)
+            of_logits = read(forward, hidden, rows, table, logit_metrics, weight, bias, head)
             for m in logit_metrics:
                 if m.name == "callable":
                     out[m.column] = _called(forward, hidden, rows, m, len(weight))
                 else:
-                    out[m.column] = _value(m, head, table, rows)
-    return {m.column: out[m.column].cpu().numpy() for m in metrics}
+                    out[m.column] = _value(m, of_logits, table, rows)
+    return {m.column: out[m.column] for m in metrics}
 
 
 class _Table:
@@ -139,6 +152,7 @@ def read(
     metrics: Sequence[Metric],
     weight: Tensor,
     bias: Tensor | None,
+    head: Callable[..., MetricHead] = metric_head,
 ) -> MetricHead:
     """What the metrics need of the logits of hidden [row, read, d_model], of every [row · read];
     weight [vocab, d_model] and bias [vocab] are the unembedding's."""
@@ -152,7 +166,7 @@ def read(
         of = rows.pair[:, None] * reads + each
         device = hidden.device
         reference = Reference(*(torch.from_numpy(x.ravel()).to(device) for x in (clean, of)))
-    return metric_head(
+    return head(
         forward.final_norm(hidden.flatten(0, 1)),
         weight,
         bias,

@@ -572,22 +572,50 @@ def ragged(lengths: Ints) -> tuple[Ints, Ints]:
 def rows_only(prompts: Sequence[tuple[int, ...]], layers: int) -> Schedule:
     """Plain forwards of some prompts, with nothing patched and the last token read."""
     length = np.array([len(p) for p in prompts])
-    none, no_places = np.zeros(0, np.int64), np.zeros(0, bool)
-    positions = np.concatenate([np.arange(n) for n in length])
     last = (length - 1)[:, None]
+    rows = {
+        "pair": np.arange(len(length)),
+        "offset": np.cumsum(length) - length,
+        "length": length,
+        "reads": last,
+        "inner": last[:, :0],
+        "keys": last[:, :0],
+    }
+    positions = np.concatenate([np.arange(n) for n in length])
+    tokens = np.concatenate(prompts)
+    return _unpatched(rows, Embedding(tokens, positions, *(_NONE,) * 4, []), layers)
+
+
+def base_only(plan: Plan, wave: Wave, keep: Bools) -> Schedule:
+    """The unpatched runs of a wave's pairs alone; of its base rows those that `keep` [base row]
+    says."""
+    bases = _base_rows(plan, wave)
+    tokens = bases.pop("tokens")[np.repeat(keep, bases["length"])]
+    rows = {k: v[keep] for k, v in bases.items()} | {"tokens": tokens}
+    rows["offset"] = np.cumsum(rows["length"]) - rows["length"]
+    embedding = _embedding(plan, wave, rows, _NO_RUNS, _NO_PATCHES)
+    return _unpatched(rows, embedding, plan.dimensions.layers)
+
+
+_NONE, _NO_PLACES = np.zeros(0, np.int64), np.zeros(0, bool)
+_NO_RUNS = Runs(*(_NONE,) * 10)
+_NO_PATCHES = Patched(*(_NONE,) * 9, _NO_PLACES)
+
+
+def _unpatched(rows: dict[str, Ints], embedding: Embedding, layers: int) -> Schedule:
     return Schedule(
-        embedding=Embedding(np.concatenate(prompts), positions, none, none, none, none, []),
-        base_offset=np.cumsum(length) - length,
-        base_length=length,
-        row_pair=np.arange(len(length)),
-        reads=last,
-        inner=last[:, :0],
-        keys=last[:, :0],
-        runs=Runs(*(none,) * 10),
-        patched=Patched(*(none,) * 9, no_places),
-        injected_run=none,
-        injected_position=none,
-        injected_call=none,
-        injected_attends=no_places,
+        embedding=embedding,
+        base_offset=rows["offset"],
+        base_length=rows["length"],
+        row_pair=rows["pair"],
+        reads=rows["reads"],
+        inner=rows["inner"],
+        keys=rows["keys"],
+        runs=_NO_RUNS,
+        patched=_NO_PATCHES,
+        injected_run=_NONE,
+        injected_position=_NONE,
+        injected_call=_NONE,
+        injected_attends=_NO_PLACES,
         layers=layers,
     )

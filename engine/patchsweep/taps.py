@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.attention import PatternEdit, PatternRead
+from patchsweep.attention import Attend, PatternEdit, PatternRead
 from patchsweep.layout import OWN, Layouts
 from patchsweep.reads import Inner
 from patchsweep.sae import SAE
@@ -21,6 +21,7 @@ from patchsweep.schedule import Edit, Step
 from patchsweep.sources import Kind
 from patchsweep.stream import Tap
 from patchsweep.values import Values
+from patchsweep_kernels import packed_attention
 
 # Places of the stream at the border between two layers, in the order of the forward.
 BORDER = ("resid_post", "resid_pre")
@@ -28,11 +29,13 @@ BORDER = ("resid_post", "resid_pre")
 
 @dataclass(frozen=True)
 class Seen:
-    """What happens in one layer call: taps by place, and rows of attention replaced and read."""
+    """What happens in one layer call: taps by place, rows of attention replaced and read, and what
+    computes attention."""
 
     taps: Mapping[str, Tap]
     patterns: Sequence[PatternEdit] = ()
     pattern_reads: Sequence[PatternRead] = ()
+    attend: Attend = packed_attention
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,7 @@ def wavefront(
             patterns=what.patterns,
             pattern_reads=what.pattern_reads,
             stream=stream,
+            attend=what.attend,
         )
         with attention_call(call):
             positions = _to(step.positions, device)

@@ -1,0 +1,26 @@
+"""Attribution patching: every cell of a sweep estimated from a few passes, before or instead of
+running it.
+
+    estimators.py   which estimator a component has, and what is refused
+    runs.py         the runs of a pair as packed tokens, and where positions lie in them
+    patterns.py     attention of whole rows in plain terms
+    rules.py        RelP's backward
+    gradients.py    the passes: activations of both runs, gradients at the destination
+    changes.py      what a patch changes: differences of activations, patterns computed again
+    estimate.py     estimates as arrays shaped like the exact ones
+"""
+
+from patchsweep.attribution.estimate import STEPS, Estimates, estimate_pairs
+from patchsweep.attribution.estimators import DEFAULT, ESTIMATORS, Estimator, check
+from patchsweep.attribution.runs import pair_ranges
+
+__all__ = [
+    "DEFAULT",
+    "ESTIMATORS",
+    "STEPS",
+    "Estimates",
+    "Estimator",
+    "check",
+    "estimate_pairs",
+    "pair_ranges",
+]
