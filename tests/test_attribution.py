@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import disk_offload
 from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -663,3 +664,17 @@ def test_a_trained_model(tmp_path: Path) -> None:
     there = found.status["head_z"]["logit_diff"] == Status.ESTIMATED
     want = exact.store.read("head_z/logit_diff")[there]
     assert spearmanr(found.values["head_z"]["logit_diff"][there], want).statistic > 0.9
+
+
+def test_models_larger_than_the_device(tmp_path: Path) -> None:
+    """Weights that hooks bring in: the same estimates."""
+    hf_model = FAMILIES["llama"].build(3, 1)
+    how = {"head_z": "atp", "mlp_out": "relp", "head_k": "atp_qk", "neuron": "atp_star"}
+    metrics = ["logit_diff", "prob"]
+    whole = estimated(hf_model, three(), how, metrics=metrics)
+    disk_offload(hf_model, str(tmp_path), torch.device("cpu"))
+    found = estimated(hf_model, three(), how, metrics=metrics)
+    for name in how:
+        for column in metrics:
+            np.testing.assert_array_equal(whole.values[name][column], found.values[name][column])
+    assert all(p.is_meta for p in hf_model.parameters())
