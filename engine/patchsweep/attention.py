@@ -70,7 +70,7 @@ class PatternRead:
 class LayerCall:
     """What attention has to do in one layer.
 
-    `rows` say who attends to whom in a packed call, and `attend` computes it. The tokens
+    `rows` say who attends to whom in a packed call; `attend` computes it if it is given. The tokens
     `borrowers` belong to no row: their z is that of the tokens `lenders`. `taps` see head_q,
     head_k, head_v and head_z, and `stream` is told which tensor is z.
     """
@@ -82,7 +82,7 @@ class LayerCall:
     patterns: Sequence[PatternEdit]
     pattern_reads: Sequence[PatternRead]
     stream: ResidualStream | None
-    attend: Attend = packed_attention
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _attention(
         value = _tapped(value, call.taps.get("head_v"))
         if isinstance(call, LayerCall):
             how = (scaling, sliding_window, softcap, s_aux)
-            z = call.attend(query[0], key[0], value[0], call.rows, *how)
+            z = (call.attend or packed_attention)(query[0], key[0], value[0], call.rows, *how)
             z[call.borrowers] = z[call.lenders]
             _patterns(call, z, query[0], key[0], value[0], *how)
         else:

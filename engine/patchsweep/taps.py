@@ -21,7 +21,6 @@ from patchsweep.schedule import Edit, Step
 from patchsweep.sources import Kind
 from patchsweep.stream import Tap
 from patchsweep.values import Values
-from patchsweep_kernels import packed_attention
 
 # Places of the stream at the border between two layers, in the order of the forward.
 BORDER = ("resid_post", "resid_pre")
@@ -35,7 +34,7 @@ class Seen:
     taps: Mapping[str, Tap]
     patterns: Sequence[PatternEdit] = ()
     pattern_reads: Sequence[PatternRead] = ()
-    attend: Attend = packed_attention
+    attend: Attend | None = None
 
 
 @dataclass(frozen=True)
