@@ -87,3 +87,13 @@ def test_gpu_sweep_without_a_gpu(
         gpu_sweep()
     assert stopped.value.code == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_backends_run(tmp_path: Path) -> None:
+    from benchmarks.backends import WAYS, backends
+
+    backends(tiny=True, rounds=1, cells=8, out=tmp_path / "backends.json")
+    found = json.loads((tmp_path / "backends.json").read_text())
+    assert found["differences"].keys() == WAYS.keys()
+    assert max(found["differences"].values()) < 2e-4
+    assert found["differences"]["offloaded"] == 0

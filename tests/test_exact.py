@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import patchsweep as ps
 from cells import FEW, METRICS, Case, Letters, check
 from oracle import heads, oracle
-from oracle.families import FAMILIES, prompts
+from oracle.families import EVERY, FAMILIES, prompts
 from patchsweep import families
 from patchsweep.pairs import Pair
 from patchsweep.sites import COMPONENTS, parse_site
@@ -322,7 +322,7 @@ def test_experts_have_no_neurons(tmp_path: Path) -> None:
 
 def test_the_models_table_is_the_one_checked_here() -> None:
     assert {f.name: (f.parallel, f.tolerance) for f in families.FAMILIES} == {
-        name: (f.parallel, f.tolerance) for name, f in FAMILIES.items()
+        name: (f.parallel, f.tolerance) for name, f in EVERY.items()
     }
 
 

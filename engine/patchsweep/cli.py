@@ -278,18 +278,19 @@ def tasks() -> None:
 
 @app.command
 def models() -> None:
-    """Which families run on the wavefront, and how each was checked.
+    """Which families run on which backend, and how each was checked.
 
     Example: patchsweep models
     """
     from patchsweep.families import FAMILIES, HOW
 
     table = Table(box=None, pad_edge=False)
-    for heading in ("family", "blocks", "checked to", "particular"):
+    for heading in ("family", "backend", "blocks", "checked to", "particular"):
         table.add_column(heading)
     for family in FAMILIES:
         blocks = "parallel" if family.parallel else "sequential"
-        table.add_row(family.name, blocks, f"{family.tolerance:g}", family.particular)
+        row = (family.name, family.backend, blocks, f"{family.tolerance:g}", family.particular)
+        table.add_row(*row)
     console = _console()
     console.print(table)
     console.print(HOW)

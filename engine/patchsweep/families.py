@@ -13,20 +13,25 @@ HOW = (
     "one full forward with plain hooks per cell; largest difference of any metric as given (1e-06 "
     "where the family computes in float32 inside). Other families with transformers' attention "
     "interface run too: every sweep first compares a few of its cells with full forwards. "
-    "resid_mid does not exist in parallel blocks. Not on the wavefront: families without that "
-    "interface (GPT-J, GPT-Neo, Falcon, BLOOM, MPT, CodeGen), recurrent layers, masks that are "
-    "neither causal nor a causal window."
+    "resid_mid does not exist in parallel blocks. What cannot run on the wavefront runs through "
+    "nnsight: families that compute attention within a larger function (Falcon, BLOOM, MPT: their "
+    "biases by distance are known nowhere else), masks that are neither causal nor a causal window. "
+    "head_pattern, and head_q, head_k and head_v where the order of the projection is not known "
+    "(grouped Falcon), are patched on the wavefront only. Layers over several GPUs: not yet verified "
+    "on hardware."
 )
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family, what is particular about it, and to what the tests hold it in float64."""
+    """A family, what is particular about it, which backend runs it, and to what the tests hold it
+    in float64."""
 
     name: str
     particular: str = ""
     parallel: bool = False
     tolerance: float = 1e-6
+    backend: str = "wavefront"
 
 
 FAMILIES = (
@@ -52,4 +57,13 @@ FAMILIES = (
     Family("qwen3_moe", "experts, q and k norms"),
     Family("gpt_oss", "experts, attention sinks, alternating windows"),
     Family("deepseek_v3", "latent attention, experts"),
+    Family("gptj", "parallel blocks, attends in a method of its own", parallel=True),
+    Family("gpt_neo", "alternating windows, attends in a method of its own"),
+    Family("codegen", "parallel blocks, attends in a method of its own", parallel=True),
+    Family("falcon", "multi-query attention, parallel blocks", parallel=True, backend="nnsight"),
+    Family("falcon_alibi", "biases by distance", backend="nnsight"),
+    Family("falcon_grouped", "two norms side by side", parallel=True, backend="nnsight"),
+    Family("bloom", "biases by distance", backend="nnsight"),
+    Family("mpt", "biases by distance", backend="nnsight"),
+    Family("llama4_text", "chunked mask, experts", backend="nnsight"),
 )
