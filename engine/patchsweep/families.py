@@ -15,10 +15,10 @@ HOW = (
     "interface run too: every sweep first compares a few of its cells with full forwards. "
     "resid_mid does not exist in parallel blocks. What cannot run on the wavefront runs through "
     "nnsight: families that compute attention within a larger function (Falcon, BLOOM, MPT: their "
-    "biases by distance are known nowhere else), masks that are neither causal nor a causal window. "
-    "head_pattern, and head_q, head_k and head_v where the order of the projection is not known "
-    "(grouped Falcon), are patched on the wavefront only. Layers over several GPUs: not yet verified "
-    "on hardware."
+    "biases by distance are known nowhere else), masks that are neither causal nor a causal "
+    "window. head_pattern, and head_q, head_k and head_v where the order of the projection is not "
+    "known (grouped Falcon), are patched on the wavefront only. Layers over several GPUs: not yet "
+    "verified on hardware."
 )
 
 
@@ -60,10 +60,18 @@ FAMILIES = (
     Family("gptj", "parallel blocks, attends in a method of its own", parallel=True),
     Family("gpt_neo", "alternating windows, attends in a method of its own"),
     Family("codegen", "parallel blocks, attends in a method of its own", parallel=True),
-    Family("falcon", "multi-query attention, parallel blocks", parallel=True, backend="nnsight"),
-    Family("falcon_alibi", "biases by distance", backend="nnsight"),
-    Family("falcon_grouped", "two norms side by side", parallel=True, backend="nnsight"),
-    Family("bloom", "biases by distance", backend="nnsight"),
-    Family("mpt", "biases by distance", backend="nnsight"),
-    Family("llama4_text", "chunked mask, experts", backend="nnsight"),
+    Family(
+        "falcon",
+        "multi-query attention, parallel blocks",
+        parallel=True,
+        backend="nnsight",
+        tolerance=1e-9,
+    ),
+    Family("falcon_alibi", "biases by distance", backend="nnsight", tolerance=1e-9),
+    Family(
+        "falcon_grouped", "two norms side by side", parallel=True, backend="nnsight", tolerance=1e-9
+    ),
+    Family("bloom", "biases by distance", backend="nnsight", tolerance=1e-9),
+    Family("mpt", "biases by distance", backend="nnsight", tolerance=1e-9),
+    Family("llama4_text", "chunked mask, experts", backend="nnsight", tolerance=1e-9),
 )

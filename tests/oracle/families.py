@@ -329,6 +329,7 @@ ELSEWHERE: dict[str, Family] = {
         qkv=("self_attention.query_key_value",),
         fused="blocks",
         parallel=True,
+        tolerance=EXACT,
         **BLOCK,
     ),
     # Biases that grow with distance in place of positions.
@@ -341,6 +342,7 @@ ELSEWHERE: dict[str, Family] = {
         qkv=("self_attention.query_key_value",),
         fused="heads",
         grouped=False,
+        tolerance=EXACT,
         **BLOCK,
     ),
     # Two norms beside each other; groups of heads lie in an order of their own.
@@ -352,6 +354,7 @@ ELSEWHERE: dict[str, Family] = {
         down="mlp.dense_4h_to_h",
         qkv=(),
         parallel=True,
+        tolerance=EXACT,
         **BLOCK,
     ),
     # What attention and the MLP return has the stream in it already.
@@ -364,6 +367,7 @@ ELSEWHERE: dict[str, Family] = {
         qkv=("self_attention.query_key_value",),
         fused="heads",
         grouped=False,
+        tolerance=EXACT,
         **BLOCK,
     ),
     "mpt": Family(
@@ -379,6 +383,7 @@ ELSEWHERE: dict[str, Family] = {
         fused="blocks",
         grouped=False,
         attention="eager",
+        tolerance=EXACT,
     ),
     "codegen": Family(
         "codegen",
@@ -403,6 +408,7 @@ ELSEWHERE: dict[str, Family] = {
         },
         mlp="feed_forward",
         down=None,
+        tolerance=EXACT,
     ),
 }
 EVERY = FAMILIES | ELSEWHERE
