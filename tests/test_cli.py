@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
+import zarr
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import patchsweep as ps
 from patchsweep.cli import _status, app, main
@@ -36,7 +37,7 @@ from test_sweep import (
     write_spec,
 )
 
-COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models")
+COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify")
 
 
 @dataclass(frozen=True)
@@ -258,22 +259,36 @@ def test_a_prompt_longer_than_the_model_takes(command: Command, spec: Path, tmp_
 
 def test_a_family_without_the_attention_interface(spec: Path, tmp_path: Path) -> None:
     """In a process that has not imported transformers yet, which has its say about it too."""
-    config = GPTJConfig(
-        vocab_size=53,
-        n_positions=16,
-        n_embd=16,
-        n_layer=1,
-        n_head=2,
-        rotary_dim=4,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    folder = save(tmp_path / "gptj", GPTJForCausalLM(config))
-    command = [sys.executable, "-m", "patchsweep", "run", spec, "--set", f"model={folder}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = Done(done.returncode, done.stdout, done.stderr)
-    refused(found, "GPTJForCausalLM", "attention interface", "cannot run on the wavefront")
-    assert listing(tmp_path) == {"spec.yaml", "pairs.jsonl", "gptj"}
+    config = BloomConfig(vocab_size=53, hidden_size=16, n_layer=1, n_head=2)
+    folder = save(tmp_path / "bloom", BloomForCausalLM(config))
+
+    def run(backend: str) -> Done:
+        settings = ("--set", f"model={folder}", "--set", f"backend={backend}")
+        command = [sys.executable, "-m", "patchsweep", "run", spec, *settings]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    refused(run("wavefront"), "BloomForCausalLM", "attention interface", "cannot run on the wave")
+    assert listing(tmp_path) == {"spec.yaml", "pairs.jsonl", "bloom"}
+    done = run("auto")
+    assert (done.status, done.err) == (0, "")
+    assert "nnsight (BloomForCausalLM does not call" in done.out
+
+
+def test_verify(command: Command, spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    assert command("run", spec).status == 0
+    done = command("verify", out, "--cells", "10")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("10 cells again as full forwards through nnsight\n")
+    assert done.out.count(" holds") == len(ps.open(out).metrics)
+    array = zarr.open_group(out, mode="r+")["head_z/kl"]
+    array[...] = array[...] + 1
+    done = command("verify", out, "--cells", "10")
+    assert done.status == 1
+    assert "DOES NOT HOLD" in done.out
+    assert done.err == f"patchsweep: {out}: cells differ from full forwards by more than rounding\n"
+    refused(command("verify", tmp_path / "none"), "no results at", "check the path")
 
 
 def test_results_that_are_there(command: Command, spec: Path, tmp_path: Path) -> None:
