@@ -60,6 +60,27 @@ def test_auto_takes_nnsight_and_says_why(name: str, tmp_path: Path) -> None:
         ps.sweep(model, three(), out=tmp_path / "w.zarr", backend="wavefront", **one)
 
 
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_the_model_is_left_as_it_was(name: str, tmp_path: Path) -> None:
+    hf_model = EVERY[name].build(2, 1)
+
+    def state() -> dict[str, Any]:
+        return {k: dict(vars(m)) for k, m in hf_model.named_modules()}
+
+    before, attention = state(), hf_model.config._attn_implementation
+    given = {"components": ["head_z"], "backend": "nnsight"}
+    ps.sweep(ps.wrap(hf_model, Letters()), three(), out=tmp_path / "r", **given)
+    assert state().keys() == before.keys()
+    for module, after in state().items():
+        assert after.keys() == before[module].keys()
+        assert all(
+            after[k] is before[module][k] for k in ("forward", "_forward_hooks") if k in after
+        )
+        assert not after["_forward_hooks"]
+        assert not after["_forward_pre_hooks"]
+    assert hf_model.config._attn_implementation == attention
+
+
 def arrays(results: ps.Results) -> dict[str, np.ndarray]:
     """Everything that was measured."""
     names = [f"{c}/{m}{s}" for c in results.components for m in results.metrics for s in SUFFIXES]

@@ -20,7 +20,7 @@ from patchsweep import selftest
 from patchsweep.attention import attention_is
 from patchsweep.errors import NotOnWavefront
 from patchsweep.forward import Forward, as_it_is, take_apart
-from patchsweep.interventions import Interventions, open_interventions
+from patchsweep.interventions import Interventions, left_as_it_was, open_interventions
 from patchsweep.loading import cache
 from patchsweep.model import Model
 from patchsweep.plan import Plan
@@ -109,6 +109,7 @@ def _code() -> str:
 def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> Iterator[Backend]:
     """Full forwards of the model as it is. BadInput if it is not causal."""
     with ExitStack() as stack:
+        stack.enter_context(left_as_it_was(model.hf_model))
         if any(m.name == "attention" for m in settings.metrics):
             # Only this implementation returns the probabilities.
             stack.enter_context(attention_is(model.hf_model, "eager"))

@@ -7,13 +7,14 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from nnsight import CONFIG, NNsight, TransformersModel  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchsweep.attention import PatternRead
 from patchsweep.dimensions import Dimensions
@@ -21,7 +22,7 @@ from patchsweep.errors import BadInput
 from patchsweep.forward import Forward, arguments
 from patchsweep.layout import Layouts
 from patchsweep.model import Model
-from patchsweep.modules import Spot, find_spots, first_of
+from patchsweep.modules import Spot, find_spots, first_of, plainly
 from patchsweep.schedule import Embedding, Schedule, Step
 from patchsweep.spec import INNER, Metric
 from patchsweep.stacked import Batch, batches
@@ -68,17 +69,16 @@ class Interventions:
         layers = layouts.layers(name)
         return place not in ANYWHERE and any(place not in self.spots[i] for i in layers)
 
-    def check(self, layouts: Layouts, components: Iterable[str], metrics: Iterable[Metric]) -> None:
+    def check(self, layouts: Layouts, components: Sequence[str], metrics: Sequence[Metric]) -> None:
         """BadInput for what cannot be patched or read this way in this model."""
         for name in components:
             if self.lacks(layouts, name):
                 why = WHY.get(layouts.place(name), "no module holds it alone")
                 raise BadInput(f"{name} cannot be patched through nnsight in this model: {why}")
-        for source, given in enumerate(layouts.sources):
-            rotated = given.kind in ("mean", "vector") and {"head_q", "head_k"} & set(components)
-            if rotated:
+        for source in layouts.sources:
+            if source.kind in ("mean", "vector") and {"head_q", "head_k"} & set(components):
                 raise BadInput(
-                    f"source {layouts.sources[source].name}: queries and keys are patched before "
+                    f"source {source.name}: queries and keys are patched before "
                     "they are rotated through nnsight: take them from zero or another run"
                 )
         for m in metrics:
@@ -158,13 +158,25 @@ def open_interventions(forward: Forward, dimensions: Dimensions, tokens: int) ->
     size = min(6, dimensions.max_positions or 6)
     one = torch.arange(size, device=forward.device)[None] % dimensions.vocab
     other = torch.cat([one[:, :-1], (one[:, -1:] + 1) % dimensions.vocab], 1)
-    a, b = (forward.hf_model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, other))
+    a, b = (forward.hf_model(**plainly(ids)).logits[:, :-1] for ids in (one, other))
     if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.std())):
         raise BadInput(
             f"{type(forward.hf_model).__name__} is not causal (a token changes what earlier ones "
             "compute): neither backend can run it"
         )
     return Interventions(find_spots(forward, dimensions), NNsight(forward.hf_model), tokens)
+
+
+@contextmanager
+def left_as_it_was(hf_model: nn.Module) -> Iterator[None]:
+    """nnsight puts a forward and a mark of its own on every module; outside they are gone."""
+    own = {module: dict(vars(module)) for module in hf_model.modules()}
+    try:
+        yield
+    finally:
+        for module, before in own.items():
+            vars(module).clear()
+            vars(module).update(before)
 
 
 def _at_border(hidden: Tensor, what: Seen) -> None:

@@ -94,10 +94,16 @@ def find_spots(forward: Forward, dimensions: Dimensions) -> list[dict[str, Spot]
             watched.append(one)
             stack.enter_context(_watching(layer, one))
         tokens = torch.arange(length, device=forward.device) % dimensions.vocab
-        forward.hf_model(input_ids=tokens[None], use_cache=False)
+        forward.hf_model(**plainly(tokens[None]))
     return [
         _spots(layer, one, dimensions) for layer, one in zip(forward.layers, watched, strict=True)
     ]
+
+
+def plainly(tokens: Tensor) -> dict[str, Any]:
+    """The arguments of a plain forward of prompts without padding, [row, position]."""
+    mask = torch.ones_like(tokens)  # without one, models look for padding
+    return {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
 
 
 @contextmanager
