@@ -188,6 +188,17 @@ def test_verify_finds_what_is_wrong(results: tuple[ps.Model, ps.Results]) -> Non
     assert verified.differences["rank"] == 0
 
 
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_verify_finds_what_is_not_finite(
+    results: tuple[ps.Model, ps.Results], wrong: float
+) -> None:
+    model, found = results
+    status = found.store.read("head_z/logit_diff_status")
+    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
+    Store.open(found.path, "r+")._group["head_z/logit_diff"][first] = wrong
+    assert not ps.verify(found, 10**6, model).holds
+
+
 def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
     other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
     with pytest.raises(ps.BadInput, match="another model"):

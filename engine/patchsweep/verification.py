@@ -90,10 +90,11 @@ def verify(
             again = values_of_rows(forward, plan, wave, part, settings.metrics, values, carry)
             for name in found.metrics:
                 stored = _stored(found, wave, name, some)
-                difference = np.abs(again[name][-len(rows) :] - stored)
-                worst[name] = max(
-                    worst[name], float((difference / np.maximum(1, np.abs(stored))).max())
-                )
+                found_again = again[name][-len(rows) :]
+                with np.errstate(invalid="ignore"):  # what is infinite in one of them is NaN
+                    apart = np.abs(found_again - stored) / np.maximum(1, np.abs(stored))
+                equal = (found_again == stored) | (np.isnan(found_again) & np.isnan(stored))
+                worst[name] = float(np.maximum(worst[name], np.where(equal, 0, apart).max()))
     return Verified(
         sum(len(some) for _, some in chosen), worst, TOLERANCE[attrs["model_dtype"]], left_out
     )
