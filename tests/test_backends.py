@@ -199,6 +199,15 @@ def test_verify_finds_what_is_not_finite(
     assert not ps.verify(found, 10**6, model).holds
 
 
+def test_verify_refuses_to_compare_nothing(results: tuple[ps.Model, ps.Results]) -> None:
+    model, found = results
+    for cells in (0, -1):
+        with pytest.raises(ps.BadInput, match=f"cells is {cells}: .*at least 1"):
+            ps.verify(found, cells, model)
+    with pytest.raises(ps.BadInput, match="seed is -1"):
+        ps.verify(found, 5, model, seed=-1)
+
+
 def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
     other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
     with pytest.raises(ps.BadInput, match="another model"):

@@ -53,6 +53,9 @@ def verify(
     that has no name to load it by. BadInput for another model than the results', and where there is
     nothing to compare.
     """
+    for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
+        if given < least:
+            raise BadInput(f"{name} is {given}: use a whole number, at least {least}")
     found = results if isinstance(results, Results) else results_of.open(results)
     attrs = found.attrs
     said = attrs["spec"]
