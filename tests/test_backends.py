@@ -208,6 +208,15 @@ def test_verify_refuses_to_compare_nothing(results: tuple[ps.Model, ps.Results])
         ps.verify(found, 5, model, seed=-1)
 
 
+def test_verify_leaves_out_what_is_rotated(tmp_path: Path) -> None:
+    model = ps.wrap(FAMILIES["llama"].build(2, 1), Letters())
+    given: dict[str, Any] = {"components": ["head_q", "head_k", "head_v"], "direction": "noise"}
+    given["source"] = [{"mean": {"prompts": "clean", "by": "all"}}]
+    verified = ps.verify(ps.sweep(model, three(), out=tmp_path / "r", **given), 50, model)
+    assert verified.holds
+    assert verified.left_out == ("head_q", "head_k")
+
+
 def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
     other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
     with pytest.raises(ps.BadInput, match="another model"):

@@ -31,6 +31,7 @@ from patchsweep.taps import BORDER, Seen
 
 # Patched everywhere: what goes into a layer, what comes out of it, what the embedding returns.
 ANYWHERE = (*BORDER, "embed")
+ROTATED = ("mean", "vector")  # kinds of sources that the wavefront takes after the rotation
 UNKNOWN = "the names and order of its query, key and value projections are not known"
 WHY = {
     "head_q": UNKNOWN,
@@ -76,7 +77,7 @@ class Interventions:
                 why = WHY.get(layouts.place(name), "no module holds it alone")
                 raise BadInput(f"{name} cannot be patched through nnsight in this model: {why}")
         for source in layouts.sources:
-            if source.kind in ("mean", "vector") and {"head_q", "head_k"} & set(components):
+            if source.kind in ROTATED and {"head_q", "head_k"} & set(components):
                 raise BadInput(
                     f"source {source.name}: queries and keys are patched before "
                     "they are rotated through nnsight: take them from zero or another run"

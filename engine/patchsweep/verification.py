@@ -12,7 +12,7 @@ from patchsweep import results as results_of
 from patchsweep.backends import through_nnsight
 from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
-from patchsweep.interventions import Interventions
+from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
 from patchsweep.plan import Plan, Wave
 from patchsweep.prepare import prepare
@@ -77,7 +77,12 @@ def verify(
     with exactly(model.device), through_nnsight(model, plan, settings, "asked for") as backend:
         forward, carry = backend.forward, backend.carry
         assert isinstance(carry, Interventions)
-        left_out = tuple(c for c in patched if carry.lacks(plan.layouts, c))
+        rotated = any(s.kind in ROTATED for s in plan.sources)
+        left_out = tuple(
+            c
+            for c in patched
+            if carry.lacks(plan.layouts, c) or (rotated and c in ("head_q", "head_k"))
+        )
         without = {*left_out, *([SETS] if left_out else [])}
         chosen = _drawn(found, plan, cells, seed, without)
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
