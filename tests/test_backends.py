@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,21 @@ def agree(case: Case, out: Path, tolerance: float) -> None:
 def test_both_backends_agree(name: str, tmp_path: Path) -> None:
     given = {"components": able(name), "direction": "both", "metrics": METRICS}
     agree(Case(name, three(), given), tmp_path, FAMILIES[name].tolerance)
+
+
+@pytest.mark.parametrize("multi_query", [True, False])
+def test_both_backends_agree_on_gpt_bigcode(multi_query: bool, tmp_path: Path) -> None:
+    """Its projection lies by head, but for one key-value head."""
+    config = {"model_type": "gpt_bigcode", "config": {"multi_query": multi_query}}
+    hf_model = replace(FAMILIES["gpt2"], **config).build(2, 1)
+    model = ps.wrap(hf_model, Letters())
+    given: dict[str, Any] = {"components": ["head_q", "head_k", "head_v", "head_z"]}
+    one, other = (
+        arrays(ps.sweep(model, three(), out=tmp_path / b, backend=b, **given))
+        for b in ("wavefront", "nnsight")
+    )
+    for name, found in one.items():
+        np.testing.assert_allclose(found, other[name], rtol=0, atol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", [k for k in SOURCES if k != "pairs"])

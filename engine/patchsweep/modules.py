@@ -29,6 +29,7 @@ SEPARATE = {"head_q": "q_proj", "head_k": "k_proj", "head_v": "v_proj"}
 NORMS = {"head_q": ("q_norm", "q_layernorm"), "head_k": ("k_norm", "k_layernorm")}
 SIDE_BY_SIDE = ("c_attn", "qkv_proj", "Wqkv", "query_key_value")  # all queries, keys, values
 BY_HEAD = ("query_key_value",)  # query, key, value of the first head, of the second, ...
+BY_HEAD_IN = ("GPTBigCodeAttention",)  # its c_attn too, but for one key-value head
 SHUFFLED = ("CodeGenAttention",)  # in an order of its own
 ORDER = ("head_q", "head_k", "head_v")
 
@@ -228,13 +229,16 @@ def _projections(layer: nn.Module, one: _Watched, d: Dimensions) -> dict[str, Sp
     if not fused:
         return spots
     name, order, out = fused[0]
+    by_head = name.rsplit(".", 1)[-1] in BY_HEAD or any(
+        type(m).__name__ in BY_HEAD_IN for m in layer.modules()
+    )
     width, d_head = out.shape[-1], out.shape[-1] // (d.heads + 2 * d.kv_heads)
     if width != (d.heads + 2 * d.kv_heads) * d_head:
         return spots
-    if name.rsplit(".", 1)[-1] in BY_HEAD and d.kv_heads == d.heads:
+    if by_head and d.kv_heads == d.heads:
         whole = {p: Spot(name, "output", order, d.heads, column=i) for i, p in enumerate(ORDER)}
         return whole | spots
-    if name.rsplit(".", 1)[-1] in BY_HEAD and d.kv_heads != 1:
+    if by_head and d.kv_heads != 1:
         return spots  # grouped in an order of its own
     stops = torch.tensor([0, *(heads[p] * d_head for p in ORDER)]).cumsum(0).tolist()
     parts = list(itertools.pairwise(stops))
