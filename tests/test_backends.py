@@ -257,6 +257,26 @@ def test_what_neither_backend_can_run(tmp_path: Path) -> None:
         ps.sweep(ps.wrap(hf_model, Letters()), three(), out=tmp_path / "r", components=["head_z"])
 
 
+def test_pairs_of_unequal_length_where_positions_depend_on_it(tmp_path: Path) -> None:
+    """A shorter prompt is padded, which must not change what it computes."""
+    rope: dict[str, Any] = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 8
+    hf_model = FAMILIES["phi3"].build(
+        2, 1, rope_parameters=rope, original_max_position_embeddings=8
+    )
+    pairs = [unequal(np.random.default_rng(2), 7, 2)]
+    for backend in ("auto", "nnsight"):
+        with pytest.raises(ps.BadInput, match=r"here 7 and 9 tokens.*: sweep pairs of one length"):
+            ps.sweep(
+                ps.wrap(hf_model, Letters()),
+                pairs,
+                out=tmp_path / "r",
+                backend=backend,
+                components=["resid_pre"],
+            )
+
+
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"components": ["head_pattern"]}, "head_pattern cannot be patched through nnsight"),
     ({"components": ["resid_mid"]}, "resid_mid cannot be patched through nnsight .*parallel"),

@@ -114,7 +114,8 @@ def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> I
             # Only this implementation returns the probabilities.
             stack.enter_context(attention_is(model.hf_model, "eager"))
         forward = as_it_is(model.hf_model, plan.layouts.longest)
-        carry = open_interventions(forward, model.dimensions, plan.token_budget)
+        padded = plan.layouts.padded
+        carry = open_interventions(forward, model.dimensions, plan.token_budget, padded)
         if settings.remote:
             carry = carry.on_ndif(model)
         yield Backend(forward, carry, {"backend": "nnsight", "backend_reason": reason})

@@ -153,9 +153,12 @@ class Interventions:
 
 
 @torch.no_grad()
-def open_interventions(forward: Forward, dimensions: Dimensions, tokens: int) -> Interventions:
+def open_interventions(
+    forward: Forward, dimensions: Dimensions, tokens: int, padded: Iterable[tuple[int, int]] = ()
+) -> Interventions:
     """Find where a model holds its activations. BadInput if a later token changes what an earlier
-    one computes: then no backend can run it."""
+    one computes: then no backend can run it; and if that a prompt is longer does, for prompts that
+    are `padded` from a length to another."""
     size = min(6, dimensions.max_positions or 6)
     one = torch.arange(size, device=forward.device)[None] % dimensions.vocab
     other = torch.cat([one[:, :-1], (one[:, -1:] + 1) % dimensions.vocab], 1)
@@ -165,6 +168,17 @@ def open_interventions(forward: Forward, dimensions: Dimensions, tokens: int) ->
             f"{type(forward.hf_model).__name__} is not causal (a token changes what earlier ones "
             "compute): neither backend can run it"
         )
+    for length, longer in padded:
+        ids = torch.arange(longer, device=forward.device)[None] % dimensions.vocab
+        a, b = (
+            forward.hf_model(input_ids=i, use_cache=False).logits[:, :length]
+            for i in (ids[:, :length], ids)
+        )
+        if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.std())):
+            raise BadInput(
+                f"{type(forward.hf_model).__name__} computes positions that depend on the prompt's "
+                f"length (here {length} and {longer} tokens): sweep pairs of one length each"
+            )
     return Interventions(find_spots(forward, dimensions), NNsight(forward.hf_model), tokens)
 
 

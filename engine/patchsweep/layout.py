@@ -230,6 +230,15 @@ class Layouts:
         """Tokens of the shortest prompt."""
         return min(self._lengths)
 
+    @property
+    def padded(self) -> set[tuple[int, int]]:
+        """Lengths of prompts, each with that of a longer one of the same pair."""
+        found = set()
+        for i, pair in enumerate(self.pairs):
+            runs = {len(pair), *(len(row[i].tokens) for s in self.sources for row in s.others)}
+            found |= {(n, max(runs)) for n in runs if n < max(runs)}
+        return found
+
     @cached_property
     def _lengths(self) -> list[int]:
         others = [len(o.tokens) for s in self.sources for row in s.others for o in row]
