@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nnsight import CONFIG  # type: ignore[import-untyped]
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import patchsweep as ps
 from cells import METRICS, Case, Letters, check
@@ -74,12 +75,24 @@ def test_the_model_is_left_as_it_was(name: str, tmp_path: Path) -> None:
     assert state().keys() == before.keys()
     for module, after in state().items():
         assert after.keys() == before[module].keys()
-        assert all(
-            after[k] is before[module][k] for k in ("forward", "_forward_hooks") if k in after
-        )
+        assert after.get("forward") is before[module].get("forward")
         assert not after["_forward_hooks"]
         assert not after["_forward_pre_hooks"]
     assert hf_model.config._attn_implementation == attention
+
+
+def test_a_method_of_another_kind(tmp_path: Path) -> None:
+    """OpenAI GPT attends in a method of the same name that takes more; its layers return lists."""
+    config = AutoConfig.for_model(
+        "openai-gpt", vocab_size=50, n_embd=48, n_layer=2, n_head=6, n_positions=64
+    )
+    hf_model = AutoModelForCausalLM.from_config(config).double().eval().requires_grad_(False)
+    one: dict[str, Any] = {"components": ["resid_pre"], "metrics": ["logit"]}
+    results = ps.sweep(ps.wrap(hf_model, Letters()), three(), out=tmp_path / "r", **one)
+    assert results.attrs["backend"] == "nnsight"
+    for pair, found in zip(three(), results.store.read("baseline/logit")[0, 0, 0], strict=True):
+        logits = hf_model(torch.tensor([pair.clean])).logits[0, -1]
+        assert found == pytest.approx(float(logits[list(pair.answer)].mean()), abs=1e-6)
 
 
 def arrays(results: ps.Results) -> dict[str, np.ndarray]:

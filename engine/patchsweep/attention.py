@@ -7,6 +7,7 @@ or Stacked (full forwards under the masks that the model itself makes, for the s
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -135,7 +136,7 @@ def attention_is(hf_model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
 def _method_is(hf_model: PreTrainedModel, method: Callable[..., Any] | None) -> Iterator[None]:
     """For families that attend in a method of their own (GPT-J, GPT-Neo, CodeGen): `method` in its
     place; None for their own."""
-    found = [m for m in hf_model.modules() if callable(getattr(m, METHOD, None))]
+    found = [m for m in hf_model.modules() if _attends(getattr(m, METHOD, None))]
     if method is not None and not found:
         raise NotOnWavefront(
             f"{type(hf_model).__name__} does not call transformers' attention interface: "
@@ -152,6 +153,11 @@ def _method_is(hf_model: PreTrainedModel, method: Callable[..., Any] | None) -> 
             module.__dict__.pop(METHOD, None)
             if own is not None:
                 setattr(module, METHOD, own)
+
+
+def _attends(method: Any) -> bool:
+    """Whether it takes what `_as_method` does (that of OpenAI GPT takes more)."""
+    return callable(method) and len(inspect.signature(method).parameters) <= 4
 
 
 def _as_method(

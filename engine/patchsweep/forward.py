@@ -298,7 +298,7 @@ def _returns_tuple(
     """Whether a decoder layer returns a tuple: seen on one call of the first."""
 
     def stop(_: nn.Module, __: Any, out: Any) -> None:
-        raise _Seen(isinstance(out, tuple))
+        raise _Seen(isinstance(out, (tuple, list)))
 
     hook = layer.register_forward_hook(stop)
     try:
