@@ -7,7 +7,7 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -170,10 +170,7 @@ def open_interventions(
         )
     for length, longer in padded:
         ids = torch.arange(longer, device=forward.device)[None] % dimensions.vocab
-        a, b = (
-            forward.hf_model(input_ids=i, use_cache=False).logits[:, :length]
-            for i in (ids[:, :length], ids)
-        )
+        a, b = (forward.hf_model(**plainly(i)).logits[:, :length] for i in (ids[:, :length], ids))
         if not torch.allclose(a, b, rtol=1e-2, atol=1e-2 * float(a.std())):
             raise BadInput(
                 f"{type(forward.hf_model).__name__} computes positions that depend on the prompt's "
