@@ -20,12 +20,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from patchsweep import attribution, tasks
 from patchsweep import results as results_of
-from patchsweep import tasks
 from patchsweep.backends import opened
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
+from patchsweep.forward import Forward
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
@@ -40,7 +41,8 @@ from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
-from patchsweep.wave import WaveResult, run_wave
+from patchsweep.values import Values
+from patchsweep.wave import WaveResult, run_wave, wavefront
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -53,6 +55,7 @@ def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results
     """Do what a spec says. BadInput if `out` is missing from it, and as `sweep` does."""
     if spec.out is None:
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
+    attribution.chosen(spec)  # says what cannot be estimated before the model is loaded
     model = load_model(
         spec.model,
         spec.dtype,
@@ -116,6 +119,7 @@ def plan_sweep(
     """The plan of a sweep; `token_budget` is that of results to go on with, if there are any."""
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
+    attribution.chosen(settings)
     check_metrics(pairs, settings.metrics)
     for i, pair in enumerate(pairs):
         others = [t for tokens in pair.others.values() for t in tokens]
@@ -198,15 +202,26 @@ def carry_out(
     fingerprint = model.fingerprint
     with exactly(model.device), opened(model, plan, settings, sae, fingerprint) as backend:
         forward, carry = backend.forward, backend.carry
+        estimators = attribution.chosen(settings)
+        if estimators and carry is not wavefront:
+            raise attribution.not_on(backend.record["backend_reason"])
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
         attrs |= {"values": digest(values), "noise_scale": values.noise_scale}
+        attrs |= {"estimators": estimators}
         if existing:
             _same_sweep(existing, attrs)
+        if estimators and any(m.name == "callable" for m in settings.metrics):
+            # Only trying says whether a user's function has a gradient.
+            attribution.estimate_pairs(
+                forward, plan, range(1), estimators, settings.metrics, values, steps=1
+            )
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         store = existing or _create(out, plan, settings, model, attrs)
         run = partial(run_wave, forward, values=values, carry=carry)
+        if estimators:
+            _estimate(forward, plan, settings, values, store)
         _run_waves(run, plan, settings, store)
         store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
     return results_of.open(out)
@@ -268,6 +283,27 @@ def _effect_of_set(
         other = one.sources[0].kind == "run"
         span += float((source - destination).sum()) if other else len(destination)
     return moved / span if span else float("nan")
+
+
+def _estimate(forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store) -> None:
+    """Write the estimates that are not there yet."""
+    done = store.estimated()
+    for number, source in enumerate(plan.sources):
+        for sample in range(source.samples):
+            for pairs in attribution.pair_ranges(plan):
+                if done[number, sample, pairs.start : pairs.stop].all():
+                    continue
+                found = attribution.estimate_pairs(
+                    forward,
+                    plan,
+                    pairs,
+                    store.estimators,
+                    settings.metrics,
+                    values,
+                    source=number,
+                    sample=sample,
+                )
+                store.write_estimates(number, sample, pairs, found.values)
 
 
 def _run_waves(run: Run, plan: Plan, settings: Sweep, store: Store) -> None:
@@ -332,7 +368,10 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
-        "sources": [{"name": s.name, "normalised": s.kind == "run"} for s in plan.sources],
+        "sources": [
+            {"name": s.name, "normalised": s.kind == "run", "samples": s.samples}
+            for s in plan.sources
+        ],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -345,6 +384,7 @@ IDENTITY = {
     "plan_hash": "other prompts, components, positions or directions",
     "model_fingerprint": "another model",
     "metrics": "other metrics",
+    "estimators": "other estimates",
     "backend": "another backend",
     "values": "other means, vectors, probes or autoencoder",
 }
@@ -352,7 +392,8 @@ IDENTITY = {
 
 def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
     """BadInput unless the results in `store` are those of this very sweep."""
-    before = {**store.attrs, "metrics": store.attrs["spec"].get("metrics")}
+    said = {"metrics": store.attrs["spec"].get("metrics"), "estimators": store.estimators}
+    before = {**store.attrs, **said}
     now = {**attrs, "metrics": attrs["spec"]["metrics"]}
     for key, what in IDENTITY.items():
         if before.get(key) != now[key]:

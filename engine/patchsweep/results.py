@@ -28,13 +28,23 @@ from patchsweep.errors import BadInput
 from patchsweep.reader import Reader, one_of
 from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
 from patchsweep.spec import INNER
-from patchsweep.statistics import adjusted, beyond_sd, bootstrap, p_values, standard_error
+from patchsweep.statistics import (
+    Agreement,
+    adjusted,
+    agreement,
+    beyond_sd,
+    bootstrap,
+    p_values,
+    standard_error,
+)
 from patchsweep.store import Store
 
 Array = NDArray[np.float64]
 
 # The statuses whose values are those of a patched run.
 MEASURED = (Status.EXACT, Status.STRUCTURAL, Status.AUDITED)
+UNSIGNED = "atp_star"  # an estimator of magnitudes
+RUN = (Status.EXACT, Status.AUDITED)
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ class Results(Reader):
         """One component, opened lazily: nothing but coordinates is read until values are used.
 
         Per metric: `<metric>` (raw, of the patched run), `<metric>_status` and `<metric>_effect`
-        (float64), over [direction, source, sample, pair, layer, unit, position]; of the first four
+        (float64), and where the sweep has it `<metric>_estimate` (its attribute `approximation`
+        says how), over [direction, source, sample, pair, layer, unit, position]; of the first four
         and `unit` those of size 1 are squeezed, and `unit` is renamed to what it counts (`head`).
         "sets" has the dimension `set`, with the sets' names, in place of the last three.
         """
@@ -74,8 +85,9 @@ class Results(Reader):
             ds[f"{metric}_effect"] = xr.Variable(
                 DIMENSIONS, indexing.LazilyIndexedArray(effect), {"long_name": name}
             )
-        order = [name for m in self.metrics for name in (m, f"{m}_effect", f"{m}_status")]
-        ds = ds[order]
+        kinds = ["", "_effect", "_status"]
+        kinds += ["_estimate"] if component in self.store.estimators else []
+        ds = ds[[f"{metric}{kind}" for metric in self.metrics for kind in kinds]]
         optional = ["direction", "source", "sample", "pair", "unit"]
         if component == SETS:
             ds, optional = ds.rename(position="set"), [*optional, "layer"]
@@ -162,6 +174,28 @@ class Results(Reader):
         known = [n for n, x in enumerate(moved) if np.isfinite(x).any()] or [0]
         span = (donor - destination)[known].mean(0) if self.normalised(s) else None
         return moved[known].mean(0), span
+
+    def agreement(self, component: str, metric: str) -> Agreement:
+        """The estimated change of every cell that was run against its exact change, patched −
+        destination, over all directions, sources, samples and pairs; the magnitude of the exact one
+        where the estimator has no sign. BadInput if the sweep did not estimate the component.
+        """
+        grid = self.grid(component)
+        how = self.store.estimators.get(component)
+        if how is None:
+            raise BadInput(f"{component} has no estimates in these results: run with estimate")
+        destination = self.ends(one_of("metric", metric, self.metrics), grid)[0]
+        moved: list[tuple[Array, Array]] = []
+        for pairs in grid.pair_tiles():
+            tile = (slice(None),) * 3 + (slice(pairs.start, pairs.stop),)
+            exact, estimate, status = (
+                self.store.read(f"{component}/{metric}{kind}", tile)
+                for kind in ("", "_estimate", "_status")
+            )
+            at, ran = destination[tile][..., None, None, None], np.isin(status, RUN)
+            moved.append(((estimate - at)[ran], (exact - at)[ran]))
+        estimated, true = (np.concatenate(side) for side in zip(*moved, strict=True))
+        return agreement(estimated, np.abs(true) if how == UNSIGNED else true)
 
     def interval(
         self,
@@ -319,12 +353,22 @@ class Results(Reader):
                 out.append(
                     f"{name}: {missing} of {done.size} blocks not done: continue with --resume"
                 )
+        if missing := self._not_estimated():
+            out.append(f"estimates of {_count(missing, 'pair')} not done: continue with --resume")
         for name in self.components:
             for metric in self.metrics:
                 bad = self.counts(name, metric)[Status.NOT_FINITE]
                 if bad:
                     out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
         return [*out, *diagnose(self)]
+
+    def _not_estimated(self) -> int:
+        """How many pairs have estimates that are not written yet."""
+        if not self.store.estimators:
+            return 0
+        done, sources = self.store.estimated(), self.attrs["sources"]
+        missing = [~of[: said["samples"]].all(0) for of, said in zip(done, sources, strict=True)]
+        return int(np.any(missing, axis=0).sum())
 
     def _at(
         self, component: str, metric: str, direction: str, source: str | None
@@ -464,7 +508,7 @@ def _diagnose_cells(results: Results, component: str, direction: str) -> list[st
             part = slice(layer, layer + 1)
             region = (grid.directions.index(direction), 0, 0, slice(None), part)
             status = results.store.read(f"{component}/{metric}_status", region)
-            ran = np.isin(status, (Status.EXACT, Status.AUDITED))
+            ran = np.isin(status, RUN)
             size = np.abs(results.changes(component, metric, direction, None, part)[0])
             runs += int(ran.sum())
             changed += int((ran & (size > 0)).sum())

@@ -408,6 +408,8 @@ class Sweep(_Data):
     token_budget: Literal["auto"] | StrictInt = "auto"
     backend: Literal["auto", "wavefront", "nnsight"] = "auto"
     remote: bool = False
+    # True: the default estimator of every component; else one for all, or {component: estimator}.
+    estimate: bool | StrictStr | dict[StrictStr, StrictStr] = False
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -477,6 +479,16 @@ class Sweep(_Data):
     @classmethod
     def _windows(cls, value: object) -> object:
         return value if value in ([], ()) else _list_of(value, "number of layers")
+
+    @field_validator("estimate", mode="before")
+    @classmethod
+    def _estimate(cls, value: object) -> object:
+        names = [*value, *value.values()] if isinstance(value, Mapping) else [value]
+        if not isinstance(value, bool) and not (names and all(isinstance(n, str) for n in names)):
+            raise ValueError(
+                f"{value!r} names no estimates: use true, an estimator, or {{component: estimator}}"
+            )
+        return value
 
     @field_validator("token_budget", mode="before")
     @classmethod

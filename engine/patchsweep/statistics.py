@@ -1,4 +1,5 @@
-"""Uncertainty over pairs: bootstrap intervals, p-values, the 2-SD rule. Plain numpy and scipy.
+"""Uncertainty over pairs: bootstrap intervals, p-values, the 2-SD rule; agreement of estimates with
+what was run. Plain numpy and scipy.
 
 `change` [pair, ...cells] is patched − destination, NaN where a pair has no value; `span` [pair] is
 source − destination, None where effects are plain differences. `groups` [pair] name the templates
@@ -26,6 +27,30 @@ class Interval(NamedTuple):
 
     low: Floats
     high: Floats
+
+
+class Agreement(NamedTuple):
+    """Correlations of estimated with exact changes over `cells`."""
+
+    pearson: float
+    spearman: float
+    cells: int
+
+
+def agreement(estimated: Floats, exact: Floats) -> Agreement:
+    """How well changes [cell] are estimated; NaN where fewer than three cells have both, or where
+    either is the same in all."""
+    both = np.isfinite(estimated) & np.isfinite(exact)
+    x, y = estimated[both], exact[both]
+    if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
+        return Agreement(np.nan, np.nan, len(x))
+    ranks = [stats.rankdata(values) for values in (x, y)]
+    return Agreement(_pearson(x, y), _pearson(*ranks), len(x))
+
+
+def _pearson(x: Floats, y: Floats) -> float:
+    x, y = x - x.mean(), y - y.mean()
+    return float((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)))
 
 
 def bootstrap(

@@ -3,6 +3,9 @@
 Layout under the results folder:
 
 - `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
+- `<component>/<metric>_estimate`, where the sweep estimates the component: the same dimensions and
+  chunks, without a status; its attribute `approximation` says how it was made.
+- `completion/estimates` uint8 [source, sample, pair], chunks of one: whose estimates are written.
 - `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
@@ -14,8 +17,8 @@ Layout under the results folder:
   `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
-  the caller gives (spec, plan_hash, token_budget, model, model_fingerprint, versions, host, device,
-  threads, measured).
+  the caller gives (spec, estimators, plan_hash, token_budget, model, model_fingerprint, versions,
+  host, device, threads, measured).
 
 What is marked done outlives a killed process; it is not fsynced, so not every power cut.
 """
@@ -45,6 +48,7 @@ from patchsweep.sites import DIMENSIONS, SETS, Block, Grid, unit_name
 
 SCHEMA = 2
 RUNS = ("clean", "corrupt")
+ESTIMATED = "completion/estimates"
 _MARK = "patchsweep_schema"
 
 # Causes that a user can mend: what is wrong, and the mend.
@@ -84,7 +88,8 @@ class Store:
 
         It is built beside `path` and renamed when its attributes, the last thing, are written.
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
-        BadInput if `path` exists or the disk refuses.
+        The attribute `estimators`, by component, says which have estimates. BadInput if `path`
+        exists or the disk refuses.
         """
         if path.exists():
             mend = "choose another --out"
@@ -99,6 +104,7 @@ class Store:
                 root = zarr.create_group(partial, zarr_format=3)
                 for grid in grids:
                     _create_component(root, grid, metrics, dtype)
+                _create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
                 _create_baseline(root, grids, metrics, len(pairs), dtype)
                 _create_prompts(root, pairs, token_strings)
                 for name, column in (sites or {}).items():
@@ -144,6 +150,11 @@ class Store:
         return tuple(metric["name"] for metric in self.attrs["metrics"])
 
     @cached_property
+    def estimators(self) -> dict[str, str]:
+        """The estimator of each component that has estimates."""
+        return dict(self.attrs.get("estimators", {}))  # older results have none
+
+    @cached_property
     def grids(self) -> dict[str, Grid]:
         """The grid of each component, rebuilt from its arrays."""
         return {name: self._grid(name) for name in self.attrs["components"]}
@@ -170,6 +181,31 @@ class Store:
     def done(self, component: str) -> NDArray[np.bool_]:
         """Which blocks of a component are done, bool [block]."""
         return self.read(f"completion/{component}").astype(np.bool_)
+
+    def write_estimates(
+        self,
+        source: int,
+        sample: int,
+        pairs: range,
+        values: Mapping[str, Mapping[str, NDArray[Any]]],
+    ) -> None:
+        """Write the estimates of some pairs, then mark them done. One process only: the pairs need
+        not be whole chunks.
+
+        values: by component and metric, [direction, 1, 1, pair, layer, unit, position]. BadInput if
+        the disk refuses.
+        """
+        at = (slice(source, source + 1), slice(sample, sample + 1), slice(pairs.start, pairs.stop))
+        with _writing(self.path, "continue with --resume"):
+            for name in self.estimators:
+                for metric in self.metrics:
+                    found = values[name][metric]
+                    self._array(f"{name}/{metric}_estimate")[(slice(None), *at)] = found
+            self._array(ESTIMATED)[at] = 1
+
+    def estimated(self) -> NDArray[np.bool_]:
+        """Whose estimates are written, bool [source, sample, pair]. Only where there are any."""
+        return self.read(ESTIMATED).astype(np.bool_)
 
     def write_baseline(
         self,
@@ -351,6 +387,27 @@ def _create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtyp
     completion = root.require_group("completion")
     blocks = math.prod(grid.tiles)
     _create_array(completion, grid.component, ("block",), (blocks,), (1,), "uint8", 0)
+
+
+def _create_estimates(
+    root: zarr.Group,
+    grids: Sequence[Grid],
+    metrics: Sequence[str],
+    dtype: str,
+    estimators: Mapping[str, str],
+) -> None:
+    if not estimators:
+        return
+    for grid in (g for g in grids if g.component in estimators):
+        how = f"attribution patching ({estimators[grid.component]})"
+        for metric in metrics:
+            name = f"{grid.component}/{metric}_estimate"
+            array = _create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
+            array.update_attributes({"approximation": how})
+    first = grids[0]
+    shape = (len(first.sources), first.samples, first.pairs)
+    dims = ("source", "sample", "pair")
+    _create_array(root, ESTIMATED, dims, shape, (1, 1, 1), "uint8", 0)
 
 
 def _create_baseline(

@@ -11,7 +11,7 @@ running it.
 """
 
 from patchsweep.attribution.estimate import STEPS, Estimates, estimate_pairs
-from patchsweep.attribution.estimators import DEFAULT, ESTIMATORS, Estimator, check
+from patchsweep.attribution.estimators import DEFAULT, ESTIMATORS, Estimator, check, chosen, not_on
 from patchsweep.attribution.runs import pair_ranges
 
 __all__ = [
@@ -21,6 +21,8 @@ __all__ = [
     "Estimates",
     "Estimator",
     "check",
+    "chosen",
     "estimate_pairs",
+    "not_on",
     "pair_ranges",
 ]

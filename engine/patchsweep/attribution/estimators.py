@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from patchsweep.errors import BadInput
 from patchsweep.metrics import DIVERGENCES
 from patchsweep.sites import Direction, component
-from patchsweep.spec import Metric
+from patchsweep.spec import Metric, Sweep
 
 # What each computes is said in `estimate.estimate_pairs`.
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
@@ -32,6 +32,41 @@ DEFAULT: dict[str, Estimator] = {
 }
 THROUGH_PATTERNS = ("head_q", "head_k", "head_pattern")
 NO_GRADIENT = ("rank", "accuracy")
+
+
+def chosen(settings: Sweep) -> dict[str, str]:
+    """The estimator of every component that a sweep estimates, in the sweep's order; none without
+    `estimate`. BadInput for what has no estimate, also for a backend that makes none."""
+    given, components = settings.estimate, settings.components
+    if given is False:
+        return {}
+    if not components:
+        raise BadInput("estimate: sets have no estimates: name components, or leave estimate out")
+    if isinstance(given, dict):
+        if strange := [name for name in given if name not in components]:
+            raise BadInput(
+                f"estimate: {strange[0]} is not patched: add it to components or leave it out"
+            )
+        estimators = {name: given[name] for name in components if name in given}
+    elif given is True:
+        estimators = {name: DEFAULT[name] for name in components}
+    else:
+        estimators = dict.fromkeys(components, given)
+    try:
+        check(estimators, settings.metrics, settings.directions)
+    except BadInput as error:
+        raise BadInput(f"estimate: {error}") from error
+    if settings.backend == "nnsight":
+        raise not_on("it is asked for")
+    return estimators
+
+
+def not_on(reason: str) -> BadInput:
+    """What is said where a sweep runs through nnsight, for this reason."""
+    return BadInput(
+        f"estimate: none are made through nnsight ({reason}): leave estimate out, or use the "
+        "wavefront"
+    )
 
 
 def check(

@@ -16,7 +16,7 @@ from patchsweep.sites import SETS, Grid, Status, unit_name
 
 TOP = 10
 NAMED_DETECTIONS = 12
-TEXT_COLUMNS = ("metric", "token", "set")
+TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator")
 
 
 def show(results: Results, console: Console) -> None:
@@ -34,6 +34,10 @@ def show(results: Results, console: Console) -> None:
             if component != SETS:
                 console.print(_detections(results, component, metric, direction))
             console.print()
+    if results.store.estimators:
+        title = "Estimated against exact changes, over the cells that were run"
+        _print_titled(console, title, _agreement(results))
+        console.print()
     if results.has_circuit:
         _print_titled(console, f"Circuit, by {metric}", _circuit(results, metric))
         console.print()
@@ -174,6 +178,17 @@ def _circuit(results: Results, metric: str) -> Table:
     return table
 
 
+def _agreement(results: Results) -> Table:
+    """How well each metric was estimated at each component."""
+    table = _table("component", "estimator", "metric", "Pearson", "Spearman", "cells")
+    for component, how in results.store.estimators.items():
+        for metric in results.metrics:
+            r = results.agreement(component, metric)
+            numbers = f"{r.pearson:.3f}", f"{r.spearman:.3f}", f"{r.cells:,}"
+            table.add_row(component, how, metric, *numbers)
+    return table
+
+
 def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
     unit = unit_name(component)
     found = results.detections(component, metric, direction)
@@ -204,6 +219,7 @@ def _provenance(results: Results) -> dict[str, str]:
         "backend",
         "backend_reason",
         "joint",
+        "estimators",
         "metrics",
         "components",
         "dtype",
