@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from nnsight import CONFIG  # type: ignore[import-untyped]
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import patchsweep as ps
 from cells import METRICS, Case, Letters, check
@@ -288,6 +288,14 @@ def test_pairs_of_unequal_length_where_positions_depend_on_it(tmp_path: Path) ->
                 backend=backend,
                 components=["resid_pre"],
             )
+
+
+@pytest.mark.parametrize("kind", ["mamba", "t5"])
+def test_what_is_no_causal_model_with_attention(kind: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(kind, vocab_size=50, num_hidden_layers=2, num_layers=2)
+    hf_model = (AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM).from_config(config)
+    with pytest.raises(ps.BadInput, match="no causal language model with attention"):
+        ps.sweep(ps.wrap(hf_model, Letters()), three(), out=tmp_path / "r", components=["mlp_out"])
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

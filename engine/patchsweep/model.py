@@ -105,6 +105,11 @@ def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
 def dimensions_of(hf_model: PreTrainedModel) -> Dimensions:
     """A model's dimensions; its weights may be on the meta device."""
     config = hf_model.config.get_text_config()
+    if config.is_encoder_decoder or not hasattr(config, "num_attention_heads"):
+        raise BadInput(
+            f"{type(hf_model).__name__} is no causal language model with attention: "
+            "neither backend can run it"
+        )
     layers = layers_of(hf_model)
     heads = config.num_attention_heads
     d_head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
