@@ -18,7 +18,7 @@ LEVELS = (
     ("errors", "dimensions", "families", "offload"),
     ("sites", "stream", "cone", "sae"),
     ("effect",),
-    ("pairs", "statistics"),
+    ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader"),
     ("attention", "sources", "reads", "circuits", "table"),
