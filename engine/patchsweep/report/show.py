@@ -105,8 +105,9 @@ def _header(results: Results) -> dict[str, str]:
         "direction": ", ".join(grid.directions),
         "source": _sources(grid),
         "dtype": str(attrs["dtype"]),
-        "backend": f"{attrs['backend']} ({attrs['backend_reason']})",
     }
+    if "backend_reason" in attrs:
+        rows["backend"] = f"{attrs['backend']} ({attrs['backend_reason']})"
     for component in results.components:
         counts = results.counts(component, results.metrics[0])
         text = f"{counts[Status.EXACT]:,} cells exact, {counts[Status.STRUCTURAL]:,} structural"
@@ -199,17 +200,8 @@ def _detections(results: Results, component: str, metric: str, direction: str) -
 
 
 # Attributes that are shown above, or not as text.
-ELSEWHERE = {
-    "model",
-    "spec",
-    "backend",
-    "backend_reason",
-    "joint",
-    "metrics",
-    "components",
-    "dtype",
-}
-ELSEWHERE |= {"patchsweep_schema"}
+ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason"}
+ELSEWHERE |= {"joint", "metrics", "components", "patchsweep_schema"}
 
 
 def _provenance(results: Results) -> dict[str, str]:
