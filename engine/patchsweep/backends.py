@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -20,7 +20,6 @@ from patchsweep import selftest
 from patchsweep.attention import attention_is
 from patchsweep.errors import NotOnWavefront
 from patchsweep.forward import Forward, as_it_is, take_apart
-from patchsweep.interventions import Interventions, left_as_it_was, open_interventions
 from patchsweep.loading import cache
 from patchsweep.model import Model
 from patchsweep.plan import Plan
@@ -29,6 +28,9 @@ from patchsweep.selftest import SelfTest
 from patchsweep.sites import SETS
 from patchsweep.spec import Sweep
 from patchsweep.wave import Carry, wavefront
+
+if TYPE_CHECKING:
+    from patchsweep.interventions import Interventions
 
 
 @dataclass(frozen=True)
@@ -63,10 +65,9 @@ def opened(
                 record = {"backend": "wavefront", "backend_reason": what}
                 yield Backend(forward, wavefront, {**record, "self_test": asdict(tested)})
                 return
-    with through_nnsight(model, plan, settings, reason) as backend:
-        assert isinstance(backend.carry, Interventions)
+    with through_nnsight(model, plan, settings, reason) as (backend, interventions):
         components = plan.layouts.patched([name for name in plan.grids if name != SETS])
-        backend.carry.check(plan.layouts, components, settings.metrics)
+        interventions.check(plan.layouts, components, settings.metrics)
         yield backend
 
 
@@ -106,8 +107,14 @@ def _code() -> str:
 
 
 @contextmanager
-def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> Iterator[Backend]:
-    """Full forwards of the model as it is. BadInput if it is not causal."""
+def through_nnsight(
+    model: Model, plan: Plan, settings: Sweep, reason: str
+) -> Iterator[tuple[Backend, Interventions]]:
+    """Full forwards of the model as it is, and what they can patch. BadInput if it is not
+    causal."""
+    # nnsight takes a second and some memory, which most sweeps do not need.
+    from patchsweep.interventions import left_as_it_was, open_interventions
+
     with ExitStack() as stack:
         stack.enter_context(left_as_it_was(model.hf_model))
         if any(m.name == "attention" for m in settings.metrics):
@@ -118,4 +125,4 @@ def through_nnsight(model: Model, plan: Plan, settings: Sweep, reason: str) -> I
         carry = open_interventions(forward, model.dimensions, plan.token_budget, padded)
         if settings.remote:
             carry = carry.on_ndif(model)
-        yield Backend(forward, carry, {"backend": "nnsight", "backend_reason": reason})
+        yield Backend(forward, carry, {"backend": "nnsight", "backend_reason": reason}), carry

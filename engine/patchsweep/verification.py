@@ -12,7 +12,7 @@ from patchsweep import results as results_of
 from patchsweep.backends import through_nnsight
 from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
-from patchsweep.interventions import ROTATED, Interventions
+from patchsweep.interventions import ROTATED
 from patchsweep.model import Model, load_model
 from patchsweep.plan import Plan, Wave
 from patchsweep.prepare import prepare
@@ -75,9 +75,11 @@ def verify(
         )
 
     patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
-    with exactly(model.device), through_nnsight(model, plan, settings, "asked for") as backend:
-        forward, carry = backend.forward, backend.carry
-        assert isinstance(carry, Interventions)
+    with (
+        exactly(model.device),
+        through_nnsight(model, plan, settings, "asked for") as (backend, carry),
+    ):
+        forward = backend.forward
         carry.check(plan.layouts, (), settings.metrics)
         rotated = any(s.kind in ROTATED for s in plan.sources)
         left_out = tuple(
