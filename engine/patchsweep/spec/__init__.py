@@ -1,0 +1,37 @@
+"""The sweep as data: validated, saved with the results.
+
+data.py     names with options, lists, and what is wrong with them in one line
+metric.py   the metrics and their options
+source.py   the corrupt run, and where patched values come from
+sets.py     sets of sites, circuits, the autoencoder
+sweep.py    a sweep; with its model and its prompts, a spec
+files.py    a spec from a file, with overrides
+"""
+
+from patchsweep.spec.files import load_spec
+from patchsweep.spec.metric import INNER, METRICS, REQUIRED, Metric, Place, parse_metric
+from patchsweep.spec.sets import Circuit, Complement
+from patchsweep.spec.source import Gaussian, Mean, Resample, Vector
+from patchsweep.spec.sweep import Dtype, Prompts, Spec, Sweep, parse_settings, parse_spec
+
+__all__ = [
+    "INNER",
+    "METRICS",
+    "REQUIRED",
+    "Circuit",
+    "Complement",
+    "Dtype",
+    "Gaussian",
+    "Mean",
+    "Metric",
+    "Place",
+    "Prompts",
+    "Resample",
+    "Spec",
+    "Sweep",
+    "Vector",
+    "load_spec",
+    "parse_metric",
+    "parse_settings",
+    "parse_spec",
+]

@@ -1,0 +1,65 @@
+"""What every part of a spec is read with: names with options, lists, and errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from patchsweep.errors import BadInput
+
+
+class Data(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def named(value: object, what: str) -> tuple[str, Mapping[str, Any]]:
+    """The name and the options of "name" or {name: {option: value}}."""
+    given: Mapping[Any, Any] = {value: {}} if isinstance(value, str) else {}
+    if isinstance(value, Mapping):
+        given = value
+    if len(given) != 1:
+        raise BadInput(f"{value!r} is not one {what}: write a name or {{name: {{option: value}}}}")
+    [(name, options)] = given.items()
+    options = {} if options is None else options
+    if not isinstance(options, Mapping):
+        raise BadInput(f"the options of {name} are {options!r}: write {{option: value}}")
+    return str(name), options
+
+
+def list_of(value: object, what: str) -> tuple[Any, ...]:
+    """`value` as a tuple; an error unless it is a list with something in it and no repeats."""
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{value!r} is not a list: write [{value}]")
+    if not value:
+        raise ValueError(f"the list is empty: name at least one {what}")
+    if repeats := [v for i, v in enumerate(value) if v in value[:i]]:
+        raise ValueError(f"{repeats[0]!r} is there twice: keep one")
+    return tuple(value)
+
+
+def nearest(key: object, known: Mapping[str, object]) -> str:
+    """The mend for a misspelt key."""
+    near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(known)}"
+
+
+def explain(error: Any, kind: type[BaseModel]) -> str:
+    """One of pydantic's errors: the key's path, what is wrong, and what was given.
+
+    kind: whose keys an unknown one is compared with.
+    """
+    place = ".".join(str(part) for part in error["loc"])
+    colon = f"{place}: " if place else ""
+    if error["type"] == "extra_forbidden":
+        return f"unknown key '{place}': {nearest(error['loc'][-1], kind.model_fields)}"
+    if error["type"] == "missing":
+        return f"missing key '{place}': add it"
+    if error["type"] == "value_error":
+        return f"{colon}{error['ctx']['error']}"
+    if error["type"] == "path_type":
+        return f"{colon}should be a path, and is {error['input']!r}"
+    message = error["msg"].replace("Input should be", "should be")
+    return f"{colon}{message}, and is {error['input']!r}"

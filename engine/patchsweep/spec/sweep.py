@@ -1,0 +1,221 @@
+"""A sweep as data, and a spec: a sweep with its model and its prompts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    Field,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from patchsweep import tasks
+from patchsweep.errors import BadInput
+from patchsweep.loading import DEVICES, check_placement, memory_limits
+from patchsweep.pairs import Bos
+from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
+from patchsweep.spec.data import Data, explain, list_of
+from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
+from patchsweep.spec.sets import Autoencoder, Circuit, Sites
+from patchsweep.spec.source import Corruption, SourceOf, Sources
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+
+S = TypeVar("S", bound="Sweep")
+
+
+class Prompts(Data):
+    """Where the pairs come from: `n` of a built-in task, or a file (its first `n`, or all)."""
+
+    task: StrictStr | None = None
+    file: Path | None = None
+    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    seed: Annotated[StrictInt, Field(ge=0)] = 0
+    bos: Bos = "auto"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.task is None) == (self.file is None):
+            raise ValueError("give either task or file")
+        if self.task is not None:
+            tasks.check(self.task)
+            if self.n is None:
+                raise ValueError("n is missing: say how many pairs of the task, e.g. n: 8")
+        return self
+
+
+class Sweep(Data):
+    """What to patch and measure, whatever the model and the prompts. Sequences are tuples; metrics
+    are normalised; `model_dump` can be read again."""
+
+    corrupt: Corruption = "pairs"
+    source: Sources = (("other", None),)
+    direction: Literal["denoise", "noise", "both"] = "denoise"
+    components: tuple[StrictStr, ...] = ()
+    positions: (
+        Literal["each", "all"]
+        | tuple[StrictInt | StrictStr, ...]
+        | dict[StrictStr, tuple[StrictInt | StrictStr, ...]]
+    ) = "each"
+    windows: tuple[Annotated[StrictInt, Field(ge=2)], ...] = ()
+    sets: dict[StrictStr, Sites] = Field(default_factory=dict)
+    circuit: Circuit | None = None
+    sae: Autoencoder | None = None
+    metrics: tuple[AnyMetric, ...] = (Metric("logit_diff"),)
+    token_budget: Literal["auto"] | StrictInt = "auto"
+    backend: Literal["auto", "wavefront", "nnsight"] = "auto"
+    remote: bool = False
+    # True: the default estimator of every component; else one for all, or {component: estimator}.
+    estimate: bool | StrictStr | dict[StrictStr, StrictStr] = False
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The directions that `direction` stands for."""
+        return tuple(d for d in DIRECTIONS if self.direction in (d, "both"))
+
+    @property
+    def sources(self) -> tuple[SourceOf, ...]:
+        """The sources with their options."""
+        return self.source
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if not self.components and not self.sets and not self.circuit:
+            raise ValueError("components is missing: name what to patch, e.g. [head_z, mlp_out]")
+        if self.windows and not set(self.components) & set(WINDOWED):
+            raise ValueError(f"windows are over {', '.join(WINDOWED)}: add one to components")
+        if self.remote and self.backend != "nnsight":
+            raise ValueError("remote runs through nnsight: add backend: nnsight")
+        uses = "sae_feature" in self.components or any(
+            m.name == "sae_feature" for m in self.metrics
+        )
+        if uses and self.sae is None:
+            raise ValueError("sae_feature needs an autoencoder: add sae: {file: ...}")
+        return self
+
+    @field_validator("components", mode="before")
+    @classmethod
+    def _components(cls, value: object) -> tuple[Any, ...]:
+        if value in ([], ()):
+            return ()
+        names = list_of(value, "component")
+        for name in names:
+            if isinstance(name, str):
+                component(name)
+        return names
+
+    @field_validator("positions", mode="before")
+    @classmethod
+    def _positions(cls, value: object) -> object:
+        if isinstance(value, str) and value in ("each", "all"):
+            return value
+        if isinstance(value, str):
+            raise ValueError(f"'{value}' is not known: use each, all, or a list such as [{value}]")
+        if isinstance(value, Mapping):
+            if not value:
+                raise ValueError("the mapping is empty: name at least one group of positions")
+            return {name: cls._entries(entries) for name, entries in value.items()}
+        return cls._entries(value)
+
+    @classmethod
+    def _entries(cls, value: object) -> tuple[Any, ...]:
+        entries = list_of(value, "index or label")
+        for entry in entries:
+            if type(entry) not in (int, str):
+                raise ValueError(f"{entry!r} is no token index and no label: quote it if a label")
+        return entries
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _metrics(cls, value: object) -> tuple[Metric, ...]:
+        metrics = tuple(parse_metric(v) for v in list_of(value, "metric"))
+        list_of([metric.column for metric in metrics], "metric")
+        return metrics
+
+    @field_validator("windows", mode="before")
+    @classmethod
+    def _windows(cls, value: object) -> object:
+        return value if value in ([], ()) else list_of(value, "number of layers")
+
+    @field_validator("estimate", mode="before")
+    @classmethod
+    def _estimate(cls, value: object) -> object:
+        names = [*value, *value.values()] if isinstance(value, Mapping) else [value]
+        if not isinstance(value, bool) and not (names and all(isinstance(n, str) for n in names)):
+            raise ValueError(
+                f"{value!r} names no estimates: use true, an estimator, or {{component: estimator}}"
+            )
+        return value
+
+    @field_validator("token_budget", mode="before")
+    @classmethod
+    def _token_budget(cls, value: object) -> object:
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError(f"{value!r} is no token budget: use auto or a whole number above 0")
+        return value
+
+
+class Spec(Sweep):
+    """A sweep as a file says it: with its model, its prompts and where the results go."""
+
+    model: Annotated[StrictStr, Field(min_length=1)]
+    dtype: Dtype = "float32"
+    device: StrictStr = "auto"
+    max_memory: dict[int | str, int | str] | None = None
+    offload_folder: Path | None = None
+    prompts: Prompts
+    out: Path | None = None
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|balanced", value):
+            raise ValueError(f"'{value}' is no device: use {DEVICES}")
+        return value
+
+    @field_validator("max_memory", mode="before")
+    @classmethod
+    def _max_memory(cls, value: object) -> object:
+        if value is not None:
+            memory_limits(value)
+        return value
+
+    @model_validator(mode="after")
+    def _placement(self) -> Self:
+        check_placement(self.device, self.max_memory, self.offload_folder)
+        return self
+
+
+def parse_spec(data: object, where: str = "spec") -> Spec:
+    """A spec from its data; BadInput in one line that begins with `where`."""
+    if not isinstance(data, Mapping):
+        raise BadInput(f"{where}: not a mapping: write lines such as 'model: smollm2-135m'")
+    return _validated(Spec, data, where)
+
+
+def parse_settings(data: Mapping[str, Any]) -> Sweep:
+    """The settings of a sweep that has its model and pairs already; BadInput in one line."""
+    return _validated(Sweep, data, "sweep")
+
+
+def _validated(kind: type[S], data: Mapping[str, Any], where: str) -> S:
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        # A misspelt key also leaves the right one missing: name the misspelt one.
+        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+        raise BadInput(f"{where}: {explain(found[0], _owner(found[0]))}{more}") from error
+
+
+def _owner(error: Any) -> type[BaseModel]:
+    """Whose keys a misspelt one is compared with."""
+    return Prompts if error["loc"][:1] == ("prompts",) and len(error["loc"]) > 1 else Spec
