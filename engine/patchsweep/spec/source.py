@@ -86,7 +86,6 @@ class Vector(Data):
 
 
 SOURCES: dict[str, type[Data]] = {"mean": Mean, "resample": Resample, "vector": Vector}
-
 SourceOf = tuple[str, Mean | Resample | Vector | None]
 
 

@@ -28,7 +28,6 @@ from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
-
 S = TypeVar("S", bound="Sweep")
 
 
