@@ -1,130 +1,33 @@
-"""Which runs a sweep has: the cells of every component and the sites of every set. Pure.
-
-A *variant* is a direction with a source and one of its samples. Within one, cells are laid out as
-arrays over [pair, layer, entry], an entry being a position (or a group of them) of the clean
-prompt; of sets, over [pair, 1, set].
-"""
+"""The runs of every component and of the sets, variant by variant."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchsweep.cone import Map, cone
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
-from patchsweep.pairs import Pair, Positions, resolve_positions
-from patchsweep.reads import Inner, Reads
-from patchsweep.sites import (
-    COMPONENTS,
-    SETS,
-    WINDOWED,
-    Direction,
-    Enters,
-    Grid,
-    Site,
-    component,
-    window_name,
+from patchsweep.layout.columns import (
+    CODES,
+    NAMES,
+    OWN,
+    Features,
+    Frame,
+    Ints,
+    Layout,
+    Places,
+    SiteTable,
+    Variant,
+    injected_tokens,
 )
+from patchsweep.pairs import Pair, Positions
+from patchsweep.reads import Inner, Reads
+from patchsweep.sites import COMPONENTS, SETS, Direction, Enters, Grid, component
 from patchsweep.sources import Other, Source
-from patchsweep.spec import Complement, Metric, Place, Sweep
-
-Ints = NDArray[np.int64]
-OWN = -1  # a site whose value comes from the variant's own source
-CODES = {name: code for code, name in enumerate(COMPONENTS)}
-NAMES = tuple(COMPONENTS)
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a plan has to know of a sparse autoencoder: where it reads, and its sizes."""
-
-    layer: int
-    at: str
-    features: int
-    width: int
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A direction with a source and a sample, by their numbers."""
-
-    direction: int
-    source: int
-    sample: int
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One pair in one variant: the positions of its destination and source, by clean position.
-
-    to_dst and to_src [clean position]: −1 where a position has no counterpart in the other run.
-    """
-
-    length: int  # of the destination
-    to_dst: Ints
-    to_src: Ints
-    differs: Map  # [destination position]
-    reads: Map  # [destination position]
-    inner: Map  # [layer, destination position]
-
-
-@dataclass(frozen=True, eq=False)
-class Layout:
-    """The runs of one component, or of the sets, in one variant. Arrays are [pair, layer, entry].
-
-    exists: whether there is a run. start: its row's first position in the destination. joins: the
-    layer call from which its row is carried. extra [pair, layer call, entry]: tokens that patches
-    add to a call beside the rows. extra_reads, head_reads [pair, entry]: keys that those tokens
-    read with every head, and with one. encoded [pair, entry]: tokens whose features are computed
-    beside those of the unpatched runs. inside [pair, entry]: whether the prompt has the entry.
-    """
-
-    exists: Map
-    start: Ints
-    joins: Ints
-    extra: Ints
-    extra_reads: Ints
-    head_reads: Ints
-    encoded: Ints
-    inside: Map
-
-
-@dataclass(frozen=True, eq=False)
-class SiteTable:
-    """The sites of all sets, in columns [site]; `entry` counts in members [pair, entry, position]
-    and in `entries`, `source` in the sweep's sources (OWN: the variant's)."""
-
-    names: tuple[str, ...]
-    entries: tuple[str, ...]
-    set: Ints
-    component: Ints
-    layer: Ints
-    unit: Ints
-    entry: Ints
-    source: Ints
-    members: Map
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """What the runs of one pair replace, in columns [place].
-
-    cell: which run, as a flat index over [layer, entry]. What is replaced (component, layer, unit:
-    of a grid's cells 0, for they are alike in cost), at which clean position, and from which source
-    (OWN or its number).
-    """
-
-    cell: Ints
-    component: Ints
-    layer: Ints
-    unit: Ints
-    position: Ints
-    source: Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -455,20 +358,6 @@ class Layouts:
         return inside
 
 
-def injected_tokens(places: Places, position: Ints, call: Ints, joins: Ints) -> Ints:
-    """Places, one per token, whose tokens pass a layer beside the rows, for their row is born from
-    what comes out: those in the layer call before their run (`joins` by cell) is carried. Queries
-    come first, for they attend."""
-    late = np.flatnonzero(call == joins[places.cell] - 1)
-    order = late[
-        np.lexsort([places.component[late] != CODES["head_q"], position[late], places.cell[late]])
-    ]
-    key = np.stack([places.cell[order], position[order]])
-    first = np.ones(len(order), bool)
-    first[1:] = (key[:, 1:] != key[:, :-1]).any(0)
-    return order[first]
-
-
 def _marked(length: int, positions: Ints, pair: Pair, what: str) -> Map:
     """[position]: True at these; BadInput if one of them is not in the run."""
     if (positions < 0).any():
@@ -479,147 +368,3 @@ def _marked(length: int, positions: Ints, pair: Pair, what: str) -> Map:
     out = np.zeros(length, bool)
     out[positions] = True
     return out
-
-
-def make_layouts(
-    pairs: Sequence[Pair],
-    settings: Sweep,
-    sources: tuple[Source, ...],
-    reads: Reads,
-    dimensions: Dimensions,
-    features: Features | None,
-) -> Layouts:
-    """BadInput for sets and windows that the model or the pairs do not have."""
-    out = Layouts(
-        pairs=pairs,
-        directions=settings.directions,
-        sources=sources,
-        positions=resolve_positions(pairs, settings.positions),
-        reads=reads,
-        dimensions=dimensions,
-        table=None,
-        features=features,
-    )
-    for read in reads.inner:
-        _check_read(out, read.metric)
-    sets = _windows(out, settings)
-    for name, given in settings.sets.items():
-        if name in sets:
-            raise BadInput(f"set '{name}' has the name of a window: choose another")
-        if isinstance(given, Complement):
-            sets[name] = _complement(out, given)
-        else:
-            sets[name] = [_site(out, site, name) for site in given]
-    return replace(out, table=_table(out, sets)) if sets else out
-
-
-def _check_read(of: Layouts, m: Metric) -> None:
-    """BadInput for a layer, head, neuron or feature that is not there."""
-    limits = {"layer": of.dimensions.layers, "head": of.dimensions.heads}
-    if m.name == "neuron":
-        limits["neuron"] = of.units("neuron")
-    if m.name == "sae_feature":
-        limits["feature"] = of.units("sae_feature")
-    if m.name == "probe":
-        limits["unit"] = of.units(m.component)
-    for option, limit in limits.items():
-        if getattr(m, option) >= limit:
-            raise BadInput(f"{m.column}: no {option} {getattr(m, option)}: use 0 to {limit - 1}")
-
-
-# A site as numbers: component, layer, unit, position entry (as the spec writes it), source.
-_Numbers = tuple[int, int, int, Place, int]
-
-
-def _windows(of: Layouts, settings: Sweep) -> dict[str, list[_Numbers]]:
-    """Sliding windows of adjacent layers (Meng et al. 2022; Zhang & Nanda 2023, section 5)."""
-    sets: dict[str, list[_Numbers]] = {}
-    for name in (c for c in WINDOWED if c in settings.components):
-        for size in settings.windows:
-            layers = of.dimensions.layers
-            if size > layers:
-                raise BadInput(f"windows: {size} layers, but the model has {layers}: use fewer")
-            for entry in of.positions.names:
-                for first in range(layers - size + 1):
-                    window = range(first, first + size)
-                    sets[window_name(name, window, entry)] = [
-                        (CODES[name], layer, 0, entry, OWN) for layer in window
-                    ]
-    return sets
-
-
-def _site(of: Layouts, site: Site, name: str) -> _Numbers:
-    """BadInput, naming the set, for a layer, unit or source that is not there."""
-    where, layers, units = (
-        f"set '{name}': {site}",
-        of.layers(site.component),
-        of.units(site.component),
-    )
-    layer = layers.start if site.layer is None else site.layer
-    if layer not in layers:
-        raise BadInput(f"{where}: no layer {layer}: use {layers.start} to {layers.stop - 1}")
-    unit = site.unit or 0
-    if unit >= units:
-        kind = component(site.component).unit
-        raise BadInput(f"{where}: no {kind} {unit}: use 0 to {units - 1}")
-    names = [s.name for s in of.sources]
-    if site.source is not None and site.source not in names:
-        raise BadInput(
-            f"{where}: no source '{site.source}' in this sweep: it has {', '.join(names)}"
-        )
-    source = OWN if site.source is None else names.index(site.source)
-    return CODES[site.component], layer, unit, site.position, source
-
-
-def _complement(of: Layouts, given: Complement) -> list[_Numbers]:
-    besides = {_site(of, site, "besides")[:4] for site in given.besides}
-    for *_, entry in besides:
-        if entry != "all" and entry not in of.positions.names:
-            names = ", ".join(map(str, of.positions.names))
-            raise BadInput(
-                f"besides: position {entry} is none of this sweep's ({names}): "
-                "name the sites by the positions that the sweep has"
-            )
-    out = []
-    for name in given.within:
-        code = CODES[component(name).name]
-        for layer in of.layers(name):
-            for unit in range(of.units(name)):
-                if (code, layer, unit, "all") in besides:
-                    continue
-                out += [
-                    (code, layer, unit, entry, OWN)
-                    for entry in of.positions.names
-                    if (code, layer, unit, entry) not in besides
-                ]
-    return out
-
-
-def _table(of: Layouts, sets: Mapping[str, Sequence[_Numbers]]) -> SiteTable:
-    entries = list(dict.fromkeys(site[3] for sites in sets.values() for site in sites))
-    rows = [
-        (i, code, layer, unit, entries.index(entry), source)
-        for i, sites in enumerate(sets.values())
-        for code, layer, unit, entry, source in sites
-    ]
-    columns = np.array(rows, np.int64).reshape(-1, 6).T
-    return SiteTable(
-        names=tuple(sets),
-        entries=tuple(map(str, entries)),
-        set=columns[0],
-        component=columns[1],
-        layer=columns[2],
-        unit=columns[3],
-        entry=columns[4],
-        source=columns[5],
-        members=np.stack([_members(of, entry) for entry in entries], 1),
-    )
-
-
-def _members(of: Layouts, entry: Place) -> Map:
-    """[pair, position]: what a site's position means: a group or label of the sweep, "all", or any
-    index or label of the pairs."""
-    if isinstance(entry, str) and entry in of.positions.names:
-        return of.positions.members[:, of.positions.names.index(entry)]
-    which = "all" if entry == "all" else (entry,)
-    return resolve_positions(of.pairs, which).members[:, 0]
