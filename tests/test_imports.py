@@ -21,7 +21,7 @@ LEVELS = (
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader"),
-    ("attention", "sources", "reads", "circuits", "table"),
+    ("attention", "sources", "reads", "circuits", "table", "prefilter"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
     ("model", "modules"),

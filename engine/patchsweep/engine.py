@@ -26,7 +26,6 @@ from patchsweep.backends import opened
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
@@ -41,7 +40,6 @@ from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
-from patchsweep.values import Values
 from patchsweep.wave import WaveResult, run_wave, wavefront
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
@@ -75,7 +73,8 @@ def plan_spec(spec: Spec) -> Plan:
         device, offload = foreseen(empty, device_map(empty, spec.max_memory))
     pairs = build_pairs(spec.prompts, load_tokenizer(spec.model))
     sae = load_autoencoder(spec)
-    return plan_sweep(dimensions_of(empty), pairs, spec, device, sae=sae, offload=offload)
+    plan = plan_sweep(dimensions_of(empty), pairs, spec, device, sae=sae, offload=offload)
+    return attribution.expected(plan, spec)
 
 
 def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
@@ -221,7 +220,9 @@ def carry_out(
         store = existing or _create(out, plan, settings, model, attrs)
         run = partial(run_wave, forward, values=values, carry=carry)
         if estimators:
-            _estimate(forward, plan, settings, values, store)
+            attribution.write_estimates(forward, plan, settings, values, store)
+            plan = attribution.chosen_cells(plan, settings, store)
+            store.set_attrs(plan=plan.counts())
         _run_waves(run, plan, settings, store)
         store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
     return results_of.open(out)
@@ -232,7 +233,10 @@ def _joint(run: Run, plan: Plan, settings: Sweep, results: Results) -> dict[str,
     the first metric and source; its effect beside theirs alone."""
     found: dict[str, Any] = {}
     metric = settings.metrics[0]
-    for name in (c for c in plan.grids if c != SETS):
+    ran = [c for c in plan.grids if c != SETS]
+    if settings.prefilter is None:
+        ran = [c for c in ran if c not in attribution.chosen(settings)]
+    for name in ran:
         for direction in plan.directions:
             top = results.top(name, metric.column, direction, JOINT)
             if len(top) < 2:
@@ -275,35 +279,13 @@ def _effect_of_set(
         if wave.source or wave.sample:
             continue
         result = run(one, wave, alone.metrics)
-        [(_, found, _)] = result.blocks
-        [column] = found
-        clean, corrupt = result.baseline[column]
+        [(column, (clean, corrupt))] = result.baseline.items()
         destination, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
-        moved += float((found[column].ravel() - destination).sum())
+        moved += sum(float(found[column].sum()) for _, found, _ in result.blocks)
+        moved -= float(destination.sum())
         from_run = one.sources[0].kind == "run"
         span += float((source - destination).sum()) if from_run else len(destination)
     return moved / span if span else float("nan")
-
-
-def _estimate(forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store) -> None:
-    """Write the estimates that are not there yet."""
-    done = store.estimated()
-    for number, source in enumerate(plan.sources):
-        for sample in range(source.samples):
-            for pairs in attribution.pair_ranges(plan):
-                if done[number, sample, pairs.start : pairs.stop].all():
-                    continue
-                found = attribution.estimate_pairs(
-                    forward,
-                    plan,
-                    pairs,
-                    store.estimators,
-                    settings.metrics,
-                    values,
-                    source=number,
-                    sample=sample,
-                )
-                store.write_estimates(number, sample, pairs, found.values)
 
 
 def _run_waves(run: Run, plan: Plan, settings: Sweep, store: Store) -> None:
@@ -385,6 +367,7 @@ IDENTITY = {
     "model_fingerprint": "another model",
     "metrics": "other metrics",
     "estimators": "other estimates",
+    "prefilter": "another prefilter",
     "backend": "another backend",
     "values": "other means, vectors, probes or autoencoder",
 }
@@ -392,9 +375,10 @@ IDENTITY = {
 
 def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
     """BadInput unless the results in `store` are those of this very sweep."""
-    said = {"metrics": store.attrs["spec"].get("metrics"), "estimators": store.estimators}
-    before = {**store.attrs, **said}
-    now = {**attrs, "metrics": attrs["spec"]["metrics"]}
+    spec = store.attrs["spec"]
+    said = {"metrics": spec.get("metrics"), "prefilter": spec.get("prefilter")}
+    before = {**store.attrs, **said, "estimators": store.estimators}
+    now = {**attrs, **{key: attrs["spec"][key] for key in said}}
     for key, what in IDENTITY.items():
         if before.get(key) != now[key]:
             raise _another(store, what)

@@ -25,9 +25,10 @@ from patchsweep import diagnostics, table
 from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import change, ratio
 from patchsweep.errors import BadInput
+from patchsweep.prefilter import Choice, Verdict, judge
 from patchsweep.reader import Reader, one_of
 from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
-from patchsweep.spec import INNER
+from patchsweep.spec import INNER, Prefilter
 from patchsweep.statistics import (
     Agreement,
     adjusted,
@@ -102,7 +103,7 @@ class Results(Reader):
 
         Columns: component, direction, source, sample, pair, layer, unit (missing where there is
         none), position (of "sets": the set), token (of the destination run), and per metric its raw
-        value, `_effect` and `_status`.
+        value, `_effect` and `_status`, and `_estimate` where the sweep has estimates.
         """
         return pd.concat(list(table.frames(self)), ignore_index=True)
 
@@ -123,6 +124,53 @@ class Results(Reader):
         """
         return self._over_pairs(component, metric, direction, source)[1]
 
+    def estimated_effect(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """The effect over all pairs and samples as estimated, [layer, unit, position], a ratio of
+        means like `effect`; of the estimator atp_star a magnitude. BadInput if the sweep did not
+        estimate the component."""
+        grid, d, s = self._at(component, metric, direction, source)
+        self._estimator(component)
+        ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
+        moved, span = np.zeros((2, grid.layers, grid.units, len(grid.positions)))
+        for pairs in grid.pair_tiles():
+            tile = slice(pairs.start, pairs.stop)
+            values = self.store.read(f"{component}/{metric}_estimate", (d, s, slice(None), tile))
+            destination, donor = (end[:, tile] for end in ends)
+            use = ~np.isnan(values) & np.isfinite(donor - destination)
+            moved += np.where(use, values - destination, 0.0).sum(axis=(0, 1))
+            span += np.where(use, donor - destination, 0.0).sum(axis=(0, 1))
+        return ratio(moved, span)
+
+    def audit(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Verdict | None:
+        """What the prefilter's cells that were run say of those that were not; None without a
+        prefilter, for a component that was not estimated, and where nothing was kept."""
+        given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
+        if given is None or component not in estimated or not self.complete:
+            return None
+        grid, d, s = self._at(component, metric, direction, source)
+        chosen = [
+            self.store.read(f"choice/{component}_{name}", (d, s)) for name in ("status", "stratum")
+        ]
+        return judge(
+            self.effect(component, metric, direction, source),
+            Choice(*chosen),
+            Prefilter(**given),
+            components=len(estimated) * len(grid.directions) * len(grid.sources),
+            metrics=len(self.metrics),
+        )
+
+    def _estimator(self, component: str) -> str:
+        """How a component was estimated; BadInput if it was not."""
+        if component not in self.store.estimators:
+            raise BadInput(
+                f"{component} has no estimates in these results: run with estimate or prefilter"
+            )
+        return self.store.estimators[component]
+
     def top(
         self,
         component: str,
@@ -131,8 +179,11 @@ class Results(Reader):
         n: int = 10,
         source: str | None = None,
     ) -> list[CellEffect]:
-        """The `n` cells of largest absolute effect, largest first."""
+        """The `n` cells of largest absolute effect, largest first; of a component that was only
+        estimated by that estimate, `patched` being NaN."""
         patched, effect = self._over_pairs(component, metric, direction, source)
+        if component in self.only_estimated:
+            effect = self.estimated_effect(component, metric, direction, source)
         return self._ranked(component, patched, effect, np.isfinite(effect))[:n]
 
     def detections(
@@ -181,9 +232,7 @@ class Results(Reader):
         where the estimator has no sign. BadInput if the sweep did not estimate the component.
         """
         grid = self.grid(component)
-        how = self.store.estimators.get(component)
-        if how is None:
-            raise BadInput(f"{component} has no estimates in these results: run with estimate")
+        how = self._estimator(component)
         destination = self.ends(one_of("metric", metric, self.metrics), grid)[0]
         moved: list[tuple[Array, Array]] = []
         for pairs in grid.pair_tiles():
@@ -261,6 +310,12 @@ class Results(Reader):
         if not per_sample:
             return np.full((grid.layers, grid.units, len(grid.positions)), np.nan)
         return standard_error(np.stack(per_sample), 0)
+
+    @property
+    def only_estimated(self) -> tuple[str, ...]:
+        """The components that the sweep estimated and did not run."""
+        prefiltered = self.attrs["spec"].get("prefilter") is not None
+        return () if prefiltered else tuple(self.store.estimators)
 
     @cached_property
     def inner_metrics(self) -> list[str]:
@@ -383,11 +438,13 @@ class Results(Reader):
     def _over_pairs(
         self, component: str, metric: str, direction: str, source: str | None
     ) -> tuple[Array, Array]:
-        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each."""
+        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each. NaN
+        for cells that are only estimated in some pair: the other pairs are not all of them."""
         grid, d, s = self._at(component, metric, direction, source)
         ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
         # changed, span, patched, number of runs
         sums = np.zeros((4, grid.layers, grid.units, len(grid.positions)))
+        partly = np.zeros(sums.shape[1:], bool)
         for pairs in grid.pair_tiles():
             tile = slice(pairs.start, pairs.stop)
             values = self.store.read(f"{component}/{metric}", (d, s, slice(None), tile))
@@ -399,6 +456,8 @@ class Results(Reader):
             moved = change(patched, status, destination)
             for i, term in enumerate((moved, span, patched, 1.0)):
                 sums[i] += np.where(use, term, 0.0).sum(axis=(0, 1))
+            partly |= (status == Status.ESTIMATED).any(axis=(0, 1))
+        sums[:, partly] = np.nan
         changed, span, patched, runs = sums
         return ratio(patched, runs), ratio(changed, span)
 

@@ -6,6 +6,9 @@ Layout under the results folder:
 - `<component>/<metric>_estimate`, where the sweep estimates the component: the same dimensions and
   chunks, without a status; its attribute `approximation` says how it was made.
 - `completion/estimates` uint8 [source, sample, pair], chunks of one: whose estimates are written.
+- `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
+  position]: what becomes of an estimated component's cells (`prefilter.Choice`);
+  `completion/choice` uint8 [1]: whether that is written.
 - `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
@@ -49,6 +52,7 @@ from patchsweep.sites import DIMENSIONS, SETS, Block, Grid, unit_name
 SCHEMA = 2
 RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
+CHOSEN = "completion/choice"
 _MARK = "patchsweep_schema"
 
 # Causes that a user can mend: what is wrong, and the mend.
@@ -206,6 +210,22 @@ class Store:
     def estimated(self) -> NDArray[np.bool_]:
         """Whose estimates are written, bool [source, sample, pair]. Only where there are any."""
         return self.read(ESTIMATED).astype(np.bool_)
+
+    def write_choice(self, component: str, **arrays: NDArray[np.uint8]) -> None:
+        """Write what becomes of a component's cells, `status` and `stratum` [direction, source,
+        layer, unit, position]. BadInput if the disk refuses."""
+        with _writing(self.path, "continue with --resume"):
+            for name, array in arrays.items():
+                self._array(f"choice/{component}_{name}")[...] = array
+
+    def mark_chosen(self) -> None:
+        """The choices of all components are written."""
+        with _writing(self.path, "continue with --resume"):
+            self._array(CHOSEN)[...] = 1
+
+    def chosen(self) -> bool:
+        """Whether the choices of all components are written."""
+        return bool(self.estimators) and bool(self.read(CHOSEN).all())
 
     def write_baseline(
         self,
@@ -404,10 +424,15 @@ def _create_estimates(
             name = f"{grid.component}/{metric}_estimate"
             array = _create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
             array.update_attributes({"approximation": how})
+        for what in ("status", "stratum"):
+            name, cells = f"choice/{grid.component}_{what}", grid.shape[4:]
+            dims = ("direction", "source", "layer", "unit", "position")
+            shape = (len(grid.directions), len(grid.sources), *cells)
+            _create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
     first = grids[0]
-    shape = (len(first.sources), first.samples, first.pairs)
-    dims = ("source", "sample", "pair")
-    _create_array(root, ESTIMATED, dims, shape, (1, 1, 1), "uint8", 0)
+    every = (len(first.sources), first.samples, first.pairs)
+    _create_array(root, ESTIMATED, ("source", "sample", "pair"), every, (1, 1, 1), "uint8", 0)
+    _create_array(root, CHOSEN, ("choice",), (1,), (1,), "uint8", 0)
 
 
 def _create_baseline(

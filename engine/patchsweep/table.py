@@ -26,10 +26,11 @@ def frames(results: Reader) -> Iterator[pd.DataFrame]:
         ends = {metric: results.ends(metric, grid) for metric in results.metrics}
         for pairs in grid.pair_tiles():
             region = (slice(None),) * 3 + (slice(pairs.start, pairs.stop),)
+            kinds = ["", "_status", *(["_estimate"] if name in results.store.estimators else [])]
             arrays = {
-                array: results.store.read(f"{name}/{array}", region)
+                f"{metric}{kind}": results.store.read(f"{name}/{metric}{kind}", region)
                 for metric in results.metrics
-                for array in (metric, f"{metric}_status")
+                for kind in kinds
             }
             for i, pair in enumerate(pairs):
                 cells = {array: data[:, :, :, i] for array, data in arrays.items()}
@@ -96,6 +97,9 @@ def _frame(
         columns[metric] = raw
         columns[f"{metric}_effect"] = ratio(change(raw, state, dst[at]), src[at] - dst[at])
         columns[f"{metric}_status"] = _categories(state, names, tuple(names))
+        if results.store.estimators:
+            estimate = cells.get(f"{metric}_estimate", np.full_like(cells[metric], np.nan))
+            columns[f"{metric}_estimate"] = estimate[keep]
     return pd.DataFrame(columns)
 
 
@@ -124,6 +128,7 @@ def _schema(results: Reader) -> pa.Schema:
     }
     for metric in results.metrics:
         fields |= {metric: value, f"{metric}_effect": pa.float64(), f"{metric}_status": names}
+        fields |= {f"{metric}_estimate": value} if results.store.estimators else {}
     return pa.schema(list(fields.items()))
 
 

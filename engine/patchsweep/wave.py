@@ -206,7 +206,8 @@ def _block(
     found: Mapping[str, NDArray[np.floating]],
     baseline: Mapping[str, NDArray[np.floating]],
 ) -> tuple[Found, Statuses]:
-    """A block's arrays: runs where there are any, the baseline where nothing can differ."""
+    """A block's arrays: runs where there are any, the baseline where nothing can differ, nothing
+    where a run is left out."""
     shape = (
         len(block.pairs),
         plan.grids[block.component].layers,
@@ -214,13 +215,20 @@ def _block(
         len(block.positions),
     )
     inside = np.broadcast_to(plan.inside(block)[:, None, None, :], shape)
+    chosen, possible = plan.chosen(block), plan.possible(block)[:, :, None, :]
+    ran = np.full(len(cell), Status.EXACT, np.uint8)
+    if chosen is not None:
+        ran = np.broadcast_to(chosen, shape).ravel()[cell]
     values, statuses = {}, {}
     for k, v in found.items():
         full = np.where(inside, baseline[k][:, None, None, None], np.nan).astype(v.dtype)
         status = np.where(inside, Status.STRUCTURAL, Status.OUTSIDE).astype(np.uint8)
         status[inside & ~np.isfinite(full)] = Status.NOT_FINITE
+        if chosen is not None:
+            status = np.where(possible, chosen, status)
+            full[np.broadcast_to(possible, shape)] = np.nan
         full.ravel()[cell] = v
-        status.ravel()[cell] = np.where(np.isfinite(v), Status.EXACT, Status.NOT_FINITE)
+        status.ravel()[cell] = np.where(np.isfinite(v), ran, Status.NOT_FINITE)
         values[k] = full[None, None, None]
         statuses[k] = status[None, None, None]
     return values, statuses

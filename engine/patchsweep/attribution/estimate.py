@@ -32,9 +32,10 @@ Statuses = dict[str, NDArray[np.uint8]]
 @dataclass(frozen=True, eq=False)
 class Estimates:
     """By component and metric column, [direction, 1, 1, pair, layer, unit, position]: `values`, the
-    estimated metric of the patched run (the destination's plus the estimated change), and `status`
-    (ESTIMATED, STRUCTURAL where nothing can change, OUTSIDE, NOT_FINITE). `baseline` by column is
-    that of the runs, [run = clean, other; pair], NaN where there is no other."""
+    estimated metric of the patched run (the destination's plus the estimated change; infinite where
+    that is not finite, NaN outside the prompt), and `status` (ESTIMATED, STRUCTURAL where nothing
+    can change, OUTSIDE, NOT_FINITE). `baseline` by column is that of the runs, [run = clean, other;
+    pair], NaN where there is no other."""
 
     values: Mapping[str, Found]
     status: Mapping[str, Statuses]
@@ -236,9 +237,10 @@ def _arrays(job: _Job, name: str, changed: Changed) -> tuple[Found, Statuses]:
         destination = np.stack([by_row[passes.rows(d)] for d in directions])
         change = changed[name, column].detach().cpu().numpy()
         found = destination[:, :, None, None, None] + np.where(exists, change, 0)
-        found = np.where(inside, found, np.nan).astype(by_row.dtype)
         status = np.where(exists, Status.ESTIMATED, Status.STRUCTURAL)
         status = np.where(np.isfinite(found), status, Status.NOT_FINITE)
+        found = np.where(np.isfinite(found), found, np.inf)
+        found = np.where(inside, found, np.nan).astype(by_row.dtype)
         status = np.where(inside, status, Status.OUTSIDE).astype(np.uint8)
         values[column], statuses[column] = found[:, None, None], status[:, None, None]
     return values, statuses

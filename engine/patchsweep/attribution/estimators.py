@@ -36,16 +36,20 @@ NO_GRADIENT = ("rank", "accuracy")
 
 def chosen(settings: Sweep) -> dict[str, str]:
     """The estimator of every component that a sweep estimates, in the sweep's order; none without
-    `estimate`. BadInput for what has no estimate, also for a backend that makes none."""
+    `estimate` or `prefilter`. BadInput for what has no estimate, also for a backend that makes
+    none."""
     given, components = settings.estimate, settings.components
+    key = "prefilter" if settings.prefilter else "estimate"
+    if settings.prefilter:
+        given = settings.prefilter.estimator
     if given is False:
         return {}
     if not components:
-        raise BadInput("estimate: sets have no estimates: name components, or leave estimate out")
+        raise BadInput(f"{key}: sets have no estimates: name components, or leave {key} out")
     if isinstance(given, dict):
         if strange := [name for name in given if name not in components]:
             raise BadInput(
-                f"estimate: {strange[0]} is not patched: add it to components or leave it out"
+                f"{key}: {strange[0]} is not patched: add it to components or leave it out"
             )
         estimators = {name: given[name] for name in components if name in given}
     elif given is True:
@@ -55,7 +59,7 @@ def chosen(settings: Sweep) -> dict[str, str]:
     try:
         check(estimators, settings.metrics, settings.directions)
     except BadInput as error:
-        raise BadInput(f"estimate: {error}") from error
+        raise BadInput(f"{key}: {error}") from error
     if settings.backend == "nnsight":
         raise not_on("it is asked for")
     return estimators
@@ -64,8 +68,8 @@ def chosen(settings: Sweep) -> dict[str, str]:
 def not_on(reason: str) -> BadInput:
     """What is said where a sweep runs through nnsight, for this reason."""
     return BadInput(
-        f"estimate: none are made through nnsight ({reason}): leave estimate out, or use the "
-        "wavefront"
+        f"estimates are not made through nnsight ({reason}): leave estimate and prefilter out, or "
+        "use the wavefront"
     )
 
 

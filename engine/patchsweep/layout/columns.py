@@ -56,9 +56,9 @@ class Layout:
 
     exists: whether there is a run. start: its row's first position in the destination. joins: the
     layer call from which its row is carried. extra [pair, layer call, entry]: tokens that patches
-    add to a call beside the rows. extra_reads, head_reads [pair, entry]: keys that those tokens
-    read with every head, and with one. encoded [pair, entry]: tokens whose features are computed
-    beside those of the unpatched runs. inside [pair, entry]: whether the prompt has the entry.
+    add to a call beside the rows. extra_reads, head_reads: keys that those tokens read with every
+    head, and with one. encoded [pair, entry]: tokens whose features are computed beside those of
+    the unpatched runs. inside [pair, entry]: whether the prompt has the entry.
     """
 
     exists: Map

@@ -307,8 +307,8 @@ class Layouts:
             start=np.zeros(shape, np.int64),
             joins=np.zeros(shape, np.int64),
             extra=np.zeros(by_call, np.int64),
-            extra_reads=np.zeros(by_entry, np.int64),
-            head_reads=np.zeros(by_entry, np.int64),
+            extra_reads=np.zeros(shape, np.int64),
+            head_reads=np.zeros(shape, np.int64),
             encoded=np.zeros(by_entry, np.int64),
             inside=self._inside(name, variant),
         )
@@ -324,7 +324,8 @@ class Layouts:
         """Fill in one pair."""
         position = self.frames(variant)[pair].to_dst[places.position]
         call, joins = self.calls(places)
-        flat = {name: getattr(out, name)[pair].reshape(-1) for name in ("exists", "start", "joins")}
+        by_cell = ("exists", "start", "joins", "extra_reads", "head_reads")
+        flat = {name: getattr(out, name)[pair].reshape(-1) for name in by_cell}
         flat["exists"][places.cell] = True
         for name, values in (("start", position), ("joins", joins)):
             flat[name][places.cell] = values.max(initial=0)
@@ -338,9 +339,9 @@ class Layouts:
         windows = np.array([w or position.max(initial=0) + 1 for w in self.dimensions.windows])
         keys = np.minimum(position + 1, windows[np.minimum(places.layer, len(windows) - 1)])
         queried = injected[np.isin(places.component, CODES["head_q"])[injected]]
-        np.add.at(out.extra_reads[pair], entry[queried], keys[queried])
+        np.add.at(flat["extra_reads"], places.cell[queried], keys[queried])
         patterns = np.flatnonzero(places.component == CODES["head_pattern"])
-        np.add.at(out.head_reads[pair], entry[patterns], keys[patterns])
+        np.add.at(flat["head_reads"], places.cell[patterns], keys[patterns])
         if in_sets:
             features = places.component == CODES["sae_feature"]
             np.add.at(out.encoded[pair], entry[features], 1)

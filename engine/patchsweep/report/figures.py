@@ -63,7 +63,9 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
     singles = [c for c in results.components if c != SETS]
     for component, metric in itertools.product(singles, results.metrics):
         for direction in results.grid(component).directions:
-            effect = results.effect(component, metric, direction)
+            only = component in results.only_estimated
+            over_pairs = results.estimated_effect if only else results.effect
+            effect = over_pairs(component, metric, direction)
             for heatmap in _views(results, component, effect):
                 name = f"{component}-{metric}-{direction}-{heatmap.view}"
                 yield name, _draw(results, component, metric, direction, heatmap)

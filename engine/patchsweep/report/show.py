@@ -28,13 +28,16 @@ def show(results: Results, console: Console) -> None:
     scale = "0 = destination, 1 = source" if results.normalised(0) else "patched - destination"
     for component in results.components:
         for direction in results.grid(component).directions:
-            title = f"{component}, {direction}: largest effects on {metric}"
+            kind = "estimated effects" if component in results.only_estimated else "effects"
+            title = f"{component}, {direction}: largest {kind} on {metric}"
             rows = top_table(results, component, metric, direction)
             _print_titled(console, f"{title} ({scale})", rows)
-            if component != SETS:
+            if component != SETS and component not in results.only_estimated:
                 console.print(_detections(results, component, metric, direction))
+            for line in _audits(results, component, direction):
+                console.print(Text(line))
             console.print()
-    if results.store.estimators:
+    if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"
         _print_titled(console, title, _agreement(results))
         console.print()
@@ -65,6 +68,8 @@ def plan_table(plan: Plan) -> Table:
         "memory": f"at most {counts['peak_bytes'] / 2**20:,.0f} MiB beside the model",
         "disk": f"at most {counts['disk_bytes'] / 2**20:,.1f} MiB before compression",
     }
+    if counts["estimated"]:
+        words["estimated"] = f"{counts['estimated']:,} (not run; compute is without estimates)"
     if plan.offload.moved:
         wave = f"{plan.offload.moved / 2**20:,.0f} MiB a wave"
         words["weights"] = f"{counts['moved_bytes'] / 2**20:,.0f} MiB brought in, {wave}"
@@ -183,11 +188,28 @@ def _agreement(results: Results) -> Table:
     """How well each metric was estimated at each component."""
     table = _table("component", "estimator", "metric", "Pearson", "Spearman", "cells")
     for component, how in results.store.estimators.items():
-        for metric in results.metrics:
+        for metric in results.metrics if component not in results.only_estimated else ():
             r = results.agreement(component, metric)
             numbers = f"{r.pearson:.3f}", f"{r.spearman:.3f}", f"{r.cells:,}"
             table.add_row(component, how, metric, *numbers)
     return table
+
+
+def _audits(results: Results, component: str, direction: str) -> list[str]:
+    """What the prefilter's audit says of the cells that were not run, by metric."""
+    lines = []
+    for metric in results.metrics:
+        found = results.audit(component, metric, direction)
+        if found is None:
+            continue
+        strata = found.audit.strata
+        drawn = ", ".join(f"{s.hits} of {s.drawn} drawn from {s.cells:,}" for s in strata)
+        lines.append(
+            f"Prefilter, {metric}: {found.precision:.0%} of the kept cells exceed "
+            f"{found.theta:.3g}, recall {found.recall:.0%}; of the others {drawn} do; "
+            f"{found.audit.statement}"
+        )
+    return lines
 
 
 def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
@@ -195,7 +217,8 @@ def _detections(results: Results, component: str, metric: str, direction: str) -
     found = results.detections(component, metric, direction)
     names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
     more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
-    text = f"Beyond 2 SD of the mean effect: {len(found)} cells"
+    of = " (of the cells that were run)" if component in results.store.estimators else ""
+    text = f"Beyond 2 SD of the mean effect{of}: {len(found)} cells"
     return Text(f"{text}: {', '.join(names)}{more}" if found else text)
 
 

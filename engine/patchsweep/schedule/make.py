@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from patchsweep.layout import CODES, OWN, Places, Variant, injected_tokens
-from patchsweep.plan import Ints, Plan, Wave, null_start
-from patchsweep.schedule.steps import Bools, Edit, Embedding, Patched, Runs, Schedule
+from patchsweep.plan import RUN, Ints, Plan, Wave, null_start
+from patchsweep.schedule.steps import Bools, Edit, Embedding, Patched, Runs, Schedule, ragged
 from patchsweep.sites import SETS, Block
 
 NULL = -1  # the block of null patches, which belong to none
@@ -137,40 +137,37 @@ def _of_block(
     plan: Plan, wave: Wave, block: Block, number: int, pair: int
 ) -> tuple[dict[str, Ints], dict[str, Ints]]:
     """The runs of one pair in a block, and what they replace (`run` counting these runs)."""
-    layout, units = plan.layout(block), np.arange(len(block.units))
+    layout = plan.layout(block)
     entries = slice(block.positions.start, block.positions.stop)
     exists = layout.exists[pair][:, entries]
-    layer, entry = np.nonzero(exists)
-    shape = (len(block.pairs), exists.shape[0], len(units), exists.shape[1])
+    shape = (len(block.pairs), exists.shape[0], len(block.units), exists.shape[1])
+    run = np.broadcast_to(exists[:, None], shape[1:])
+    if (chosen := plan.chosen(block)) is not None:
+        run = run & np.isin(chosen, RUN)
+    layer, entry, unit = np.nonzero(run.swapaxes(1, 2))
     inside = pair - block.pairs.start
-    cell = np.ravel_multi_index((inside, layer[:, None], units, entry[:, None]), shape).ravel()
-    each = {
-        "layer": layer,
-        "start": layout.start[pair][:, entries][layer, entry],
-        "joins": layout.joins[pair][:, entries][layer, entry],
-    }
-    runs = {k: np.repeat(v, len(units)) for k, v in each.items()}
     said = {
         "block": number,
         "pair": pair - wave.pairs.start,
         "direction": block.direction,
         "set": int(block.component == SETS),
     }
-    runs |= {k: np.full_like(cell, v) for k, v in said.items()}
-    runs["cell"] = cell
-
-    places = plan.layouts.places(block.component, plan.variant(block), pair)
-    total = layout.exists.shape[2]
-    place = np.full(layout.exists[pair].size, -1)
-    place[layer * total + entry + entries.start] = np.arange(len(layer))
-    mine = np.flatnonzero(place[places.cell] >= 0)
-    run = place[places.cell[mine]][:, None] * len(units) + units
-    columns = {
-        k: np.repeat(getattr(places, k)[mine], len(units))
-        for k in ("component", "layer", "position", "source")
+    runs = {
+        "cell": np.ravel_multi_index((np.full_like(layer, inside), layer, unit, entry), shape),
+        "layer": layer,
+        "start": layout.start[pair][:, entries][layer, entry],
+        "joins": layout.joins[pair][:, entries][layer, entry],
+        **{k: np.full_like(layer, v) for k, v in said.items()},
     }
-    columns["unit"] = (places.unit[mine][:, None] + block.units.start + units).ravel()
-    return runs, {"run": run.ravel(), **columns}
+    places = plan.layouts.places(block.component, plan.variant(block), pair)
+    assert (np.diff(places.cell) >= 0).all()
+    cell = layer * layout.exists.shape[2] + entry + entries.start
+    first = np.searchsorted(places.cell, cell)
+    row, offset = ragged(np.searchsorted(places.cell, cell, side="right") - first)
+    mine = first[row] + offset
+    columns = {k: getattr(places, k)[mine] for k in ("component", "layer", "position", "source")}
+    columns["unit"] = places.unit[mine] + block.units.start + unit[row]
+    return runs, {"run": row, **columns}
 
 
 def _patched(

@@ -4,10 +4,12 @@ data.py     names with options, lists, and what is wrong with them in one line
 metric.py   the metrics and their options
 source.py   the corrupt run, and where patched values come from
 sets.py     sets of sites, circuits, the autoencoder
+estimates.py  what is estimated, and what is run after all
 sweep.py    a sweep; with its model and its prompts, a spec
 files.py    a spec from a file, with overrides
 """
 
+from patchsweep.spec.estimates import Prefilter
 from patchsweep.spec.files import load_spec
 from patchsweep.spec.metric import INNER, METRICS, REQUIRED, Metric, Place, parse_metric
 from patchsweep.spec.sets import Circuit, Complement
@@ -25,6 +27,7 @@ __all__ = [
     "Mean",
     "Metric",
     "Place",
+    "Prefilter",
     "Prompts",
     "Resample",
     "Spec",

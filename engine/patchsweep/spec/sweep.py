@@ -23,6 +23,7 @@ from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.pairs import Bos
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, explain, list_of
+from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
@@ -72,8 +73,8 @@ class Sweep(Data):
     token_budget: Literal["auto"] | StrictInt = "auto"
     backend: Literal["auto", "wavefront", "nnsight"] = "auto"
     remote: bool = False
-    # True: the default estimator of every component; else one for all, or {component: estimator}.
-    estimate: bool | StrictStr | dict[StrictStr, StrictStr] = False
+    estimate: Estimators = False  # instead of running these components
+    prefilter: MaybePrefilter = None
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -91,6 +92,8 @@ class Sweep(Data):
             raise ValueError("components is missing: name what to patch, e.g. [head_z, mlp_out]")
         if self.windows and not set(self.components) & set(WINDOWED):
             raise ValueError(f"windows are over {', '.join(WINDOWED)}: add one to components")
+        if self.estimate is not False and self.prefilter:
+            raise ValueError("prefilter estimates what it names: leave estimate out")
         if self.remote and self.backend != "nnsight":
             raise ValueError("remote runs through nnsight: add backend: nnsight")
         uses = "sae_feature" in self.components or any(
@@ -143,16 +146,6 @@ class Sweep(Data):
     @classmethod
     def _windows(cls, value: object) -> object:
         return value if value in ([], ()) else list_of(value, "number of layers")
-
-    @field_validator("estimate", mode="before")
-    @classmethod
-    def _estimate(cls, value: object) -> object:
-        names = [*value, *value.values()] if isinstance(value, Mapping) else [value]
-        if not isinstance(value, bool) and not (names and all(isinstance(n, str) for n in names)):
-            raise ValueError(
-                f"{value!r} names no estimates: use true, an estimator, or {{component: estimator}}"
-            )
-        return value
 
     @field_validator("token_budget", mode="before")
     @classmethod

@@ -1,0 +1,85 @@
+"""The estimates of a sweep, written to its results; and which cells are run after them."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from patchsweep.attribution.estimate import estimate_pairs
+from patchsweep.attribution.estimators import chosen
+from patchsweep.attribution.runs import pair_ranges
+from patchsweep.forward import Forward
+from patchsweep.layout import Variant
+from patchsweep.plan import Plan, narrowed
+from patchsweep.prefilter import Bytes, Map, choose
+from patchsweep.results import Results
+from patchsweep.spec import Sweep
+from patchsweep.store import Store
+from patchsweep.values import Values
+
+
+def write_estimates(
+    forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store
+) -> None:
+    """Write the estimates that are not there yet, with the baselines that they were made from."""
+    done = store.estimated()
+    for number, source in enumerate(plan.sources):
+        for sample in range(source.samples):
+            for pairs in pair_ranges(plan):
+                if done[number, sample, pairs.start : pairs.stop].all():
+                    continue
+                found = estimate_pairs(
+                    forward,
+                    plan,
+                    pairs,
+                    store.estimators,
+                    settings.metrics,
+                    values,
+                    source=number,
+                    sample=sample,
+                )
+                unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
+                store.write_baseline(number, sample, pairs, found.baseline, unknown)
+                store.write_estimates(number, sample, pairs, found.values)
+
+
+def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
+    """The plan with only those cells of estimated components that the prefilter chooses. Chosen
+    once, by what was estimated; then as the results say."""
+    ways = [(d, s) for d in range(len(plan.directions)) for s in range(len(plan.sources))]
+    if not store.chosen():
+        results = Results(store)
+        for name in store.estimators:
+            cells = plan.grids[name].shape[4:]
+            status, stratum = np.zeros(
+                (2, len(plan.directions), len(plan.sources), *cells), np.uint8
+            )
+            for d, s in ways:
+                at = plan.directions[d], plan.sources[s].name
+                scores = [results.estimated_effect(name, m, *at) for m in store.metrics]
+                found = choose(np.stack(scores), possible(plan, name, d, s), settings.prefilter)
+                status[d, s], stratum[d, s] = found.status, found.stratum
+            store.write_choice(name, status=status, stratum=stratum)
+        store.mark_chosen()
+    stored = {name: store.read(f"choice/{name}_status") for name in store.estimators}
+    return narrowed(plan, {(name, d, s): stored[name][d, s] for name in stored for d, s in ways})
+
+
+def expected(plan: Plan, settings: Sweep) -> Plan:
+    """The plan with as many cells as the prefilter will choose, drawn at random: before anything
+    is estimated. All cells where a threshold says how many."""
+    given, rng = settings.prefilter, np.random.default_rng(0)
+    choice: dict[tuple[str, int, int], Bytes] = {}
+    for name in chosen(settings):
+        for d in range(len(plan.directions)):
+            for s in range(len(plan.sources)):
+                some = rng.random((1, *plan.grids[name].shape[4:]))
+                scores = some if given and not isinstance(given.keep, dict) else some + np.inf
+                choice[name, d, s] = choose(scores, possible(plan, name, d, s), given).status
+    return narrowed(plan, choice) if choice else plan
+
+
+def possible(plan: Plan, name: str, direction: int, source: int) -> Map:
+    """[layer, unit, entry]: where a patch can change what is read, in any pair and sample."""
+    samples = [Variant(direction, source, n) for n in range(plan.layouts.samples)]
+    exists = np.any([plan.layouts.layout(name, v).exists.any(0) for v in samples], axis=0)
+    return np.broadcast_to(exists[:, None], plan.grids[name].shape[4:])

@@ -1,0 +1,31 @@
+"""From cells to runs, blocks and waves, with their cost: pure, no tensors.
+
+A *run* is one patched forward, carried from its layer and first position on; a *block* is whole
+chunks of the results (`sites.Grid`); a *wave* is a set of blocks of neighbouring pairs and the same
+source that goes up the layers together. The plan is a function of the pairs, the model's dimensions
+and the token budget; where only chosen cells are run, of these as well.
+
+    costs.py   what runs take
+    waves.py   blocks, and waves of them, under the budget
+    plan.py    the plan and its totals
+"""
+
+from patchsweep.plan.costs import RUN, Choice, Ints, entries_of, null_start, variants
+from patchsweep.plan.plan import SCORES_ELEMENTS, Plan, arranged, make_plan, narrowed
+from patchsweep.plan.waves import BudgetTooSmall, Wave
+
+__all__ = [
+    "RUN",
+    "SCORES_ELEMENTS",
+    "BudgetTooSmall",
+    "Choice",
+    "Ints",
+    "Plan",
+    "Wave",
+    "arranged",
+    "entries_of",
+    "make_plan",
+    "narrowed",
+    "null_start",
+    "variants",
+]

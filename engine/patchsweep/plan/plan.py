@@ -1,0 +1,223 @@
+"""A plan: the blocks and waves of a sweep, and their totals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.dimensions import WHOLE, Dimensions, Offload
+from patchsweep.errors import BadInput
+from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
+from patchsweep.pairs import Pair
+from patchsweep.plan.costs import RUN, Choice, Costs, base_tokens, entries_of, variants
+from patchsweep.plan.waves import Wave, packed_waves, tiled
+from patchsweep.reads import (
+    TAIL_ARRAYS,
+    TAIL_ELEMENTS,
+    TAIL_TILE,
+    resolve_reads,
+    whole_vocabulary,
+)
+from patchsweep.sae import TILE as FEATURES_TILE
+from patchsweep.sites import SETS, Block, Direction, Grid
+from patchsweep.sources import Source, resolve
+from patchsweep.spec import Sweep
+
+# Attention scores held at once, in elements, and how many arrays of that size there are.
+SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a sweep will do, before it does it."""
+
+    layouts: Layouts
+    token_budget: int
+    grids: dict[str, Grid]
+    waves: tuple[Wave, ...]
+    metric_count: int
+    tail_weights: int  # vocabulary rows that multiply one read token
+    offload: Offload = WHOLE
+    choice: Choice = field(default_factory=dict)
+
+    @property
+    def pairs(self) -> Sequence[Pair]:
+        return self.layouts.pairs
+
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        return self.layouts.directions
+
+    @property
+    def dimensions(self) -> Dimensions:
+        return self.layouts.dimensions
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return self.layouts.sources
+
+    def variant(self, block: Block) -> Variant:
+        return Variant(block.direction, block.source, block.sample)
+
+    def layout(self, block: Block) -> Layout:
+        """The layout that a block is a part of."""
+        return self.layouts.layout(block.component, self.variant(block))
+
+    def chosen(self, block: Block) -> NDArray[np.uint8] | None:
+        """What the cells [layer, unit, entry] of a block are to be if they are not structural; None
+        if all are run."""
+        found = self.choice.get((block.component, block.direction, block.source))
+        return None if found is None else _of_block(found, block)
+
+    def counts(self) -> dict[str, int]:
+        """Totals: cells, structural ones, those only estimated, runs, blocks, waves, tokens of the
+        largest layer call, FLOPs, bytes (moved: weights brought in, over all waves)."""
+        cells = possible = runs = disk = 0
+        value = 8 if self.dimensions.bytes_per_value == 8 else 4
+        for name, grid in self.grids.items():
+            for variant in variants(self.layouts):
+                layout = self.layouts.layout(name, variant)
+                cells += int(layout.inside.sum()) * grid.layers * grid.units
+                possible += int(layout.exists.sum()) * grid.units
+                chosen = self.choice.get((name, variant.direction, variant.source))
+                number = grid.units if chosen is None else np.isin(chosen, RUN).sum(1)
+                runs += int((layout.exists * number).sum())
+            disk += int(np.prod(grid.shape)) * self.metric_count * (value + 1)
+        return {
+            "cells": cells,
+            "structural": cells - possible,
+            "estimated": possible - runs,
+            "runs": runs,
+            "blocks": sum(len(w.blocks) for w in self.waves),
+            "waves": len(self.waves),
+            "peak_tokens": max((w.tokens for w in self.waves), default=0),
+            "flops": sum(w.flops for w in self.waves),
+            "peak_bytes": self.peak_bytes,
+            "moved_bytes": self.offload.moved * len(self.waves),
+            "disk_bytes": disk,
+        }
+
+    def cells_of(self, wave: Wave) -> int:
+        """Cells of the grid that a wave settles, structural ones counted."""
+        return sum(
+            len(b.units) * self.grids[b.component].layers * int(self.inside(b).sum())
+            for b in wave.blocks
+        )
+
+    def inside(self, b: Block) -> NDArray[np.bool_]:
+        """[pair, entry] of a block: whether the prompt has the entry."""
+        return self.layout(b).inside[entries_of(b)]
+
+    def possible(self, b: Block) -> NDArray[np.bool_]:
+        """[pair, layer, entry] of a block: where a patch can change what is read."""
+        pairs, entries = entries_of(b)
+        return self.layout(b).exists[pairs, :, entries]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Upper bound of the memory that a wave takes beside the model's weights that stay."""
+        d = self.dimensions
+        tokens = max((w.tokens for w in self.waves), default=0)
+        rows = max((w.rows for w in self.waves), default=0)
+        tail = max(TAIL_ELEMENTS, rows * TAIL_TILE) * TAIL_ARRAYS + 3 * rows * d.d_model
+        scores = SCORES_ELEMENTS * SCORES_ARRAYS
+        beside = (tail + scores + self._features) * max(4, d.bytes_per_value)
+        return tokens * d.bytes_per_token + beside + self.offload.held
+
+    @property
+    def _features(self) -> int:
+        """Features of an autoencoder that are there at one time."""
+        if self.layouts.features is None:
+            return 0
+        base = max(
+            (base_tokens(self.layouts, w.pairs, w.source, w.sample) for w in self.waves), default=0
+        )
+        return 2 * (base * self.layouts.features.features + FEATURES_TILE)
+
+    @cached_property
+    def hash(self) -> str:
+        """Identifies the waves: equal for equal pairs, sources, dimensions, grids and budget."""
+        table = self.layouts.table
+        said = {
+            "pairs": [_said(p) for p in self.pairs],
+            "sources": [_said_of(s) for s in self.sources],
+            "dimensions": asdict(self.dimensions),
+            "features": self.layouts.features and asdict(self.layouts.features),
+            "grids": [asdict(g) for g in self.grids.values()],
+            "members": _digest(self.layouts.positions.members),
+            "sites": table
+            and {k: _digest(v) for k, v in vars(table).items() if k not in ("names", "entries")},
+            "waves": [[(b.component, b.index) for b in w.blocks] for w in self.waves],
+        }
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _of_block(by_cell: NDArray[Any], b: Block) -> NDArray[Any]:
+    """A block's part of an array [layer, unit, entry]."""
+    units, entries = (slice(r.start, r.stop) for r in (b.units, b.positions))
+    return by_cell[:, units, entries]
+
+
+def make_plan(
+    pairs: Sequence[Pair],
+    settings: Sweep,
+    dimensions: Dimensions,
+    token_budget: int,
+    features: Features | None = None,
+) -> Plan:
+    """Plan a sweep; `features` are those of its autoencoder. BadInput for what the pairs or the
+    model do not have."""
+    sources = resolve(settings, pairs)
+    longest = max(
+        len(tokens)
+        for i, p in enumerate(pairs)
+        for tokens in (p.clean, *(o.tokens for s in sources for row in s.others for o in (row[i],)))
+    )
+    if dimensions.max_positions is not None and longest > dimensions.max_positions:
+        raise BadInput(
+            f"a prompt has {longest} tokens, the model takes {dimensions.max_positions}: shorten it"
+        )
+    reads = resolve_reads(pairs, settings.metrics)
+    layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
+    names = [*settings.components, *([SETS] if layouts.table else [])]
+    tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
+    return arranged(layouts, names, token_budget, len(settings.metrics), tail_weights)
+
+
+def arranged(
+    layouts: Layouts, names: Sequence[str], token_budget: int, metric_count: int, tail_weights: int
+) -> Plan:
+    """The blocks and waves of some components under a budget."""
+    whole = {name: layouts.grid(name) for name in names}
+    costs = Costs(layouts)
+    grids = tiled(whole, costs, token_budget)
+    waves = packed_waves(grids, costs, token_budget, tail_weights)
+    return Plan(layouts, token_budget, grids, waves, metric_count, tail_weights)
+
+
+def narrowed(plan: Plan, choice: Choice) -> Plan:
+    """The same blocks with only chosen cells run, packed into waves anew."""
+    costs = Costs(plan.layouts, choice)
+    waves = packed_waves(plan.grids, costs, plan.token_budget, plan.tail_weights)
+    return replace(plan, waves=waves, choice=choice)
+
+
+def _said(pair: Pair) -> dict[str, object]:
+    return {k: dict(v) if k in ("labels", "others") else v for k, v in vars(pair).items()}
+
+
+def _said_of(source: Source) -> dict[str, object]:
+    given = source.given.model_dump(mode="json") if source.given else None
+    others = [[(o.tokens, o.align.tolist(), o.noised) for o in row] for row in source.others]
+    return {"name": source.name, "given": given, "others": others}
+
+
+def _digest(array: NDArray[np.generic]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()

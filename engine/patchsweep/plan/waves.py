@@ -1,0 +1,194 @@
+"""Blocks as large as the budget allows, and the waves that they are packed into."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from patchsweep.errors import BadInput
+from patchsweep.layout import Variant
+from patchsweep.plan.costs import Costs, Part, base_tokens, carried_runs, entries_of
+from patchsweep.sites import Block, Grid, blocks
+
+
+class BudgetTooSmall(BadInput):
+    """The smallest block of a sweep does not fit the token budget; `least` would do."""
+
+    def __init__(self, budget: int, least: int) -> None:
+        super().__init__(
+            f"token_budget {budget} is too small for one block of this sweep: "
+            f"it needs {least}; raise it or sweep fewer positions"
+        )
+        self.least = least
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Blocks that go up the layers together, of one source and sample. `owner` waves write the
+    baselines of their pairs. `runs` are the sources whose runs are carried beside the clean one."""
+
+    index: int
+    pairs: range
+    source: int
+    sample: int
+    runs: tuple[int, ...]
+    blocks: tuple[Block, ...]
+    owner: bool
+    tokens: int  # packed tokens in its largest layer call
+    rows: int  # logits read: of runs, baselines and null patches
+    flops: int
+
+
+def tiled(whole: dict[str, Grid], costs: Costs, budget: int) -> dict[str, Grid]:
+    """Blocks as large as the budget allows: fewer pairs first, then positions, then units."""
+    layouts = costs.layouts
+    pairs = len(layouts.pairs)
+    always = [
+        costs.beside(s, n).tokens
+        for s in range(len(layouts.sources))
+        for n in range(layouts.samples)
+    ]
+    beside = np.maximum.reduce(always)
+
+    def peak(grid: Grid) -> int:
+        firsts, entries = (
+            np.arange(0, pairs, grid.pair_tile),
+            np.arange(0, len(grid.positions), grid.position_tile),
+        )
+        least = np.add.reduceat(beside, firsts, 0)
+        most = 0
+        for cost in costs.distinct(grid.component):
+            together = np.add.reduceat(np.add.reduceat(cost.tokens, firsts, 0), entries, 2)
+            most = max(most, int((together * grid.unit_tile + least).max()))
+        return most
+
+    grids = dict(whole)
+    for tile in ("pair_tile", "position_tile", "unit_tile"):
+        for name in grids:
+            while peak(grids[name]) > budget and getattr(grids[name], tile) > 1:
+                smaller = -(-getattr(grids[name], tile) // 2)
+                changed = grids if tile == "pair_tile" else [name]  # waves need common pairs
+                for n in changed:
+                    grids[n] = replace(grids[n], **{tile: smaller})
+    least = max(map(peak, grids.values()))
+    if least > budget:
+        raise BudgetTooSmall(budget, least)
+    return grids
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Blocks that go up the layers together, and what they take with all that goes beside them."""
+
+    pairs: range
+    source: int
+    sample: int
+    blocks: list[Block]
+    part: Part
+
+    def takes(self, more: Part, budget: int) -> bool:
+        return int((self.part.tokens + more.tokens).max()) <= budget
+
+
+def packed_waves(
+    grids: dict[str, Grid], costs: Costs, budget: int, tail_weights: int
+) -> tuple[Wave, ...]:
+    """All blocks as waves, in order of their cost."""
+    together: dict[tuple[int, int, range], list[Block]] = {}
+    for grid in grids.values():
+        for block in blocks(grid):
+            together.setdefault((block.source, block.sample, block.pairs), []).append(block)
+    loads: list[_Load] = []
+    for (source, sample, pairs), members in together.items():
+        loads += _packed(pairs, source, sample, members, costs, budget)
+    waves = [_wave(load, costs, tail_weights) for load in _joined(loads, budget)]
+    waves.sort(key=lambda w: -w.flops)
+    owned: set[tuple[range, int, int]] = set()
+    for i, wave in enumerate(waves):
+        key = (wave.pairs, wave.source, wave.sample)
+        waves[i] = replace(wave, index=i, owner=key not in owned)
+        owned.add(key)
+    return tuple(waves)
+
+
+def _packed(
+    pairs: range, source: int, sample: int, members: list[Block], costs: Costs, budget: int
+) -> list[_Load]:
+    """Blocks of the same pairs and source put together, costliest first, each where it fits."""
+    always = costs.beside(source, sample).part(pairs, range(1), 1)
+    parts = [(b, costs.of_block(b)) for b in members]
+    parts.sort(key=lambda part: -int(part[1].tokens.sum()))
+    loads: list[_Load] = []
+    for block, part in parts:
+        for i, load in enumerate(loads):
+            if load.takes(part, budget):
+                whole = [*load.blocks, block]
+                loads[i] = replace(load, blocks=whole, part=load.part + part)
+                break
+        else:
+            loads.append(_Load(pairs, source, sample, [block], always + part))
+    return loads
+
+
+def _joined(loads: Sequence[_Load], budget: int) -> list[_Load]:
+    """Pairs that follow one another, each with all their blocks in one load, put together."""
+    alone = Counter((x.source, x.sample, x.pairs) for x in loads)
+    out: list[_Load] = []
+    for load in sorted(loads, key=lambda x: (x.source, x.sample, x.pairs.start)):
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and (last.source, last.sample, last.pairs.stop)
+            == (load.source, load.sample, load.pairs.start)
+            and alone[load.source, load.sample, load.pairs] == 1
+            and alone[last.source, last.sample, last.blocks[-1].pairs] == 1
+            and last.takes(load.part, budget)
+        ):
+            pairs = range(last.pairs.start, load.pairs.stop)
+            whole = [*last.blocks, *load.blocks]
+            out[-1] = replace(last, pairs=pairs, blocks=whole, part=last.part + load.part)
+        else:
+            out.append(load)
+    return out
+
+
+def _wave(load: _Load, costs: Costs, tail_weights: int) -> Wave:
+    d, held = costs.layouts.dimensions, load.part
+    return Wave(
+        index=0,
+        pairs=load.pairs,
+        source=load.source,
+        sample=load.sample,
+        runs=carried_runs(costs.layouts, load.source),
+        blocks=tuple(load.blocks),
+        owner=False,
+        tokens=int(held.tokens.max()),
+        rows=held.rows,
+        flops=2 * d.layer_weights * int(held.tokens.sum())
+        + 4 * d.d_head * held.reads
+        + 2 * d.d_model * tail_weights * held.rows
+        + _encoding(load, costs),
+    )
+
+
+def _encoding(load: _Load, costs: Costs) -> int:
+    """FLOPs of an autoencoder: it encodes the unpatched runs once per wave if a feature is patched,
+    features that sets patch where they stand, and those that metrics read in every row."""
+    layouts = costs.layouts
+    f = layouts.features
+    if f is None:
+        return 0
+    rows = load.part.rows // layouts.reads.positions.shape[1]
+    tokens = rows * sum(r.metric.name == "sae_feature" for r in layouts.reads.inner)
+    grids = sets = 0
+    for b in load.blocks:
+        grids += int(b.component == "sae_feature" and costs.of_block(b).rows > 0)
+        layout = layouts.layout(b.component, Variant(b.direction, b.source, b.sample))
+        sets += int(layout.encoded[entries_of(b)].sum())
+    if grids or sets:
+        tokens += sets + base_tokens(layouts, load.pairs, load.source, load.sample)
+    flops: int = 2 * f.width * f.features * tokens
+    return flops
