@@ -110,7 +110,7 @@ class Audit:
             return "every cell was run"
         percent = math.ceil(1e4 * self.missed / self.left - 1e-9) / 100  # never rounded down
         return (
-            f"with {100 * (1 - self.alpha):g} % confidence at most {percent:g} % of the cells not "
-            f"run ({self.missed:,} of {self.left:,}) exceed {self.theta:.3g}; this bounds how many, "
-            "not how far"
+            f"with {100 * (1 - self.alpha):g} % confidence at most {percent:g} % of the cells "
+            f"not run ({self.missed:,} of {self.left:,}) exceed {self.theta:.3g}; this bounds how "
+            "many, not how far"
         )

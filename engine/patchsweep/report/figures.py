@@ -190,7 +190,8 @@ def _draw(
         interpolation="nearest",
     )
     scale = "0 = destination, 1 = source" if results.normalised(0) else "patched − destination"
-    label = f"effect on {metric}\n({scale})"
+    estimated = component in results.only_estimated
+    label = f"{'estimated effect' if estimated else 'effect'} on {metric}\n({scale})"
     figure.colorbar(image, ax=axes, label=label)
     window = heatmap.view.startswith("window")
     axes.set_ylabel("first layer of the window" if window else "layer")
@@ -207,6 +208,8 @@ def _draw(
     counted = "1 pair" if pairs == 1 else f"{pairs} pairs"
     model = str(results.attrs.get("model", ""))[-LONGEST_MODEL:]
     lines = [model, f"{component}, {direction}, {counted}", heatmap.note]
+    if how := results.store.estimators.get(component):
+        lines.append(f"{'estimated' if estimated else 'chosen'} by attribution patching ({how})")
     if known.size < heatmap.values.size:
         lines.append("grey: no value")
     axes.set_title("\n".join(line for line in lines if line), fontsize=9, parse_math=False)
