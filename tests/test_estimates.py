@@ -15,6 +15,7 @@ from scipy.stats import pearsonr, spearmanr
 
 import patchsweep as ps
 from cells import Letters
+from estimates import built, estimated
 from patchsweep import attribution, backends
 from patchsweep.errors import BadInput, NotOnWavefront
 from patchsweep.pairs import Pair
@@ -22,7 +23,6 @@ from patchsweep.report.show import show
 from patchsweep.sites import Status
 from patchsweep.spec import parse_settings, parse_spec
 from patchsweep.statistics import agreement
-from test_attribution import built, estimated
 from test_exact import three
 from test_sweep import arrays
 
