@@ -20,9 +20,11 @@ from patchsweep.attention import attention_is
 from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
+from patchsweep.plan import Plan, narrowed
 from patchsweep.prepare import prepare
 from patchsweep.sae import SAE
 from patchsweep.schedule import NULL, make_schedule
+from patchsweep.sites import Status
 from patchsweep.spec import parse_settings
 from patchsweep.wave import run_wave
 
@@ -110,7 +112,7 @@ def counting(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coun
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-@pytest.mark.parametrize("more", ["", "all", "sets", "inner"])
+@pytest.mark.parametrize("more", ["", "all", "sets", "inner", "chosen"])
 def test_runs_and_flops(
     component: str, name: str, more: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,8 @@ def test_runs_and_flops(
     model = ps.wrap(hf_model, Letters())
     parsed = parse_settings({**settings, "token_budget": 2000})
     plan = plan_sweep(model.dimensions, pairs, parsed, model.device)
+    if more == "chosen":
+        plan = some_of(plan, component)
     runs = flops = 0
     with attention_is(hf_model), torch.no_grad():
         forward = take_apart(hf_model, 7, 6)
@@ -155,6 +159,15 @@ def test_runs_and_flops(
             flops += wave.flops
     assert runs == plan.counts()["runs"] > 0
     assert flops == plan.counts()["flops"]
+
+
+def some_of(plan: Plan, component: str) -> Plan:
+    """A third of the cells, at random, the others left to estimates."""
+    rng, shape = np.random.default_rng(0), plan.grids[component].shape[4:]
+    kinds = [Status.EXACT, Status.AUDITED, Status.ESTIMATED, Status.ESTIMATED, Status.NOT_FINITE]
+    return narrowed(
+        plan, {(component, d, 0): rng.choice(kinds, shape).astype(np.uint8) for d in range(2)}
+    )
 
 
 SET = {"pair": ["sae_feature.3@-1", "sae_feature.4@-1"], "with": ["sae_feature.5@-2", "head_z.0.1"]}

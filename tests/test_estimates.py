@@ -1,4 +1,4 @@
-"""Estimates beside the exact results of a sweep: what is stored, refused, resumed and shown."""
+"""Estimates of a sweep: what is stored, refused, resumed and shown."""
 
 from __future__ import annotations
 
@@ -65,13 +65,34 @@ def test_what_is_stored_is_what_was_estimated(name: str, tmp_path: Path) -> None
     assert not [line for line in found.warnings() if "estimates" in line]
 
 
-def test_exact_results_stay_the_same(tmp_path: Path) -> None:
-    sweep(tmp_path / "with", estimate="atp")
-    sweep(tmp_path / "without", estimate=False)
-    both, exact = arrays(tmp_path / "with"), arrays(tmp_path / "without")
-    assert {name: both[name] for name in exact} == exact
-    added = {f"{c}/{m}_estimate" for c in COMPONENTS for m in METRICS}
-    assert both.keys() - exact.keys() == {*added, "completion/estimates"}
+def test_estimated_only(tmp_path: Path) -> None:
+    """Nothing of an estimated component is run; the others are as they would be without it."""
+    found = sweep(tmp_path / "with", estimate={"mlp_out": "atp"})
+    exact = sweep(tmp_path / "without", estimate=False)
+    for component in ("head_z", "head_k"):
+        for kind in ("", "_status"):  # in other waves, so up to rounding
+            both = [x.store.read(f"{component}/logprob{kind}") for x in (found, exact)]
+            np.testing.assert_allclose(*both, rtol=0, atol=1e-12)
+    before, now = (x.counts("mlp_out", "logprob") for x in (exact, found))
+    assert now == {**before, Status.ESTIMATED: before[Status.EXACT], Status.EXACT: 0}
+    status = found.store.read("mlp_out/logprob_status")
+    assert np.isnan(found.store.read("mlp_out/logprob")[status == Status.ESTIMATED]).all()
+    assert found.attrs["plan"]["estimated"] == now[Status.ESTIMATED]
+    assert "mlp_out" not in found.attrs["joint"]
+    # What is only estimated has no effect, and a reader is told so.
+    effect = found.effect("mlp_out", "logit_diff", "denoise")
+    possible = (status == Status.ESTIMATED)[0].any((0, 1, 2))
+    assert np.isnan(effect[possible]).all()
+    assert (effect[~possible] == 0).all()
+    assert "mlp_out, denoise: largest estimated effects on logit_diff" in text(found)
+    size = np.abs(found.estimated_effect("mlp_out", "logit_diff", "denoise"))
+    assert abs(found.top("mlp_out", "logit_diff", "denoise")[0].effect) == np.nanmax(size) > 0
+    frame = found.to_frame()
+    rows = frame[(frame.component == "mlp_out") & (frame.logit_diff_status == "estimated")]
+    assert len(rows) == now[Status.ESTIMATED]
+    assert rows.logit_diff.isna().all()
+    assert rows.logit_diff_estimate.notna().all()
+    assert frame[frame.component == "head_z"].logit_diff_estimate.isna().all()
 
 
 def test_some_components_only(tmp_path: Path) -> None:
@@ -91,7 +112,8 @@ def test_some_components_only(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["atp", "atp_star"])
 def test_agreement_is_over_the_cells_that_were_run(how: str, tmp_path: Path) -> None:
-    found = sweep(tmp_path / "r", components=["head_z"], estimate=how)
+    prefilter = {"keep": "100%", "estimator": how}
+    found = sweep(tmp_path / "r", components=["head_z"], estimate=False, prefilter=prefilter)
     exact, status, estimate = (
         found.store.read(f"head_z/logit_diff{kind}") for kind in ("", "_status", "_estimate")
     )
@@ -130,7 +152,7 @@ def test_agreement_of_little() -> None:
         ({"metrics": [{"accuracy": {"k": 5}}]}, "estimate: accuracy_k5 cannot be estimated"),
         ({"metrics": ["kl"]}, "estimate: kl cannot be estimated in direction noise"),
         ({"components": [], "sets": {"a": ["head_z.1.0"]}}, "estimate: sets have no estimates"),
-        ({"backend": "nnsight"}, r"estimate: none are made through nnsight \(it is asked for\)"),
+        ({"backend": "nnsight"}, r"estimates are not made through nnsight \(it is asked for\)"),
     ],
 )
 def test_what_cannot_be_estimated(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -153,7 +175,7 @@ def test_a_model_that_the_wavefront_cannot_do(
         raise NotOnWavefront("its layers are not known")
 
     monkeypatch.setattr(backends, "take_apart", refuse)
-    with pytest.raises(BadInput, match=r"none are made through nnsight \(its layers are not known"):
+    with pytest.raises(BadInput, match=r"not made through nnsight \(its layers are not known"):
         sweep(tmp_path / "r")
     assert list(tmp_path.iterdir()) == []
 
@@ -184,13 +206,13 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return estimate(forward, plan, pairs, *args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(attribution, "estimate_pairs", one_pair)
+        patch.setattr(attribution.sweep, "estimate_pairs", one_pair)
         sweep(tmp_path / "r")
     found = ps.open(tmp_path / "r")
     assert found.store.estimated().tolist() == [[[True, False, False]]]
     assert "estimates of 2 pairs not done: continue with --resume" in found.warnings()
     asked.clear()
-    monkeypatch.setattr(attribution, "estimate_pairs", one_pair)
+    monkeypatch.setattr(attribution.sweep, "estimate_pairs", one_pair)
     asked.append(range(0))
     sweep(tmp_path / "r", resume=True)
     assert asked[1:] == [range(1, 2), range(2, 3)]

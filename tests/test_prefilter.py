@@ -1,0 +1,266 @@
+"""The prefilter: all cells estimated, some run, a sample of the others audited."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import patchsweep as ps
+from cells import Letters
+from estimates import built
+from patchsweep import attribution, engine
+from patchsweep.errors import BadInput
+from patchsweep.pairs import Pair
+from patchsweep.prefilter import HIGHEST, NONE, STRATA, choose
+from patchsweep.sites import Status
+from patchsweep.spec import Prefilter
+from test_estimates import text
+from test_exact import three
+from test_sweep import arrays
+
+COMPONENTS = ["head_z", "head_k", "mlp_out", "neuron"]
+METRICS = ["logit_diff", "logprob"]
+RUN = (Status.EXACT, Status.AUDITED)
+
+
+def sweep(
+    out: Path, prefilter: Any, name: str = "llama", pairs: Sequence[Pair] = (), **more: Any
+) -> Any:
+    given = {"components": COMPONENTS, "metrics": METRICS, "direction": "both"}
+    model = ps.wrap(built(name)[0], Letters())
+    settings = {"token_budget": 4000, **given, **more, "prefilter": prefilter}
+    return ps.sweep(model, pairs or three(), out=out, **settings)
+
+
+# Choosing.
+
+
+def cells(*scores: Sequence[float]) -> np.ndarray:
+    """Scores [metric, layer, unit, position] of one layer and unit."""
+    return np.array(scores, float)[:, None, None]
+
+
+def status(scores: np.ndarray, possible: Sequence[int] | None = None, **given: Any) -> list[int]:
+    there = np.ones(scores.shape[1:], bool) if possible is None else np.array(possible, bool)
+    found = choose(scores, there.reshape(scores.shape[1:]), Prefilter(**given))
+    return [int(s) for s in found.status.ravel()]
+
+
+KEPT, DRAWN, LEFT = int(Status.EXACT), int(Status.AUDITED), int(Status.ESTIMATED)
+
+
+def test_the_largest_are_kept() -> None:
+    scores = cells([0.1, -5, 3, 0, -4])
+    assert [s == KEPT for s in status(scores, keep=2, audit=1)] == [0, 1, 0, 0, 1]
+    assert [s == KEPT for s in status(scores, keep="41%", audit=1)] == [0, 1, 1, 0, 1]
+    assert [s == KEPT for s in status(scores, keep={"threshold": 3}, audit=1)] == [0, 1, 1, 0, 1]
+    assert status(scores, keep=99) == [KEPT] * 5
+    # Where nothing can change there is nothing to keep.
+    assert [s == KEPT for s in status(scores, [1, 0, 1, 1, 0], keep=2, audit=1)] == [1, 0, 1, 0, 0]
+
+
+def test_a_cell_counts_by_its_best_metric() -> None:
+    scores = cells([9, 1, 2, 3, 4], [0.0, 0.4, 0.3, 0.2, 0.1])
+    assert [s == KEPT for s in status(scores, keep=2, audit=1)] == [1, 1, 0, 0, 0]
+
+
+def test_what_has_no_finite_score_comes_first() -> None:
+    scores = cells([9, np.nan, 2, np.inf, 4])
+    assert [s == KEPT for s in status(scores, keep=2, audit=1)] == [0, 1, 0, 1, 0]
+    left = choose(scores, np.ones((1, 1, 5), bool), None).status.ravel().tolist()
+    assert left == [LEFT, Status.NOT_FINITE, LEFT, Status.NOT_FINITE, LEFT]
+
+
+def test_the_audit_draws_from_each_stratum() -> None:
+    scores = np.random.default_rng(0).standard_normal((1, 4, 5, 30))
+    possible = np.random.default_rng(1).random((4, 5, 30)) < 0.8
+    given = Prefilter(keep="10%", audit=20)
+    found = choose(scores, possible, given)
+    assert (found.status[possible] == KEPT).sum() == np.ceil(possible.sum() / 10)
+    assert (found.stratum[~possible] == NONE).all()
+    assert ((found.stratum == NONE) == (~possible | (found.status == KEPT))).all()
+    size = np.abs(scores[0])
+    assert size[found.stratum == 0].max() < size[found.stratum == 1].min()
+    for number in range(STRATA):
+        assert (found.status[found.stratum == number] == DRAWN).sum() == 20
+    other = choose(scores, possible, Prefilter(keep="10%", audit=20, seed=1))
+    assert (other.stratum == found.stratum).all()
+    assert (other.status != found.status).any()
+
+
+def test_every_cell_is_drawn_as_often() -> None:
+    scores, times = cells(range(12)), np.zeros(12)
+    for seed in range(3000):
+        found = status(scores, keep=2, audit=2, seed=seed)
+        times += np.array(found) == DRAWN
+    assert (times[10:] == 0).all()
+    np.testing.assert_allclose(times[:10] / 3000, 2 / 5, atol=0.04)  # of 5 in each stratum
+
+
+# In a sweep.
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_is_run_is_what_a_whole_sweep_finds(name: str, tmp_path: Path) -> None:
+    given = {"source": ["other", {"resample": {"samples": 2}}], "direction": "noise"}
+    pairs = three()
+    whole = sweep(tmp_path / "whole", None, name, pairs, **given)
+    found = sweep(tmp_path / "r", {"keep": "10%", "audit": 5}, name, pairs, **given)
+    both = whole, found
+    for component in COMPONENTS:
+        for metric in METRICS:
+            (a, b), (before, now) = (
+                [x.store.read(f"{component}/{metric}{kind}") for x in both]
+                for kind in ("", "_status")
+            )
+            ran = np.isin(now, RUN)
+            np.testing.assert_allclose(b[ran], a[ran], rtol=0, atol=1e-12)
+            assert (before[ran] == Status.EXACT).all()
+            assert (before[now == Status.ESTIMATED] == Status.EXACT).all()
+            assert np.isnan(b[now == Status.ESTIMATED]).all()
+            same = ~np.isin(before, RUN)
+            assert (now[same] == before[same]).all()
+            # A cell is run in every pair and sample where it can change anything, or in none.
+            assert not (ran.any((2, 3)) & (now == Status.ESTIMATED).any((2, 3))).any()
+        chosen = found.store.read(f"choice/{component}_status")
+        kept = (now == Status.EXACT).any((2, 3))
+        assert (chosen[kept] == Status.EXACT).all()
+        for s, source in enumerate(("other", "resample")):
+            check_kept(found, component, (0, s), "noise", source)
+            exact, effect = (x.effect(component, "logit_diff", "noise", source) for x in both)
+            there = np.isfinite(effect)
+            np.testing.assert_allclose(effect[there], exact[there], rtol=0, atol=1e-11)
+    assert not [line for line in found.warnings() if "not done" in line]
+
+
+def check_kept(found: Any, component: str, at: tuple[int, int], *way: str) -> None:
+    """The kept cells are the highest by rank, in the estimates that are stored."""
+    status = found.store.read(f"{component}/logit_diff_status")[at]  # [sample, pair, ...]
+    possible = np.isin(status, (*RUN, Status.ESTIMATED)).any((0, 1))
+    sizes = [np.abs(found.estimated_effect(component, m, *way))[possible] for m in METRICS]
+    rank = np.max([size.argsort().argsort() for size in sizes], axis=0)
+    kept = (status == Status.EXACT).any((0, 1))[possible]
+    assert kept.sum() == np.ceil(possible.sum() / 10)
+    assert rank[kept].min() >= rank[~kept].max()
+    audited = (status == Status.AUDITED).any((0, 1))[possible]
+    assert audited.sum() == min(10, (~kept).sum())
+
+
+def test_everything_kept_is_an_ordinary_sweep(tmp_path: Path) -> None:
+    sweep(tmp_path / "with", {"keep": "100%"})
+    sweep(tmp_path / "without", None)
+    both, exact = arrays(tmp_path / "with"), arrays(tmp_path / "without")
+    assert {name: both[name] for name in exact} == exact
+    added = {f"{c}/{m}_estimate" for c in COMPONENTS for m in METRICS}
+    added |= {f"choice/{c}_{what}" for c in COMPONENTS for what in ("status", "stratum")}
+    assert both.keys() - exact.keys() == {*added, "completion/estimates", "completion/choice"}
+
+
+def test_the_audit_says_what_a_whole_sweep_finds(tmp_path: Path) -> None:
+    whole = sweep(tmp_path / "whole", None)
+    found = sweep(tmp_path / "r", {"keep": "10%", "audit": 40})
+    for direction in ("denoise", "noise"):
+        size = np.abs(whole.effect("neuron", "logprob", direction))
+        d = ["denoise", "noise"].index(direction)
+        now, stratum = (found.store.read(f"choice/neuron_{x}")[d, 0] for x in ("status", "stratum"))
+        possible = size > 0
+        kept = np.sort(size[(now == Status.EXACT) & possible])[::-1]
+        said = found.audit("neuron", "logprob", direction)
+        assert said.theta == pytest.approx(kept[int(np.ceil(len(kept) / HIGHEST)) - 1])
+        assert said.precision == (kept > said.theta - 1e-12).mean() - 1 / len(kept)
+        hits = 0.0
+        for number, part in enumerate(said.audit.strata):
+            mine = stratum == number
+            drawn = mine & (now == Status.AUDITED)
+            assert (part.cells, part.drawn) == (mine.sum(), drawn.sum())
+            assert part.hits == (size[drawn] > said.theta).sum()
+            hits += part.hits * part.cells / part.drawn
+        assert said.audit.components == 2 * len(COMPONENTS)
+        assert said.audit.metrics == len(METRICS)
+        above = (kept > said.theta + 1e-12).sum()
+        assert said.recall == pytest.approx(above / (above + hits))
+        left = possible & ~np.isin(now, RUN)
+        assert said.audit.left == left.sum()
+        assert said.audit.missed >= (size[left] > said.theta).sum()
+    fixed = sweep(tmp_path / "s", {"keep": 3, "audit": 5, "theta": 0.01}, components=["head_z"])
+    assert fixed.audit("head_z", "logit_diff", "noise").theta == 0.01
+    assert fixed.audit("head_z", "logit_diff", "noise").audit.components == 2
+    assert "exceed 0.01; this bounds how many, not how far" in " ".join(text(fixed).split())
+    assert whole.audit("head_z", "logit_diff", "noise") is None
+
+
+def test_one_component_only(tmp_path: Path) -> None:
+    """Those that have no estimator are run whole."""
+    found = sweep(tmp_path / "r", {"estimator": {"neuron": "atp"}, "keep": 5, "audit": 5})
+    assert found.attrs["estimators"] == {"neuron": "atp"}
+    assert found.counts("head_z", "logprob")[Status.ESTIMATED] == 0
+    assert found.counts("neuron", "logprob")[Status.ESTIMATED] > 0
+    assert found.audit("head_z", "logprob", "noise") is None
+
+
+def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen is not chosen again, and the bits are those of an undisturbed sweep."""
+    given = {"keep": "20%", "audit": 4}
+    sweep(tmp_path / "whole", given, token_budget=60)
+    run, waves = engine.run_wave, []
+
+    def some(*args: Any, **more: Any) -> Any:
+        if len(waves) == 3:
+            raise KeyboardInterrupt
+        waves.append(args)
+        return run(*args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "run_wave", some)
+        sweep(tmp_path / "r", given, token_budget=60)
+    assert len(waves) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(attribution.sweep, "choose", None)
+        patch.setattr(attribution.sweep, "estimate_pairs", None)
+        sweep(tmp_path / "r", given, token_budget=60, resume=True)
+    assert arrays(tmp_path / "r") == arrays(tmp_path / "whole")
+    with pytest.raises(BadInput, match=r"another sweep \(another prefilter\)"):
+        sweep(tmp_path / "r", {**given, "seed": 1}, token_budget=60, resume=True)
+
+
+def test_what_it_will_take(tmp_path: Path) -> None:
+    """As many runs as planned before anything was estimated, give or take where pairs differ."""
+    pairs = three()[:1]
+    found = sweep(tmp_path / "r", {"keep": "10%", "audit": 4}, pairs=pairs)
+    spec = {k: v for k, v in found.attrs["spec"].items() if k != "out"}
+    model = ps.wrap(built("llama")[0], Letters())
+    settings = engine.parse_settings(spec)
+    plan = engine.plan_sweep(model.dimensions, pairs, settings, model.device)
+    about = attribution.expected(plan, settings).counts()
+    assert about["runs"] == found.attrs["plan"]["runs"] < plan.counts()["runs"] / 3
+    assert about["flops"] < plan.counts()["flops"] / 2
+    assert about["estimated"] + about["runs"] == plan.counts()["runs"]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"keep": 0}, "prefilter: keep: 0 says nothing to keep: use a share such as 5%"),
+        ({"keep": "5"}, "prefilter: keep: '5' says nothing to keep"),
+        ({"keep": "120%"}, "says nothing to keep"),
+        ({"keep": {"threshold": -1}}, "says nothing to keep"),
+        ({"kep": 1}, "prefilter: unknown key 'kep': did you mean 'keep'"),
+        ({"audit": 0}, "prefilter: audit: should be greater than or equal to 1, and is 0"),
+        ({"theta": "big"}, "prefilter: theta: 'big' is no size of an effect"),
+        ({"estimator": False}, "prefilter: estimator: false estimates nothing"),
+        ({"estimator": "atpp"}, "prefilter: unknown estimator 'atpp'"),
+        (3, "prefilter: should be a valid dictionary or instance of Prefilter, and is 3"),
+    ],
+)
+def test_bad_prefilters(given: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=words):
+        sweep(tmp_path / "r", given)
+    with pytest.raises(BadInput, match="prefilter estimates what it names: leave estimate out"):
+        sweep(tmp_path / "r", {}, estimate=True)
+    with pytest.raises(BadInput, match="prefilter: rank cannot be estimated: it is a count"):
+        sweep(tmp_path / "r", {}, metrics=["rank"])
+    assert list(tmp_path.iterdir()) == []
