@@ -107,7 +107,7 @@ def test_every_cell_is_drawn_as_often() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_is_run_is_what_a_whole_sweep_finds(name: str, tmp_path: Path) -> None:
     given = {"source": ["other", {"resample": {"samples": 2}}], "direction": "noise"}
-    pairs = three()
+    pairs = [*three(), *three(8)]
     whole = sweep(tmp_path / "whole", None, name, pairs, **given)
     found = sweep(tmp_path / "r", {"keep": "10%", "audit": 5}, name, pairs, **given)
     both = whole, found
@@ -204,8 +204,8 @@ def test_one_component_only(tmp_path: Path) -> None:
 
 def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was chosen is not chosen again, and the bits are those of an undisturbed sweep."""
-    given = {"keep": "20%", "audit": 4}
-    sweep(tmp_path / "whole", given, token_budget=60)
+    given, few = {"keep": "20%", "audit": 4}, {"components": ["head_z"], "token_budget": 150}
+    sweep(tmp_path / "whole", given, **few)
     run, waves = engine.run_wave, []
 
     def some(*args: Any, **more: Any) -> Any:
@@ -216,15 +216,15 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(engine, "run_wave", some)
-        sweep(tmp_path / "r", given, token_budget=60)
+        sweep(tmp_path / "r", given, **few)
     assert len(waves) == 3
     with monkeypatch.context() as patch:
         patch.setattr(attribution.sweep, "choose", None)
         patch.setattr(attribution.sweep, "estimate_pairs", None)
-        sweep(tmp_path / "r", given, token_budget=60, resume=True)
+        sweep(tmp_path / "r", given, **few, resume=True)
     assert arrays(tmp_path / "r") == arrays(tmp_path / "whole")
     with pytest.raises(BadInput, match=r"another sweep \(another prefilter\)"):
-        sweep(tmp_path / "r", {**given, "seed": 1}, token_budget=60, resume=True)
+        sweep(tmp_path / "r", {**given, "seed": 1}, **few, resume=True)
 
 
 def test_what_it_will_take(tmp_path: Path) -> None:
