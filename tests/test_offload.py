@@ -89,7 +89,7 @@ def same(a: Path, b: Path) -> None:
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Bytes that hooks bring in inside each wave."""
     waves: list[int] = []
-    bring, run_wave = AlignDevicesHook.pre_forward, engine.run_wave
+    bring = AlignDevicesHook.pre_forward
 
     def counting(hook: AlignDevicesHook, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = bring(hook, module, *args, **kwargs)
@@ -97,13 +97,19 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
             waves[-1] += sum(p.nbytes for p in module.parameters(hook.place_submodules))
         return out
 
-    def next_wave(*args: Any, **kwargs: Any) -> Any:
-        waves.append(0)
-        return run_wave(*args, **kwargs)
+    def next_wave(name: str) -> Any:
+        own = getattr(engine, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            waves.append(0)
+            return own(*args, **kwargs)
+
+        return call
 
     with monkeypatch.context() as patched:
         patched.setattr(AlignDevicesHook, "pre_forward", counting)
-        patched.setattr(engine, "run_wave", next_wave)
+        for name in ("launch_wave", "run_wave"):
+            patched.setattr(engine, name, next_wave(name))
         yield waves
 
 
@@ -360,7 +366,7 @@ def test_everything_is_on_the_device_of_its_layer(
     devices = [torch.device("cpu", i) for i in (0, 1, 2, 3, 3)]
     asked: set[torch.device] = set()
     calls = []
-    to, editors_to, layer = wave._to, Editor._to, Forward.layer
+    to, editors_to, layer = wave.to_device, Editor._to, Forward.layer
 
     def wave_to(index: Any, device: torch.device) -> torch.Tensor:
         asked.add(device)
@@ -376,7 +382,7 @@ def test_everything_is_on_the_device_of_its_layer(
         return layer(forward, index, *args)
 
     monkeypatch.setattr(Forward, "devices", devices)
-    monkeypatch.setattr(wave, "_to", wave_to)
+    monkeypatch.setattr(wave, "to_device", wave_to)
     monkeypatch.setattr(Editor, "_to", editor_to)
     monkeypatch.setattr(selftest, "check", lambda *_: selftest.SelfTest(0, 0.0, 0.0, 0.0))
     monkeypatch.setattr(Forward, "layer", called)

@@ -8,6 +8,7 @@ import platform
 import re
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,11 +41,12 @@ from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Prompts, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
-from patchsweep.wave import WaveResult, run_wave, wavefront
+from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
 Run = Callable[[Plan, Wave, Sequence[Metric]], WaveResult]
+Launch = Callable[[Plan, Wave, Sequence[Metric]], Launched]
 JOINT = 10  # cells that are patched together once a sweep is done
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
@@ -223,7 +225,8 @@ def carry_out(
             attribution.write_estimates(forward, plan, settings, values, store)
             plan = attribution.chosen_cells(plan, settings, store)
             store.set_attrs(plan=plan.counts())
-        _run_waves(run, plan, settings, store)
+        launch = partial(launch_wave, forward, values=values, carry=carry)
+        _run_waves(launch, forward.waves_in_flight, plan, settings, store)
         store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
     return results_of.open(out)
 
@@ -288,14 +291,17 @@ def _effect_of_set(
     return moved / span if span else float("nan")
 
 
-def _run_waves(run: Run, plan: Plan, settings: Sweep, store: Store) -> None:
+def _run_waves(launch: Launch, in_flight: int, plan: Plan, settings: Sweep, store: Store) -> None:
+    """Compute and write, in order, the waves that are not done; up to `in_flight` are launched
+    before the first of them is read."""
     done = {name: store.done(name) for name in plan.grids}
     todo = [w for w in plan.waves if not all(done[b.component][b.index] for b in w.blocks)]
     began = time.perf_counter()
     cells = sum(plan.cells_of(w) for w in todo)
     with tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar:
-        for wave in todo:
-            result = run(plan, wave, settings.metrics)
+        coming = (launch(plan, wave, settings.metrics) for wave in todo)
+        for wave, launched in zip(todo, _ahead(coming, in_flight - 1), strict=True):
+            result = launched.result()
             if wave.owner:
                 at = (wave.source, wave.sample, wave.pairs)
                 store.write_baseline(*at, result.baseline, result.noise_floor)
@@ -305,6 +311,16 @@ def _run_waves(run: Run, plan: Plan, settings: Sweep, store: Store) -> None:
     if len(todo) == len(plan.waves):
         seconds = time.perf_counter() - began
         store.set_attrs(measured={"seconds": seconds, "cells_per_second": cells / seconds})
+
+
+def _ahead(coming: Iterator[Launched], count: int) -> Iterator[Launched]:
+    """The same, each given out only once `count` more have been taken."""
+    taken: deque[Launched] = deque()
+    for each in coming:
+        taken.append(each)
+        if len(taken) > count:
+            yield taken.popleft()
+    yield from taken
 
 
 def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[str, Any]) -> Store:

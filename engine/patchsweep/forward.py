@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from patchsweep.attention import LayerCall, Stacked, attention_call
 from patchsweep.errors import BadInput, NotOnWavefront
-from patchsweep.offload import device_of, replaced, weights_of
+from patchsweep.offload import device_of, offloaded, replaced, weights_of
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows
 
@@ -56,6 +56,19 @@ class Forward:
     def devices(self) -> list[torch.device]:
         """Where the residual stream is in every layer call, and at last where the tail reads it."""
         return [device_of(layer) for layer in (*self.layers, self.layers[-1])]
+
+    @cached_property
+    def shared_by(self) -> list[torch.device]:
+        """The GPUs that a model is spread over with all its weights; empty if it is not."""
+        gpus = {device for device in self.devices if device.type == "cuda"}
+        spread = len(gpus) > 1 and not offloaded(self.hf_model)
+        return sorted(gpus, key=str) if spread else []
+
+    @property
+    def waves_in_flight(self) -> int:
+        """Waves that are worth launching before the first of them is read: on GPUs the next one
+        waits behind, on several each has one; a CPU has done what is launched."""
+        return max(2, len(self.shared_by)) if self.device.type == "cuda" else 1
 
     def once(self) -> AbstractContextManager[None]:
         """Inside, what lies outside the layers and the embeddings (norms, positions) has its
@@ -186,7 +199,9 @@ class Forward:
             return self._forward(zeros, zeros)[:, 0]
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        out: Tensor = self.hf_model(**arguments(self.hf_model, tokens, positions)).logits
+        given = arguments(self.hf_model, tokens, positions)
+        # No layer sees a mask here; without one the model asks the device whether it is needed.
+        out: Tensor = self.hf_model(**given, attention_mask=torch.ones_like(tokens)).logits
         return out
 
     @contextmanager

@@ -26,6 +26,7 @@ from patchsweep.forward import Forward
 from patchsweep.pairs import Pair
 from patchsweep.reads import TAIL_ELEMENTS, TAIL_TILE, whole_vocabulary
 from patchsweep.spec import INNER, Metric
+from patchsweep.transfer import to_device, to_host
 from patchsweep_kernels import MetricHead, Reference, metric_head
 
 PADDING = -1
@@ -86,8 +87,7 @@ def evaluate(
 ) -> dict[str, NDArray[np.floating]]:
     """Each metric's values [row], by column, from hidden [row, read, d_model] and from what was
     read inside (`inner`)."""
-    found = measure(forward, hidden, rows, metrics, inner)
-    return {column: value.cpu().numpy() for column, value in found.items()}
+    return to_host(measure(forward, hidden, rows, metrics, inner)).result()
 
 
 def measure(
@@ -132,12 +132,14 @@ class _Table:
                     p.continuation, rows.of["sequence_logprob"][i], strict=False
                 ):
                     sequence[i, slot] = token
-        self.pair = torch.from_numpy(rows.pair).to(device)
-        self.tokens = torch.from_numpy(np.concatenate([table, sequence], 2)).to(device)[self.pair]
+        wanted = np.concatenate([table, sequence], 2)
+        self.occurring = to_device(np.unique(np.maximum(wanted, 0)), device)
+        self.pair = to_device(rows.pair, device)
+        self.tokens = to_device(wanted, device)[self.pair]
 
     def slot(self, rows: Rows, column: str) -> Tensor:
         """[row, token]: which reads a metric takes, −1 padded."""
-        return torch.from_numpy(rows.of[column]).to(self.pair.device)[self.pair]
+        return to_device(rows.of[column], self.pair.device)[self.pair]
 
 
 def _padded(tokens: tuple[int, ...], length: int) -> list[int]:
@@ -165,12 +167,13 @@ def read(
         clean = np.arange(len(rows.pairs))[:, None] * rows.per_pair * reads + each
         of = rows.pair[:, None] * reads + each
         device = hidden.device
-        reference = Reference(*(torch.from_numpy(x.ravel()).to(device) for x in (clean, of)))
+        reference = Reference(*(to_device(x.ravel(), device) for x in (clean, of)))
     return head(
         forward.final_norm(hidden.flatten(0, 1)),
         weight,
         bias,
         table.tokens.flatten(0, 1).clamp(min=0),
+        occurring=table.occurring,
         finish=forward.finish if forward.finishes else None,
         logsumexp=whole_vocabulary(metrics),
         ranked=table.answers if names & {"rank", "accuracy"} else 0,
@@ -185,7 +188,7 @@ def _value(m: Metric, head: MetricHead, table: _Table, rows: Rows) -> Tensor:
     slots = table.slot(rows, m.column)  # [row, token]
     reads = rows.reads.shape[1]
     row = torch.arange(len(slots), device=slots.device)
-    absent = torch.from_numpy(rows.reads < 0).to(slots.device)
+    absent = to_device(rows.reads < 0, slots.device)
 
     def at(values: Tensor, slot: Tensor) -> Tensor:
         """Of values [row · read, ...] those of one read of every row."""
@@ -243,7 +246,7 @@ def _of_distribution(
     if m.name == "prob_diff":
         return answer.exp() - wrong.exp()
     assert m.name == "relative_prob"
-    corrupt = torch.from_numpy(rows.corrupt).to(answer.device)
+    corrupt = to_device(rows.corrupt, answer.device)
     # Of P / P_corrupt the logarithm is a difference: nothing is lost where both are tiny.
     gain = torch.expm1(answer - answer[corrupt])
     loss = torch.expm1(wrong[corrupt] - wrong)
@@ -282,7 +285,8 @@ def _called(forward: Forward, hidden: Tensor, rows: Rows, m: Metric, vocab: int)
     """A user's metric, given all logits of some rows at a time."""
     function = load_function(m.path)
     slot = rows.of[m.column][rows.pair][:, 0]
-    at = hidden[torch.arange(len(slot)), torch.from_numpy(slot).to(hidden.device)]
+    row = torch.arange(len(slot), device=hidden.device)
+    at = hidden[row, to_device(slot, hidden.device)]
     run = np.full(len(slot), 2, np.int8)
     run[: rows.base] = np.minimum(np.arange(rows.base) % rows.per_pair, 1)
     step = max(1, TAIL_ELEMENTS // vocab)
@@ -291,7 +295,8 @@ def _called(forward: Forward, hidden: Tensor, rows: Rows, m: Metric, vocab: int)
     for i in range(0, len(slot), step):
         logits = forward.logits(at[i : i + step]).to(exact)
         pairs = [rows.pairs[p] for p in rows.pair[i : i + step]]
-        value = torch.as_tensor(function(logits, Context(pairs, run[i : i + step])))
+        value = function(logits, Context(pairs, run[i : i + step]))
+        value = value if isinstance(value, Tensor) else torch.as_tensor(value)
         if value.shape != (len(logits),):
             raise BadInput(
                 f"callable {m.path} returned the shape {list(value.shape)} for {len(logits)} rows "

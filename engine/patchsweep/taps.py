@@ -20,6 +20,7 @@ from patchsweep.sae import SAE
 from patchsweep.schedule import Edit, Step
 from patchsweep.sources import Kind
 from patchsweep.stream import Tap
+from patchsweep.transfer import to_device
 from patchsweep.values import Values
 
 # Places of the stream at the border between two layers, in the order of the forward.
@@ -106,7 +107,11 @@ class Editor:
         """The tap that replaces features, in a call whose first `base` tokens are unpatched."""
         assert self.values.sae is not None
         features = [
-            _Features(*self._value(e, 0), *map(self._to, (e.target, e.donor, e.own, e.unit)))
+            _Features(
+                *self._value(e, 0),
+                *map(self._to, (e.target, e.donor, np.where(e.own < base, e.own, 0), e.unit)),
+                *map(self._to, (changed := np.flatnonzero(e.own >= base), e.own[changed])),
+            )
             for e in edits
         ]
         return _overwrite(self.values.sae, base, features)
@@ -194,7 +199,7 @@ class Editor:
         return self.layouts.place(inner.metric.name)
 
     def _to(self, array: NDArray[np.generic]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return to_device(array, self.device)
 
 
 def _tokens(
@@ -219,7 +224,8 @@ def _all(taps: Sequence[Tap]) -> Tap:
 class _Features:
     """What an edit does to features, in columns [edit]: those of the tokens `target` become those
     of the tokens `donor`, or `given` (`kind` as of sources). `own`: a token with the activation
-    that the target has before."""
+    that the target has before; the edits `changed`, whose row has been changed before, find it
+    nowhere else than in the tokens `here`."""
 
     kind: Kind
     given: Tensor | None
@@ -227,6 +233,8 @@ class _Features:
     donor: Tensor
     own: Tensor
     unit: Tensor
+    changed: Tensor
+    here: Tensor
 
     def change(self, flat: Tensor, known: Tensor, sae: SAE) -> Tensor:
         """By how much each feature changes; `known` are those of the first tokens."""
@@ -234,11 +242,9 @@ class _Features:
         if self.kind == "vector":
             assert isinstance(given, Tensor)
             return given
-        inside = self.own < len(known)
-        before = known[self.own.where(inside, 0), self.unit]
-        outside = (~inside).nonzero()[:, 0]
-        if len(outside):  # where the row has been changed before
-            before[outside] = sae.one_each(flat[self.own[outside]], self.unit[outside])
+        before = known[self.own, self.unit]
+        if len(self.changed):
+            before[self.changed] = sae.one_each(flat[self.here], self.unit[self.changed])
         return (known[self.donor, self.unit] if self.kind == "run" else given) - before
 
 

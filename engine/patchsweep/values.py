@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from patchsweep.errors import BadInput
@@ -44,7 +45,7 @@ class Values:
         source: Sequence[int],
         sample: int,
         width: int,
-    ) -> Tensor:
+    ) -> NDArray[np.float64]:
         """Noise [token, width] on embeddings, in float64: token i is noised position slot[i] of
         pair[i]. Every sigma scales the same draw."""
         rows = []
@@ -53,7 +54,7 @@ class Values:
             assert isinstance(given, Gaussian)
             rng = np.random.default_rng([given.seed, p, sample, s])
             rows.append(rng.standard_normal(width) * self.sources[number].sigma * self.noise_scale)
-        return torch.from_numpy(np.stack(rows))
+        return np.stack(rows)
 
     def constant(
         self, source: int, component: str, layer: int, unit: Tensor, position: Tensor

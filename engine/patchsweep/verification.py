@@ -99,7 +99,8 @@ def verify(
                 for number, cell in some
             ]
             part = only(schedule, np.array(rows))
-            again = values_of_rows(forward, plan, wave, part, settings.metrics, values, carry)
+            found_by = values_of_rows(forward, plan, wave, part, settings.metrics, values, carry)
+            again = found_by.result()
             for name in found.metrics:
                 stored = _stored(found, wave, name, some)
                 found_again = again[name][-len(rows) :]

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from patchsweep.attention import LayerCall, attention_call
 from patchsweep.forward import Forward
-from patchsweep.metrics import Rows, evaluate
+from patchsweep.metrics import Rows, measure
 from patchsweep.plan import Plan, Wave
 from patchsweep.schedule import NULL, Embedding, Schedule, Step, make_schedule
 from patchsweep.sites import Block, Status
 from patchsweep.spec import Metric
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep.taps import BORDER, Editor, Seen
+from patchsweep.transfer import Arriving, aside, to_device, to_host
 from patchsweep.values import Values
 
 # Takes the rows of a schedule up the layers, as `wavefront` does.
@@ -42,7 +43,20 @@ class WaveResult:
     noise_floor: Found
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Launched:
+    """A wave whose work is queued on the devices, and the values of its rows, to be read."""
+
+    plan: Plan
+    wave: Wave
+    schedule: Schedule
+    values: Arriving
+
+    def result(self) -> WaveResult:
+        """What it found, waited for."""
+        return _sorted_out(self.plan, self.wave, self.schedule, self.values.result())
+
+
 def run_wave(
     forward: Forward,
     plan: Plan,
@@ -53,11 +67,25 @@ def run_wave(
 ) -> WaveResult:
     """Compute every cell of a wave's blocks, on the wavefront if no other way to `carry` runs up
     the layers is given; for it the model must be using patchsweep's attention."""
+    return launch_wave(forward, plan, wave, metrics, values, carry or wavefront).result()
+
+
+def launch_wave(
+    forward: Forward,
+    plan: Plan,
+    wave: Wave,
+    metrics: Sequence[Metric],
+    values: Values,
+    carry: Carry,
+) -> Launched:
+    """Begin to do what `run_wave` does. A GPU is not waited for, so that the next wave can be
+    launched behind this one; on a CPU it is done when this returns."""
     schedule = make_schedule(plan, wave)
-    found = values_of_rows(forward, plan, wave, schedule, metrics, values, carry or wavefront)
-    return _sorted_out(plan, wave, schedule, found)
+    found = values_of_rows(forward, plan, wave, schedule, metrics, values, carry)
+    return Launched(plan, wave, schedule, found)
 
 
+@torch.no_grad()
 def values_of_rows(
     forward: Forward,
     plan: Plan,
@@ -66,7 +94,7 @@ def values_of_rows(
     metrics: Sequence[Metric],
     values: Values,
     carry: Carry,
-) -> Found:
+) -> Arriving:
     """Each metric's values [row], by column, of a wave's rows."""
     editor = Editor(
         layouts=plan.layouts,
@@ -92,7 +120,8 @@ def values_of_rows(
     # Full forwards pass everywhere once.
     with forward.once() if carry is wavefront else nullcontext():
         hidden = carry(forward, schedule, across(forward, editor), embedding)
-        return evaluate(forward, hidden, rows, metrics, editor.inner)
+        with aside(forward.shared_by, reads=[hidden, *editor.inner.values()]):
+            return to_host(measure(forward, hidden, rows, metrics, editor.inner))
 
 
 def across(forward: Forward, editor: Editor) -> Callable[[int, Step], Seen]:
@@ -108,7 +137,7 @@ def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | No
 
     def tap(x: Tensor) -> None:
         if len(embedding.noised):
-            token = torch.from_numpy(embedding.noised).to(x.device)
+            token = to_device(embedding.noised, x.device)
             noise = editor.values.noise(
                 embedding.pair.tolist(),
                 embedding.slot.tolist(),
@@ -116,7 +145,7 @@ def embedding_tap(embedding: Embedding, editor: Editor, sample: int) -> Tap | No
                 sample,
                 x.shape[-1],
             )
-            x[token, 0] += noise.to(x)
+            x[token, 0] += to_device(noise, x.device).to(x)
         for each in constants:
             each(x)
 
@@ -133,24 +162,26 @@ def wavefront(
     d_model]. Rows are the base rows, then the runs. `seen` says what happens in a layer call,
     `embedding` what happens to embeddings."""
     first, begin = schedule.embedding, forward.device
-    tokens, positions = _to(first.tokens, begin), _to(first.positions, begin)
+    tokens, positions = to_device(first.tokens, begin), to_device(first.positions, begin)
     hidden = forward.embed(tokens, positions, embedding(first))
     for layer, step in enumerate(schedule.steps()):
         device = forward.devices[layer]
-        hidden = hidden.to(device)[_to(step.gather, device)]
+        hidden = hidden.to(device)[to_device(step.gather, device)]
         what = seen(layer, step)
         for place in BORDER:
             if place in what.taps:
                 what.taps[place](hidden[:, None])
         if layer == schedule.layers:
             row = np.arange(len(schedule.reads))[:, None]
-            return hidden[_to(step.row_tokens.token(row, np.maximum(schedule.reads, 0)), device)]
+            return hidden[
+                to_device(step.row_tokens.token(row, np.maximum(schedule.reads, 0)), device)
+            ]
         inside = {k: tap for k, tap in what.taps.items() if k in ResidualStream.PLACES}
         stream = ResidualStream(inside) if inside else None
         call = LayerCall(
             rows=step.rows,
-            borrowers=_to(step.borrowers, device),
-            lenders=_to(step.lenders, device),
+            borrowers=to_device(step.borrowers, device),
+            lenders=to_device(step.lenders, device),
             taps=what.taps,
             patterns=what.patterns,
             pattern_reads=what.pattern_reads,
@@ -158,13 +189,9 @@ def wavefront(
             attend=what.attend,
         )
         with attention_call(call):
-            positions = _to(step.positions, device)
+            positions = to_device(step.positions, device)
             hidden = forward.layer(layer, hidden, positions, stream, what.taps.get("neuron"))
     raise AssertionError("a schedule ends with the tail's step")
-
-
-def _to(index: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
 def _sorted_out(plan: Plan, wave: Wave, schedule: Schedule, found: Found) -> WaveResult:

@@ -46,6 +46,7 @@ def metric_head(
     bias: Tensor | None,
     wanted: Tensor,
     *,
+    occurring: Tensor | None = None,
     finish: Finish | None = None,
     logsumexp: bool = False,
     ranked: int = 0,
@@ -56,7 +57,8 @@ def metric_head(
     """Logits of chosen tokens, and sums over the whole vocabulary, tile by tile.
 
     hidden is [row, d_model], after the final norm; weight [vocab, d_model] and bias [vocab] are the
-    unembedding; wanted [row, wanted] holds token ids, of which the first `ranked` are ranked;
+    unembedding; wanted [row, wanted] holds token ids, of which the first `ranked` are ranked, and
+    `occurring` [token] those in it, ascending: not given, a GPU is waited for to know how many;
     `finish` is what the model does to the logits after the unembedding, element by element (scale,
     soft-cap). With `reference`, the divergences named (of kl, kl_reverse, tv), summed in float64.
     A reference's own are exactly 0, and rounding never makes one negative: it is clamped at 0.
@@ -78,8 +80,9 @@ def metric_head(
             part = slice(begin, begin + tile)
             yield begin, logits_of(weight[part], None if bias is None else bias[part])
 
-    unique, where = torch.unique(wanted, return_inverse=True)
-    picked = logits_of(weight[unique], None if bias is None else bias[unique]).gather(1, where)
+    tokens = torch.unique(wanted) if occurring is None else occurring
+    where = torch.searchsorted(tokens, wanted)
+    picked = logits_of(weight[tokens], None if bias is None else bias[tokens]).gather(1, where)
     if not (logsumexp or ranked or asked):
         return MetricHead(picked)
 
@@ -206,10 +209,8 @@ def _shift(top: Tensor) -> Tensor:
 
 def _weighted(weight: Tensor, x: Tensor) -> Tensor:
     """Σ_v weight · x, [row], where what has no weight counts nothing, even if it is infinite."""
-    total: Tensor = torch.linalg.vecdot(weight, x)
-    if bool(total.isfinite().all()):
-        return total
-    return (weight * x).masked_fill_(weight == 0, 0).sum(-1)
+    total: Tensor = torch.linalg.vecdot(weight, x.masked_fill(weight == 0, 0))
+    return total
 
 
 def _total_variation(tiles: Iterator[Tensor], reference: Reference, logsumexp: Tensor) -> Tensor:
