@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module imports from its own level and from those above it in this list; never further down.
 LEVELS = (
     ("errors", "dimensions", "families", "offload", "transfer"),
+    ("prefetch",),
     ("sites", "stream", "cone", "sae"),
     ("effect",),
     ("pairs", "statistics", "audit"),

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,12 @@ from safetensors.torch import save_file
 
 import patchsweep as ps
 from oracle.families import FAMILIES, prompts
-from patchsweep import engine, placement, selftest, wave
+from patchsweep import engine, forward, placement, selftest, wave
 from patchsweep.forward import Forward, layers_of
 from patchsweep.loading import memory_limits
 from patchsweep.pairs import Pair
 from patchsweep.placement import balanced_cut
+from patchsweep.prefetch import Prefetch
 from patchsweep.report.show import plan_table
 from patchsweep.spec import parse_spec
 from patchsweep.taps import Editor
@@ -87,14 +89,19 @@ def same(a: Path, b: Path) -> None:
 
 @contextmanager
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Bytes that hooks bring in inside each wave."""
+    """Bytes that are brought in inside each wave, by hooks or ahead of them."""
     waves: list[int] = []
-    bring = AlignDevicesHook.pre_forward
+    bring, fetch = AlignDevicesHook.pre_forward, Prefetch._fetch
 
     def counting(hook: AlignDevicesHook, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         out = bring(hook, module, *args, **kwargs)
         if hook.offload and waves:
             waves[-1] += sum(p.nbytes for p in module.parameters(hook.place_submodules))
+        return out
+
+    def fetching(self: Prefetch, *args: Any) -> Any:
+        out = fetch(self, *args)
+        waves[-1] += sum(t.nbytes for tensors in out.values() for t in tensors.values())
         return out
 
     def next_wave(name: str) -> Any:
@@ -108,6 +115,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     with monkeypatch.context() as patched:
         patched.setattr(AlignDevicesHook, "pre_forward", counting)
+        patched.setattr(Prefetch, "_fetch", fetching)
         for name in ("launch_wave", "run_wave"):
             patched.setattr(engine, name, next_wave(name))
         yield waves
@@ -147,6 +155,71 @@ def test_families(
         twice = whole.hf_model.get_input_embeddings().weight.nbytes if tied else 0
         assert model.offload.moved == held + twice
     assert layers or all(p.is_meta for p in model.hf_model.parameters())
+
+
+@pytest.mark.parametrize(("family", "tied", "layers"), [("llama", False, 0), ("gpt2", True, 2)])
+def test_weights_that_come_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, tied: bool, layers: int
+) -> None:
+    """As for a GPU, though from disk to memory: the same bits, weights once per wave, those of the
+    next layer on their way while a layer computes, and never those of three layers."""
+    folder = str(saved(tmp_path / "m", family, tied))
+    whole = ps.load_model(folder, "float64", "cpu")
+    model = ps.load_model(folder, "float64", "balanced", max_memory=limit(whole, layers))
+    assert "disk" in places(model)
+    before = model.offload
+    for module in (forward, placement):
+        monkeypatch.setattr(module, "worthwhile", lambda _: True)
+    assert model.offload.moved == before.moved
+    assert model.offload.held > before.held
+    done: list[str] = []
+    begin, fetch, layer = Prefetch._begin, Prefetch._fetch, Forward.layer
+    alive: dict[int, weakref.WeakSet[torch.Tensor]] = {}
+
+    def beginning(self: Prefetch, index: int) -> None:
+        done.append(f"begin {index}")
+        begin(self, index)
+
+    def fetching(self: Prefetch, index: int, before: Any) -> Any:
+        found = fetch(self, index, before)
+        assert {i for i, tensors in alive.items() if len(tensors)} <= {index - 1}
+        alive[index] = weakref.WeakSet(t for m in found.values() for t in m.values())
+        return found
+
+    def called(self: Forward, index: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        done.append(f"layer {index}")
+        assert not any(p.is_meta for p in self.layers[index].parameters())
+        return layer(self, index, *args, **kwargs)
+
+    pairs, settings = pairs_of(), {**SETTINGS, "components": ["head_z"], "metrics": ["kl"]}
+    ps.sweep(whole, pairs, out=tmp_path / "whole", **settings)
+    monkeypatch.setattr(Prefetch, "_begin", beginning)
+    monkeypatch.setattr(Prefetch, "_fetch", fetching)
+    monkeypatch.setattr(Forward, "layer", called)
+    # The self-test asks other things of the layers; it is another test's.
+    monkeypatch.setattr(selftest, "check", lambda *_: selftest.SelfTest(0, 0.0, 0.0, 0.0))
+    with counted(monkeypatch) as waves:
+        ps.sweep(model, pairs, out=tmp_path / "off", **settings)
+    same(tmp_path / "whole", tmp_path / "off")
+    assert set(waves) == {model.offload.moved}
+    ahead = [f"{what} {i}" for i in range(4) for what in ("begin", "layer")]
+    ahead[1:7:2], ahead[2:8:2] = ahead[2:8:2], ahead[1:7:2]
+    assert done[-8 * len(waves) :] == ahead * len(waves)
+    assert layers or all(p.is_meta for p in model.hf_model.parameters())
+
+
+def test_a_wave_that_was_left_has_fetched_for_nobody(tmp_path: Path) -> None:
+    """Whatever layer comes next has its own weights inside, and none after."""
+    hf_model = FAMILIES["llama"].build(3)
+    expected = [[p.detach().clone() for p in layer.parameters()] for layer in layers_of(hf_model)]
+    disk_offload(hf_model, str(tmp_path / "weights"), torch.device("cpu"))
+    layers = list(layers_of(hf_model))
+    ahead = Prefetch(layers)
+    for index in (0, 0, 2, 1, 2, 0):
+        with ahead.layer(index):
+            for p, own in zip(layers[index].parameters(), expected[index], strict=True):
+                assert torch.equal(p, own)
+        assert all(p.is_meta for p in layers[index].parameters())
 
 
 SOURCES: list[dict[str, Any]] = [
@@ -396,23 +469,38 @@ def test_everything_is_on_the_device_of_its_layer(
 
 
 @pytest.mark.gpu
-def test_gpu_and_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_gpu_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    """Weights come ahead, waves are launched ahead: the bits of the model on the GPU."""
     folder = str(saved(tmp_path / "m", "llama", True))
     whole = ps.load_model(folder, "float64", "cuda:0")
-    memory = {0: limit(whole, 1)["cpu"], "cpu": "1GB"}
+    memory = {0: limit(whole, 1)["cpu"], **({"cpu": "1GB"} if place == "cpu" else {})}
     model = ps.load_model(folder, "float64", "balanced", max_memory=memory)
-    assert places(model) == {0, "cpu"}
+    assert places(model) == {0, place}
     assert model.fingerprint == whole.fingerprint
     assert model.offload.moved > 0
+    fetched = []
+    fetch = Prefetch._fetch
+
+    def fetching(self: Prefetch, index: int, before: Any) -> Any:
+        fetched.append(index)
+        return fetch(self, index, before)
+
+    monkeypatch.setattr(Prefetch, "_fetch", fetching)
     ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
-    ps.sweep(model, pairs_of(), out=tmp_path / "off", **SETTINGS)
+    assert not fetched
+    with counted(monkeypatch) as waves:
+        ps.sweep(model, pairs_of(), out=tmp_path / "off", **SETTINGS)
     same(tmp_path / "whole", tmp_path / "off")
+    assert set(waves) == {model.offload.moved}
+    assert set(fetched) == set(range(4))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("tied", [False, True])
-def test_two_gpus(tmp_path: Path, tied: bool) -> None:
+def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """A wave on each GPU: the bits of one wave after another."""
     folder = str(saved(tmp_path / "m", "llama", tied))
     whole = ps.load_model(folder, "float64", "cuda:0")
     memory = {0: "1GB", 1: "1GB"}
@@ -421,6 +509,10 @@ def test_two_gpus(tmp_path: Path, tied: bool) -> None:
     assert model.offload.moved == 0
     ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
     ps.sweep(model, pairs_of(), out=tmp_path / "two", **SETTINGS)
+    monkeypatch.setattr(Forward, "waves_in_flight", 1)
+    monkeypatch.setattr(Forward, "shared_by", [])
+    ps.sweep(model, pairs_of(), out=tmp_path / "one by one", **SETTINGS)
+    same(tmp_path / "two", tmp_path / "one by one")
     expected, found = values(tmp_path / "whole"), values(tmp_path / "two")
     for name, array in expected.items():
         np.testing.assert_allclose(found[name], array, atol=1e-9, err_msg=name)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Offload:
     """Weights that are kept off the device that computes, in bytes: moved to it in every wave, each
-    module's once; the most of them that are there at one time."""
+    module's once; the most that are there at one time, of two layers where they come ahead."""
 
     moved: int = 0
     held: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from patchsweep.attention import LayerCall, Stacked, attention_call
 from patchsweep.errors import BadInput, NotOnWavefront
-from patchsweep.offload import device_of, offloaded, replaced, weights_of
+from patchsweep.offload import device_of, hook_of, offloaded, replaced, weights_of
+from patchsweep.prefetch import Prefetch, worthwhile
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows
 
@@ -63,6 +64,16 @@ class Forward:
         gpus = {device for device in self.devices if device.type == "cuda"}
         spread = len(gpus) > 1 and not offloaded(self.hf_model)
         return sorted(gpus, key=str) if spread else []
+
+    @cached_property
+    def prefetch(self) -> Prefetch | None:
+        """Brings layers' weights in ahead, where that is worthwhile."""
+        kept = any(hook_of(m) for layer in self.layers for m in layer.modules())
+        return Prefetch(self.layers) if kept and worthwhile(self.device) else None
+
+    def weights(self, layer: int) -> AbstractContextManager[None]:
+        """Inside, a layer of a wave, which goes through all of them in order, has its weights."""
+        return nullcontext() if self.prefetch is None else self.prefetch.layer(layer)
 
     @property
     def waves_in_flight(self) -> int:

@@ -43,7 +43,7 @@ class Model:
     @property
     def offload(self) -> Offload:
         """What a wave moves of the weights that are kept off the device."""
-        return offload(self.hf_model, offloaded(self.hf_model))
+        return offload(self.hf_model, offloaded(self.hf_model), self.device)
 
     @property
     def fingerprint(self) -> str:

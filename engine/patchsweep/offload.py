@@ -32,11 +32,11 @@ def weights_of(*modules: nn.Module) -> Iterator[None]:
     or asked for. What is there already stays as it is."""
     with ExitStack() as stack:
         for module in modules:
-            hook = _hook(module)
-            if hook is not None and any(p.is_meta for _, p in _weights(module, hook)):
+            hook = hook_of(module)
+            if hook is not None and any(p.is_meta for _, p in weights_under(module, hook)):
                 hook.pre_forward(module)
                 stack.callback(hook.post_forward, module, None)
-                stack.enter_context(replaced(module, _unhooked(module, hook)))
+                stack.enter_context(replaced(module, unhooked(module, hook)))
         yield
 
 
@@ -56,8 +56,8 @@ def offloaded(hf_model: nn.Module) -> set[str]:
     return {
         _joined(name, leaf)
         for name, module in hf_model.named_modules()
-        if (hook := _hook(module)) is not None
-        for leaf, _ in _weights(module, hook)
+        if (hook := hook_of(module)) is not None
+        for leaf, _ in weights_under(module, hook)
     }
 
 
@@ -77,25 +77,25 @@ def _kept(hf_model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     """The values of a tensor that is not on a device."""
     parts = name.split(".")
     for i in reversed(range(len(parts))):
-        hook = _hook(hf_model.get_submodule(".".join(parts[:i])))
+        hook = hook_of(hf_model.get_submodule(".".join(parts[:i])))
         if hook is not None:
             kept: Tensor = hook.weights_map[".".join(parts[i:])]
             return kept.to(tensor.dtype)
     raise AssertionError(f"{name} is nowhere")
 
 
-def _hook(module: nn.Module) -> AlignDevicesHook | None:
+def hook_of(module: nn.Module) -> AlignDevicesHook | None:
     """The hook that brings a module's weights in, if it has one."""
     hook = getattr(module, "_hf_hook", None)
     return hook if isinstance(hook, AlignDevicesHook) and hook.offload else None
 
 
-def _weights(module: nn.Module, hook: AlignDevicesHook) -> Iterator[tuple[str, nn.Parameter]]:
+def weights_under(module: nn.Module, hook: AlignDevicesHook) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that a hook brings in."""
     return module.named_parameters(recurse=hook.place_submodules)
 
 
-def _unhooked(module: nn.Module, hook: AlignDevicesHook) -> Callable[..., Any]:
+def unhooked(module: nn.Module, hook: AlignDevicesHook) -> Callable[..., Any]:
     """A module's forward, without its hook but on the hook's device."""
     own: Any = module._old_forward
     device = hook.execution_device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from patchsweep.dimensions import Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
 from patchsweep.loading import memory_limits
+from patchsweep.prefetch import worthwhile
 
 Place = int | str  # a GPU's number, "cpu" or "disk"
 WEIGHTS_SHARE = 0.9  # of the memory that is free, where max_memory does not say more
@@ -63,8 +65,9 @@ def device_map(
     return found
 
 
-def offload(hf_model: PreTrainedModel, names: set[str]) -> Offload:
-    """What a wave moves where the parameters `names` are kept off the device."""
+def offload(hf_model: PreTrainedModel, names: set[str], device: torch.device) -> Offload:
+    """What a wave moves where the parameters `names` are kept off the device that computes. Where
+    layers come in ahead, two of them are there, perhaps still beside the larger end."""
     own = {
         module: sum(
             p.nbytes for leaf, p in module.named_parameters(name, recurse=False) if leaf in names
@@ -74,14 +77,19 @@ def offload(hf_model: PreTrainedModel, names: set[str]) -> Offload:
     ends = [own[m] for m in (hf_model.get_input_embeddings(), hf_model.get_output_embeddings())]
     layers = [sum(own[m] for m in layer.modules()) for layer in layers_of(hf_model)]
     moved = sum(own.values())
-    return Offload(moved, max(*ends, *layers) + moved - sum(ends) - sum(layers))
+    if worthwhile(device):
+        two = max(a + b for a, b in pairwise([0, *layers]))
+        most = max(ends) + two
+    else:
+        most = max(*ends, *layers)
+    return Offload(moved, most + moved - sum(ends) - sum(layers))
 
 
 def foreseen(empty: PreTrainedModel, placed: Mapping[str, Place]) -> tuple[torch.device, Offload]:
     """Where a model that is placed so begins to compute, and what a wave moves."""
     gpus = [place for place in placed.values() if isinstance(place, int)]
     device = torch.device("cuda", min(gpus)) if gpus else torch.device("cpu")
-    return device, offload(empty, kept_off(empty, placed))
+    return device, offload(empty, kept_off(empty, placed), device)
 
 
 def kept_off(empty: PreTrainedModel, placed: Mapping[str, Place]) -> set[str]:

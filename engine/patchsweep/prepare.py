@@ -36,7 +36,8 @@ def prepare(
     layouts = plan.layouts
     components = layouts.patched([name for name in plan.grids if name != SETS])
     if sae is not None:
-        sae = sae.to(forward.device, forward.hf_model.dtype)
+        call = sae.layer + (sae.at == "resid_post")
+        sae = sae.to(forward.devices[call], forward.hf_model.dtype)
     for metric in settings.metrics:
         _check_metric(metric, plan)
     if carry is wavefront and (

@@ -188,7 +188,7 @@ def wavefront(
             stream=stream,
             attend=what.attend,
         )
-        with attention_call(call):
+        with attention_call(call), forward.weights(layer):
             positions = to_device(step.positions, device)
             hidden = forward.layer(layer, hidden, positions, stream, what.taps.get("neuron"))
     raise AssertionError("a schedule ends with the tail's step")
