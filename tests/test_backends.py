@@ -17,7 +17,6 @@ from cells import METRICS, Case, Letters, check
 from oracle.families import ELSEWHERE, EVERY, FAMILIES
 from patchsweep import backends, selftest
 from patchsweep.sites import COMPONENTS
-from patchsweep.store import Store
 from test_exact import SOURCES, pair_of, three, unequal
 
 # Of these the order of queries, keys and values in their projection is not known.
@@ -185,71 +184,6 @@ def test_both_backends_on_the_real_model(tmp_path: Path) -> None:
     for name, found in one.items():
         atol = 1 if name.endswith("/rank") else 2e-4  # two tokens may be as likely as each other
         np.testing.assert_allclose(found, other[name], rtol=0, atol=atol, err_msg=name)
-
-
-@pytest.fixture
-def results(tmp_path: Path) -> tuple[ps.Model, ps.Results]:
-    model = ps.wrap(FAMILIES["llama"].build(3, 1), Letters())
-    given = {"components": ["head_z", "head_pattern"], "metrics": ["logit_diff", "rank"]}
-    return model, ps.sweep(model, three(), out=tmp_path / "r.zarr", **given)
-
-
-def test_verify(results: tuple[ps.Model, ps.Results]) -> None:
-    model, found = results
-    verified = ps.verify(found, 50, model)
-    assert verified.holds
-    assert verified.cells == 50
-    assert verified.left_out == ("head_pattern",)
-    assert max(verified.differences.values()) < 1e-9
-
-
-def test_verify_finds_what_is_wrong(results: tuple[ps.Model, ps.Results]) -> None:
-    """One wrong value, once all cells are run again."""
-    model, found = results
-    array = Store.open(found.path, "r+")._group["head_z/logit_diff"]
-    status = found.store.read("head_z/logit_diff_status")
-    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
-    array[first] = array[first] + 1e-4
-    verified = ps.verify(found, 10**6, model)
-    assert verified.cells == int((status == 1).sum())
-    assert not verified.holds
-    assert verified.differences["logit_diff"] == pytest.approx(1e-4, rel=0.5)
-    assert verified.differences["rank"] == 0
-
-
-@pytest.mark.parametrize("wrong", [np.nan, np.inf])
-def test_verify_finds_what_is_not_finite(
-    results: tuple[ps.Model, ps.Results], wrong: float
-) -> None:
-    model, found = results
-    status = found.store.read("head_z/logit_diff_status")
-    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
-    Store.open(found.path, "r+")._group["head_z/logit_diff"][first] = wrong
-    assert not ps.verify(found, 10**6, model).holds
-
-
-def test_verify_refuses_to_compare_nothing(results: tuple[ps.Model, ps.Results]) -> None:
-    model, found = results
-    for cells in (0, -1):
-        with pytest.raises(ps.BadInput, match=f"cells is {cells}: .*at least 1"):
-            ps.verify(found, cells, model)
-    with pytest.raises(ps.BadInput, match="seed is -1"):
-        ps.verify(found, 5, model, seed=-1)
-
-
-def test_verify_leaves_out_what_is_rotated(tmp_path: Path) -> None:
-    model = ps.wrap(FAMILIES["llama"].build(2, 1), Letters())
-    given: dict[str, Any] = {"components": ["head_q", "head_k", "head_v"], "direction": "noise"}
-    given["source"] = [{"mean": {"prompts": "clean", "by": "all"}}]
-    verified = ps.verify(ps.sweep(model, three(), out=tmp_path / "r", **given), 50, model)
-    assert verified.holds
-    assert verified.left_out == ("head_q", "head_k")
-
-
-def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
-    other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
-    with pytest.raises(ps.BadInput, match="another model"):
-        ps.verify(results[1], 5, other)
 
 
 class _TwoWays(torch.nn.Module):

@@ -208,7 +208,10 @@ def carry_out(
             raise attribution.not_on(backend.record["backend_reason"])
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
-        attrs |= {"values": digest(values), "noise_scale": values.noise_scale}
+        attrs |= {
+            "values": digest(values, plan, model.tokenizer),
+            "noise_scale": values.noise_scale,
+        }
         attrs |= {"estimators": estimators}
         if existing:
             _same_sweep(existing, attrs)

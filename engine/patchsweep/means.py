@@ -30,7 +30,8 @@ def means(
 ) -> dict[str, Tensor]:
     """The mean activation of each component, [layer, position or 1, unit, width], in float64.
 
-    by: position (prompts counted from their first token; NaN where no prompt reaches) or all.
+    by: position (prompts counted from their first token; NaN where no prompt reaches) or all. What
+    `carry` does not see has none.
     """
     longest = max(map(len, prompts))
     sums = {
@@ -44,7 +45,7 @@ def means(
             batch = []
         if prompt is not None:
             batch.append(prompt)
-    return {name: total.mean() for name, total in sums.items()}
+    return {name: total.mean() for name, total in sums.items() if None not in total.total}
 
 
 class _Sum:

@@ -134,13 +134,31 @@ def _direction(m: Metric, width: int) -> Tensor:
     return direction
 
 
-def digest(values: Values) -> str:
-    """Identifies what was prepared, for a sweep that goes on."""
-    found = hashlib.sha256(f"{values.noise_scale}".encode())
-    tensors = [*values.constants.items(), *values.directions.items()]
+def digest(values: Values, plan: Plan, tokenizer: Any) -> str:
+    """Identifies what files gave to a sweep, whatever computes it. Means are known by their
+    prompts: they round differently from one backend or device to another."""
+    found = hashlib.sha256()
+    of_means = set()
+    for number, source in enumerate(plan.sources):
+        if isinstance(source.given, Mean):
+            of_means.add(number)
+            found.update(f"{mean_prompts(source.given, plan.pairs, tokenizer)}".encode())
+    given = {key: x for key, x in values.constants.items() if key[0] not in of_means}
+    tensors: list[tuple[object, Tensor]] = [*given.items(), *values.directions.items()]
     if values.sae is not None:
-        tensors += [("encoder", values.sae.encoder), ("decoder", values.sae.decoder)]
+        found.update(f"{values.sae.k}".encode())
+        tensors += [(k, x) for k, x in vars(values.sae).items() if isinstance(x, Tensor)]
     for name, tensor in tensors:
         found.update(f"{name}{tuple(tensor.shape)}".encode())
         found.update(tensor.detach().to("cpu", torch.float64).contiguous().numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def files_of(settings: Sweep) -> list[str]:
+    """The files that `digest` speaks of."""
+    found = [str(given.file) for _, given in settings.sources if isinstance(given, Vector)]
+    for _, given in settings.sources:
+        if isinstance(given, Mean) and given.prompts not in ("clean", "corrupt"):
+            found.append(given.prompts)
+    found += [m.file for m in settings.metrics if m.name == "probe"]
+    return found + ([str(settings.sae.file)] if settings.sae else [])

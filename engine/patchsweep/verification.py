@@ -12,13 +12,13 @@ from patchsweep import results as results_of
 from patchsweep.backends import through_nnsight
 from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
-from patchsweep.interventions import ROTATED
+from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
-from patchsweep.plan import Plan, Wave
-from patchsweep.prepare import prepare
+from patchsweep.plan import RUN, Ints, Plan, Wave
+from patchsweep.prepare import digest, files_of, prepare
 from patchsweep.results import Results
-from patchsweep.schedule import make_schedule
-from patchsweep.sites import SETS, Status
+from patchsweep.schedule import Schedule, make_schedule
+from patchsweep.sites import SETS
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.stacked import only
 from patchsweep.wave import values_of_rows
@@ -26,7 +26,6 @@ from patchsweep.wave import values_of_rows
 # Largest difference of two ways to compute the same, as a share of the value where that is above 1.
 TOLERANCE = {"float64": 1e-6, "float32": 2e-4, "float16": 5e-2, "bfloat16": 2e-1}
 STEPS = ("rank", "accuracy")  # these may differ by one where two tokens are as likely
-RUN = (Status.EXACT, Status.AUDITED)
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,9 @@ def verify(
     """Run some random cells that are no structural ones again and compare.
 
     Every metric of every chosen cell is compared. `model` is needed only for results of a model
-    that has no name to load it by. BadInput for another model than the results', and where there is
-    nothing to compare.
+    that has no name to load it by. BadInput for another model than the results', for files of
+    vectors, means, probes or an autoencoder that have changed, and where there is nothing to
+    compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:
@@ -69,57 +69,74 @@ def verify(
     pairs = found.store.pairs()
     plan = plan_sweep(model.dimensions, pairs, settings, model.device, attrs["token_budget"], sae)
     if plan.hash != attrs["plan_hash"]:
+        other = "with another autoencoder, or " if sae else ""
         raise BadInput(
-            f"{found.path} was planned by another version of patchsweep, "
+            f"{found.path} was planned {other}by another version of patchsweep, "
             f"{attrs['versions']['patchsweep']}: verify it with that one"
         )
 
-    patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
     with (
         exactly(model.device),
         through_nnsight(model, plan, settings, "asked for") as (backend, carry),
     ):
-        forward = backend.forward
         carry.check(plan.layouts, (), settings.metrics)
-        rotated = any(s.kind in ROTATED for s in plan.sources)
-        left_out = tuple(
-            c
-            for c in patched
-            if carry.lacks(plan.layouts, c) or (rotated and c in ("head_q", "head_k"))
-        )
-        without = {*left_out, *([SETS] if left_out else [])}
-        chosen = _drawn(found, plan, cells, seed, without)
-        values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
+        left_out = _left_out(plan, carry)
+        chosen = _drawn(found, plan, cells, seed, {*left_out, *([SETS] if left_out else [])})
+        values = prepare(backend.forward, plan, settings, model.tokenizer, sae, carry)
+        files = files_of(settings)
+        if files and digest(values, plan, model.tokenizer) != attrs["values"]:
+            raise BadInput(
+                f"{found.path}: a file that it was made with is not what it was then, "
+                f"{' or '.join(files)}: put that back"
+            )
         worst = dict.fromkeys(found.metrics, 0.0)
-        for wave, some in chosen:
+        for wave, drawn in chosen:
             schedule = make_schedule(plan, wave)
-            runs = schedule.runs
-            rows = [
-                int(np.flatnonzero((runs.block == number) & (runs.cell == cell))[0])
-                for number, cell in some
-            ]
-            part = only(schedule, np.array(rows))
-            found_by = values_of_rows(forward, plan, wave, part, settings.metrics, values, carry)
-            again = found_by.result()
+            rows = np.concatenate([_rows(schedule, *some) for some in drawn])
+            found_again = values_of_rows(
+                backend.forward, plan, wave, only(schedule, rows), settings.metrics, values, carry
+            )
+            again = found_again.result()
             for name in found.metrics:
-                stored = _stored(found, wave, name, some)
-                found_again = again[name][-len(rows) :]
-                with np.errstate(invalid="ignore"):  # what is infinite in one of them is NaN
-                    apart = np.abs(found_again - stored) / np.maximum(1, np.abs(stored))
-                if name.startswith(STEPS):
-                    apart = np.maximum(apart - 1 / np.maximum(1, np.abs(stored)), 0)
-                equal = (found_again == stored) | (np.isnan(found_again) & np.isnan(stored))
-                worst[name] = float(np.maximum(worst[name], np.where(equal, 0, apart).max()))
-    return Verified(
-        sum(len(some) for _, some in chosen), worst, TOLERANCE[attrs["model_dtype"]], left_out
+                stored = np.concatenate([_block(found, wave, n, name)[cell] for n, cell in drawn])
+                apart = _apart(name, again[name][-len(rows) :], stored)
+                worst[name] = float(np.maximum(worst[name], apart.max()))
+    count = sum(len(cell) for _, drawn in chosen for _, cell in drawn)
+    return Verified(count, worst, TOLERANCE[attrs["model_dtype"]], left_out)
+
+
+def _left_out(plan: Plan, carry: Interventions) -> tuple[str, ...]:
+    """The components that nnsight cannot patch here."""
+    patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
+    rotated = any(s.kind in ROTATED for s in plan.sources)
+    return tuple(
+        c
+        for c in patched
+        if carry.lacks(plan.layouts, c) or (rotated and c in ("head_q", "head_k"))
     )
 
 
-Chosen = list[tuple[Wave, list[tuple[int, int]]]]  # (block in its wave, cell in its block)
+def _apart(
+    name: str, again: NDArray[np.floating], stored: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """How far values of a metric are apart, as a share of those above 1; NaN where only one of two
+    is a number."""
+    size = np.maximum(1, np.abs(stored))
+    with np.errstate(invalid="ignore"):  # what is infinite in one of them is NaN
+        apart = np.abs(again - stored) / size
+    if name.startswith(STEPS):
+        apart = np.maximum(apart - 1 / size, 0)
+    equal = (again == stored) | (np.isnan(again) & np.isnan(stored))
+    return np.where(equal, 0, apart)
 
 
-def _drawn(found: Results, plan: Plan, cells: int, seed: int, without: set[str]) -> Chosen:
-    """Cells that were run, each as likely as any other, by wave."""
+Cells = tuple[int, Ints]  # a block's number in its wave, cells as flat indices into the block
+
+
+def _drawn(
+    found: Results, plan: Plan, cells: int, seed: int, without: set[str]
+) -> list[tuple[Wave, list[Cells]]]:
+    """Cells that were run, each as likely as any other, by wave and block."""
     where = [
         (wave, number)
         for wave in plan.waves
@@ -130,27 +147,29 @@ def _drawn(found: Results, plan: Plan, cells: int, seed: int, without: set[str])
     total = int(counts[-1]) if len(counts) else 0
     if not total:
         raise BadInput(f"{found.path} has no cells that could be run again through nnsight")
-    drawn = np.random.default_rng(seed).choice(total, min(cells, total), replace=False)
-    by_wave: dict[int, tuple[Wave, list[tuple[int, int]]]] = {}
-    for i in np.sort(drawn):
-        at = int(np.searchsorted(counts, i, side="right"))
-        wave, number = where[at]
-        known = _run(found, wave, number)
-        cell = int(known[i - counts[at]])  # from the end
-        by_wave.setdefault(wave.index, (wave, []))[1].append((number, cell))
+    drawn = np.sort(np.random.default_rng(seed).choice(total, min(cells, total), replace=False))
+    block = np.searchsorted(counts, drawn, side="right")
+    by_wave: dict[int, tuple[Wave, list[Cells]]] = {}
+    for i in np.unique(block):
+        wave, number = where[i]
+        mine = drawn[block == i] - counts[i]  # from the end
+        by_wave.setdefault(wave.index, (wave, []))[1].append(
+            (number, _run(found, wave, number)[mine])
+        )
     return list(by_wave.values())
 
 
-def _run(found: Results, wave: Wave, number: int) -> NDArray[np.int64]:
+def _run(found: Results, wave: Wave, number: int) -> Ints:
     """The cells of a block that were run, as flat indices into it."""
     name = f"{found.metrics[0]}_status"
     return np.flatnonzero(np.isin(_block(found, wave, number, name), RUN))
 
 
-def _stored(
-    found: Results, wave: Wave, metric: str, some: list[tuple[int, int]]
-) -> NDArray[np.floating]:
-    return np.array([_block(found, wave, number, metric)[cell] for number, cell in some])
+def _rows(schedule: Schedule, number: int, cell: Ints) -> Ints:
+    """The runs of some cells of a block, in the order of the cells."""
+    mine = np.flatnonzero(schedule.runs.block == number)
+    order = np.argsort(schedule.runs.cell[mine])
+    return mine[order[np.searchsorted(schedule.runs.cell[mine], cell, sorter=order)]]
 
 
 def _block(found: Results, wave: Wave, number: int, name: str) -> NDArray[np.generic]:

@@ -1,0 +1,171 @@
+"""verify: some cells of results again, as full forwards through nnsight."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import patchsweep as ps
+from cells import Letters
+from oracle.families import FAMILIES
+from patchsweep.store import Store
+from test_exact import three
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> tuple[ps.Model, ps.Results]:
+    model = ps.wrap(FAMILIES["llama"].build(3, 1), Letters())
+    given = {"components": ["head_z", "head_pattern"], "metrics": ["logit_diff", "rank"]}
+    return model, ps.sweep(model, three(), out=tmp_path / "r.zarr", **given)
+
+
+def test_verify(results: tuple[ps.Model, ps.Results]) -> None:
+    model, found = results
+    verified = ps.verify(found, 50, model)
+    assert verified.holds
+    assert verified.cells == 50
+    assert verified.left_out == ("head_pattern",)
+    assert max(verified.differences.values()) < 1e-9
+
+
+def test_verify_finds_what_is_wrong(results: tuple[ps.Model, ps.Results]) -> None:
+    """One wrong value, once all cells are run again."""
+    model, found = results
+    array = Store.open(found.path, "r+")._group["head_z/logit_diff"]
+    status = found.store.read("head_z/logit_diff_status")
+    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
+    array[first] = array[first] + 1e-4
+    verified = ps.verify(found, 10**6, model)
+    assert verified.cells == int((status == 1).sum())
+    assert not verified.holds
+    assert verified.differences["logit_diff"] == pytest.approx(1e-4, rel=0.5)
+    assert verified.differences["rank"] == 0
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_verify_finds_what_is_not_finite(
+    results: tuple[ps.Model, ps.Results], wrong: float
+) -> None:
+    model, found = results
+    status = found.store.read("head_z/logit_diff_status")
+    first = tuple(int(i[0]) for i in np.nonzero(status == 1))
+    Store.open(found.path, "r+")._group["head_z/logit_diff"][first] = wrong
+    assert not ps.verify(found, 10**6, model).holds
+
+
+def test_verify_refuses_to_compare_nothing(results: tuple[ps.Model, ps.Results]) -> None:
+    model, found = results
+    for cells in (0, -1):
+        with pytest.raises(ps.BadInput, match=f"cells is {cells}: .*at least 1"):
+            ps.verify(found, cells, model)
+    with pytest.raises(ps.BadInput, match="seed is -1"):
+        ps.verify(found, 5, model, seed=-1)
+
+
+def test_verify_leaves_out_what_is_rotated(tmp_path: Path) -> None:
+    model = ps.wrap(FAMILIES["llama"].build(2, 1), Letters())
+    given: dict[str, Any] = {"components": ["head_q", "head_k", "head_v"], "direction": "noise"}
+    given["source"] = [{"mean": {"prompts": "clean", "by": "all"}}]
+    verified = ps.verify(ps.sweep(model, three(), out=tmp_path / "r", **given), 50, model)
+    assert verified.holds
+    assert verified.left_out == ("head_q", "head_k")
+
+
+def test_verify_refuses_another_model(results: tuple[ps.Model, ps.Results]) -> None:
+    other = ps.wrap(FAMILIES["llama"].build(3, 2), Letters())
+    with pytest.raises(ps.BadInput, match="another model"):
+        ps.verify(results[1], 5, other)
+
+
+def test_verify_reads_a_block_once(
+    results: tuple[ps.Model, ps.Results], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every metric, however many of its cells are compared."""
+    model, found = results
+    read: list[tuple[str, str]] = []
+    own = Store.read
+
+    def counted(self: Store, name: str, region: Any = ...) -> Any:
+        read.append((name, str(region)))
+        return own(self, name, region)
+
+    monkeypatch.setattr(Store, "read", counted)
+    ps.verify(found, 200, model)
+    values = [r for r in read if r[0] in ("head_z/logit_diff", "head_z/rank")]
+    assert len(values) == len(set(values)) > 0
+
+
+class Words(Letters):
+    """A tokenizer of words that are numbers."""
+
+    unk_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def sae_of(seed: int) -> dict[str, torch.Tensor]:
+    """The weights of an autoencoder for 48 values; only its bias is another for another seed."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = {"W_enc": (48, 20), "W_dec": (20, 48), "b_dec": (48,)}
+    weights = {name: torch.randn(*shape, generator=rng) for name, shape in shapes.items()}
+    return weights | {"b_enc": torch.full((20,), float(seed))}
+
+
+def write(kind: str, folder: Path, seed: int) -> None:
+    """The file that a sweep is given, with other content for another seed."""
+    if kind == "mean":
+        line = {"clean": f"{seed} 2 3", "corrupt": "4 5 6", "answer": "7"}
+        (folder / "mean.jsonl").write_text(json.dumps(line))
+    elif kind == "sae":
+        save_file(sae_of(seed), folder / "features.safetensors")
+    else:
+        np.save(folder / "v.npy", np.random.default_rng(seed).standard_normal(48))
+
+
+def given(kind: str, folder: Path) -> dict[str, Any]:
+    """Settings of a sweep that is given a file."""
+    settings: dict[str, Any] = {"components": ["mlp_out"], "direction": "noise"}
+    if kind == "mean":
+        settings["source"] = {"mean": {"prompts": str(folder / "mean.jsonl"), "by": "all"}}
+    elif kind == "vector":
+        settings["source"] = {"vector": {"file": str(folder / "v.npy")}}
+    elif kind == "probe":
+        probe = {"component": "resid_post", "layer": 1, "position": -1}
+        settings["metrics"] = [{"probe": {**probe, "file": str(folder / "v.npy")}}]
+    else:
+        file = str(folder / "features.safetensors")
+        settings |= {"components": ["sae_feature"]}
+        settings |= {"sae": {"file": file, "layer": 1, "at": "mlp_out"}}
+    return settings
+
+
+@pytest.mark.parametrize("kind", ["mean", "vector", "probe", "sae"])
+def test_verify_refuses_files_that_have_changed(kind: str, tmp_path: Path) -> None:
+    """What they hold counts, not when they were written; means may round differently."""
+    model = ps.wrap(FAMILIES["llama"].build(2, 1), Words())
+    write(kind, tmp_path, 1)
+    results = ps.sweep(model, three(), out=tmp_path / "r", **given(kind, tmp_path))
+    write(kind, tmp_path, 1)
+    assert ps.verify(results, 20, model).holds
+    write(kind, tmp_path, 2)
+    with pytest.raises(ps.BadInput, match=r"is not what it was then, .*: put that back") as error:
+        ps.verify(results, 20, model)
+    name = {"mean": "mean.jsonl", "sae": "features.safetensors"}.get(kind, "v.npy")
+    assert str(tmp_path / name) in str(error.value)
+
+
+def test_verify_where_nnsight_knows_no_queries(tmp_path: Path) -> None:
+    """A component that is left out needs no mean either."""
+    model = ps.wrap(FAMILIES["deepseek_v3"].build(2, 1), Letters())
+    settings: dict[str, Any] = {"components": ["head_v", "head_z"], "direction": "noise"}
+    settings["source"] = {"mean": {"prompts": "clean", "by": "all"}}
+    verified = ps.verify(ps.sweep(model, three(), out=tmp_path / "r", **settings), 20, model)
+    assert verified.holds
+    assert verified.left_out == ("head_v",)
