@@ -47,10 +47,12 @@ WHY = {
 class Interventions:
     """Runs the schedules of waves as batches of about `tokens` tokens: a `wave.Carry`.
 
-    `spots` [layer] say by place where an activation is.
+    `spots` [layer] say by place where an activation is; `layers` and `embedding` are paths.
     """
 
     spots: Sequence[Mapping[str, Spot]]
+    layers: Sequence[str]
+    embedding: str
     model: NNsight
     tokens: int
     remote: bool = False
@@ -120,16 +122,14 @@ class Interventions:
         """The last layer's output for all tokens of a batch, [token, d_model]."""
         tokens = torch.from_numpy(batch.tokens).to(forward.device)
         positions = torch.arange(batch.length, device=tokens.device)[None]
-        paths = {module: name for name, module in forward.hf_model.named_modules()}
-        layers = [self.model.get(paths[layer]) for layer in forward.layers]
-        embedded = self.model.get(paths[forward.hf_model.get_input_embeddings()])
+        layers = [self.model.get(path) for path in self.layers]
         inputs = arguments(forward.hf_model, tokens, positions)
         inputs["attention_mask"] = torch.ones_like(tokens)
         if self.remote:
             inputs["remote"] = True
         with self.model.trace(**inputs) as tracer:
             if embedding is not None:
-                _overwrite(embedded.output, embedding)
+                _overwrite(self.model.get(self.embedding).output, embedding)
             for layer, envoy in enumerate(layers):
                 _at_border(envoy.input, what[layer])
                 self._inside(envoy, self.spots[layer], what[layer])
@@ -176,7 +176,14 @@ def open_interventions(
                 f"{type(forward.hf_model).__name__} computes positions that depend on the prompt's "
                 f"length (here {length} and {longer} tokens): sweep pairs of one length each"
             )
-    return Interventions(find_spots(forward, dimensions), NNsight(forward.hf_model), tokens)
+    paths = {module: name for name, module in forward.hf_model.named_modules()}
+    return Interventions(
+        spots=find_spots(forward, dimensions),
+        layers=[paths[layer] for layer in forward.layers],
+        embedding=paths[forward.hf_model.get_input_embeddings()],
+        model=NNsight(forward.hf_model),
+        tokens=tokens,
+    )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
