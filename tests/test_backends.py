@@ -186,6 +186,91 @@ def test_both_backends_on_the_real_model(tmp_path: Path) -> None:
         np.testing.assert_allclose(found, other[name], rtol=0, atol=atol, err_msg=name)
 
 
+class _Normed(torch.nn.Module):
+    """A projection with a norm of its own, before it or after; there it sees [token, head,
+    width]."""
+
+    def __init__(self, own: torch.nn.Linear, name: str, before: bool) -> None:
+        super().__init__()
+        self.own, self.name, self.before = own, name, before
+        width = own.in_features if before else 8
+        norm = torch.nn.LayerNorm(width, dtype=own.weight.dtype)
+        norm.weight.data = torch.linspace(0.5, 2, width, dtype=own.weight.dtype)
+        norm.bias.data += 0.3
+        self.add_module(name, norm.requires_grad_(False))
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        norm = getattr(self, self.name)
+        if self.before:
+            return self.own(norm(hidden))
+        by_head = norm(self.own(hidden).reshape(-1, self.own.out_features // 8, 8))
+        return by_head.view(*hidden.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_norms_of_another_shape(before: bool, tmp_path: Path) -> None:
+    """Where they do not show queries and keys by head, what comes after them does."""
+    hf_model = FAMILIES["llama"].build(2, 1)
+    for layer in hf_model.model.layers:
+        for name in ("q", "k"):
+            own = getattr(layer.self_attn, f"{name}_proj")
+            setattr(layer.self_attn, f"{name}_proj", _Normed(own, f"{name}_norm", before))
+    pairs = three()[:2]
+    given: dict[str, Any] = {"components": ["head_q", "head_k"], "source": "zero"}
+    one, other = (
+        arrays(
+            ps.sweep(
+                ps.wrap(hf_model, Letters()),
+                pairs,
+                out=tmp_path / b,
+                backend=b,
+                direction="noise",
+                **given,
+            )
+        )
+        for b in ("wavefront", "nnsight")
+    )
+    for name, found in one.items():
+        np.testing.assert_allclose(found, other[name], rtol=0, atol=1e-9, err_msg=name)
+
+
+class _Attention(torch.nn.Module):
+    """Attention that returns a tuple of one."""
+
+    def __init__(self, own: torch.nn.Module) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
+        return (self.own(*args, **kwargs)[0],)
+
+
+class _Two(torch.nn.Module):
+    """Makes two of it."""
+
+    def __init__(self, core: torch.nn.Module) -> None:
+        super().__init__()
+        self.core = core
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        return (*self.core(*args, **kwargs), None)
+
+
+def test_attention_that_returns_a_tuple_of_one(tmp_path: Path) -> None:
+    hf_model = FAMILIES["llama"].build(2, 1)
+
+    def sweep(out: str) -> dict[str, np.ndarray]:
+        given = {"components": ["head_z"], "positions": [-1], "backend": "nnsight"}
+        model = ps.wrap(hf_model, Letters())
+        return arrays(ps.sweep(model, three()[:1], out=tmp_path / out, **given))
+
+    before = sweep("before")
+    for layer in hf_model.model.layers:
+        layer.self_attn = _Two(_Attention(layer.self_attn))
+    for name, found in sweep("after").items():
+        np.testing.assert_array_equal(found, before[name], err_msg=name)
+
+
 class _TwoWays(torch.nn.Module):
     """Attention that also looks ahead."""
 

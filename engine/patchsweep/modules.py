@@ -24,7 +24,8 @@ from patchsweep.forward import Forward
 from patchsweep.offload import replaced
 from patchsweep.stream import ResidualStream
 
-# Projections by name: one for each, or all in one. After these norms queries and keys are whole.
+# Projections by name: one for each, or all in one. Queries and keys are whole after these norms,
+# where they follow.
 SEPARATE = {"head_q": "q_proj", "head_k": "k_proj", "head_v": "v_proj"}
 NORMS = {"head_q": ("q_norm", "q_layernorm"), "head_k": ("k_norm", "k_layernorm")}
 SIDE_BY_SIDE = ("c_attn", "qkv_proj", "Wqkv", "query_key_value")  # all queries, keys, values
@@ -97,7 +98,8 @@ def find_spots(forward: Forward, dimensions: Dimensions) -> list[dict[str, Spot]
         tokens = torch.arange(length, device=forward.device) % dimensions.vocab
         forward.hf_model(**plainly(tokens[None]))
     return [
-        _spots(layer, one, dimensions) for layer, one in zip(forward.layers, watched, strict=True)
+        _spots(layer, one, dimensions, length)
+        for layer, one in zip(forward.layers, watched, strict=True)
     ]
 
 
@@ -150,7 +152,8 @@ def _noting(module: nn.Module, name: str, one: _Watched) -> Iterator[None]:
         if isinstance(first, Tensor):
             one.stream.computed(module, [*args, *kwargs.values()], first)
             one.returned.append((name, one.events, first.clone()))
-        if attention and isinstance(out, tuple) and getattr(out[1], "dim", int)() == 4:
+        second = out[1] if isinstance(out, tuple) and len(out) > 1 else None
+        if attention and isinstance(second, Tensor) and second.dim() == 4:
             one.pattern = (name, one.events)
 
     hooks = (
@@ -169,7 +172,7 @@ def first_of(out: Any) -> Any:
     return out[0] if isinstance(out, (tuple, list)) and out else out
 
 
-def _spots(layer: nn.Module, one: _Watched, d: Dimensions) -> dict[str, Spot]:
+def _spots(layer: nn.Module, one: _Watched, d: Dimensions, length: int) -> dict[str, Spot]:
     names = {module: name for name, module in layer.named_modules()}
     spots = {}
     for place, (written, until) in one.written.items():
@@ -187,7 +190,7 @@ def _spots(layer: nn.Module, one: _Watched, d: Dimensions) -> dict[str, Spot]:
         spots["resid_mid"] = Spot(one.mid, "input", one.taken[one.mid])
     if one.pattern is not None:
         spots["pattern"] = Spot(one.pattern[0], "output", one.pattern[1], d.heads)
-    return spots | _projections(layer, one, d)
+    return spots | _projections(layer, one, d, length)
 
 
 def _returning(one: _Watched, written: Tensor, until: int) -> Spot | None:
@@ -209,21 +212,22 @@ def _width(linear: Any, out: int) -> int:
     return int(columns if rows == out else rows)
 
 
-def _projections(layer: nn.Module, one: _Watched, d: Dimensions) -> dict[str, Spot]:
-    """Queries, keys and values, where the names of the projections are known."""
+def _projections(layer: nn.Module, one: _Watched, d: Dimensions, length: int) -> dict[str, Spot]:
+    """Queries, keys and values of `length` tokens, where the names of the projections are known."""
     if any(type(m).__name__ in SHUFFLED for m in layer.modules()):
         return {}
     last = {name.rsplit(".", 1)[-1]: (name, at, out) for name, at, out in one.returned}
     heads = {"head_q": d.heads, "head_k": d.kv_heads, "head_v": d.kv_heads}
     spots = {}
     for place, units in heads.items():
-        norm = next((n for n in NORMS.get(place, ()) if n in last), None)
-        found = norm or SEPARATE[place]
-        if found not in last:
+        known = [last[n] for n in (*NORMS.get(place, ()), SEPARATE[place]) if n in last]
+        if not known:
             continue
-        name, order, out = last[found]
-        if out.dim() == 4 or out.shape[-1] % units == 0:
-            turned = out.dim() == 4 and out.shape[1] == units
+        name, order, out = max(known, key=lambda module: module[1])  # norms may stand before it
+        lies = tuple(out.shape[:-1])
+        flat = lies in ((1, length), (length,)) and out.shape[-1] % units == 0
+        turned = lies == (1, units, length)
+        if flat or turned or lies == (1, length, units):
             spots[place] = Spot(name, "output", order, units, transposed=turned)
     fused = [last[n] for n in SIDE_BY_SIDE if n in last]
     if not fused:
