@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import patchsweep as ps
-from oracle.families import FAMILIES, prompts
+from oracle.families import EVERY, FAMILIES, prompts
 from patchsweep import attention
 from patchsweep.attention import attention_is
+from patchsweep.backends import taken, through_nnsight
 from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
@@ -220,3 +222,91 @@ def _read(schedule: Any, plan: Any) -> int:
     """What an attention probability costs that a metric reads: not a part of any run."""
     keys = np.minimum(schedule.inner[:, 0] + 1, plan.dimensions.windows[1] or 1 << 40)
     return 4 * plan.dimensions.d_head * int(keys.sum())
+
+
+FULL: dict[str, dict[str, Any]] = {
+    "grid": {"components": ["head_z", "mlp_out"], "direction": "both"},
+    "sources": {
+        "components": ["resid_pre"],
+        "source": ["other", "zero", {"resample": {"samples": 2}}],
+        "direction": "noise",
+        "sets": {"two": ["head_z.0.1@-1<zero", "mlp_out.1@-1<other"]},
+    },
+    "features": {**FEATURES["sets"], "metrics": FEATURES["metric"]["metrics"]},
+    "nothing to run": {"components": ["mlp_out"], "positions": [0]},
+}
+
+
+@pytest.mark.parametrize("name", ["mistral", "bloom"])
+@pytest.mark.parametrize("kind", FULL)
+def test_full_forwards(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through nnsight every run is a whole sequence, the unpatched ones again in every batch."""
+    hf_model = EVERY[name].build(2)
+    rng = np.random.default_rng(3)
+    pairs = [Pair(*prompts(rng, 50, n, 2), (5,), (7,)) for n in (7, 7, 6, 6)]
+    model = ps.wrap(hf_model, Letters())
+    settings = {**FULL[kind], "token_budget": 150, "backend": "nnsight"}
+    sae = None
+    if kind == "features":
+        settings["sae"] = {"file": "x"}
+        encoder = torch.randn(48, 20, generator=torch.Generator().manual_seed(0))
+        sae = SAE(layer=1, at="mlp_out", encoder=encoder, decoder=encoder.T, bias=torch.zeros(20))
+    parsed = parse_settings(settings)
+    plan = plan_sweep(model.dimensions, pairs, parsed, model.device, sae=sae)
+    whole, d = taken(plan, "nnsight"), plan.dimensions
+    assert whole.hash == plan.hash
+    encoded: list[int] = []
+    own = SAE.encode
+    monkeypatch.setattr(SAE, "encode", lambda sae, x: encoded.append(len(x)) or own(sae, x))
+    with through_nnsight(model, plan, parsed, "") as (backend, carry):
+        values = prepare(backend.forward, plan, parsed, Letters(), sae, carry)
+        for wave in whole.waves:
+            encoded.clear()
+            with called(backend.forward) as (calls, multiplied):
+                run_wave(backend.forward, plan, wave, parsed.metrics, values, carry)
+            keys = sum(
+                rows * min(i + 1, window or n)
+                for window in d.windows
+                for rows, n in calls
+                for i in range(n)
+            )
+            tail = 2 * d.d_model * plan.tail_weights * wave.rows
+            taken_up = sum(multiplied) + 4 * d.d_head * d.heads * keys + tail
+            assert wave.flops == taken_up + 2 * 48 * 20 * sum(encoded)
+            assert wave.tokens == max(rows * n for rows, n in calls)
+            assert wave.scores == max(rows * d.heads * n * n for rows, n in calls)
+            assert wave.passes == len(calls)
+    assert sum(w.flops for w in whole.waves) > sum(w.flops for w in plan.waves)
+
+
+@contextmanager
+def called(forward: Forward) -> Iterator[tuple[list[tuple[int, int]], list[int]]]:
+    """(rows, length) of every pass through the layers; FLOPs of every product in them."""
+    calls: list[tuple[int, int]] = []
+    multiplied: list[int] = []
+    linear = [m for x in forward.layers for m in x.modules() if isinstance(m, nn.Linear)]
+
+    def product(module: Any, args: Any, _: Any) -> None:
+        multiplied.append(2 * module.weight.numel() * (args[0].numel() // args[0].shape[-1]))
+        if module is linear[0]:
+            calls.append(tuple(args[0].shape[:2]))
+
+    hooks = [m.register_forward_hook(product) for m in linear]
+    try:
+        yield calls, multiplied
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_results_say_what_their_backend_took(tmp_path: Path) -> None:
+    """Auto decides when the model is there."""
+    pairs = [Pair(*prompts(np.random.default_rng(3), 50, 6, 2), (5,), (7,))]
+    given = {"components": ["mlp_out"], "token_budget": 200}
+    for name, backend in (("bloom", "nnsight"), ("llama", "wavefront")):
+        model = ps.wrap(EVERY[name].build(2), Letters())
+        attrs = ps.sweep(model, pairs, out=tmp_path / name, **given).attrs
+        assert attrs["backend"] == backend
+        plan = plan_sweep(model.dimensions, pairs, parse_settings(given), model.device)
+        assert attrs["plan"] == taken(plan, backend).counts()
+        assert (attrs["plan"] == plan.counts()) == (backend == "wavefront")

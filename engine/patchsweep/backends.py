@@ -27,6 +27,7 @@ from patchsweep.sae import SAE
 from patchsweep.selftest import SelfTest
 from patchsweep.sites import SETS
 from patchsweep.spec import Sweep
+from patchsweep.stacked import as_full_forwards
 from patchsweep.wave import Carry, wavefront
 
 if TYPE_CHECKING:
@@ -69,6 +70,11 @@ def opened(
         components = plan.layouts.patched([name for name in plan.grids if name != SETS])
         interventions.check(plan.layouts, components, settings.metrics)
         yield backend
+
+
+def taken(plan: Plan, backend: str) -> Plan:
+    """A plan with what it takes on a backend; auto is counted as the wavefront."""
+    return as_full_forwards(plan) if backend == "nnsight" else plan
 
 
 def _tested(forward: Forward, plan: Plan, sae: SAE | None, fingerprint: str) -> SelfTest:

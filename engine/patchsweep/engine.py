@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from patchsweep import attribution, tasks
 from patchsweep import results as results_of
-from patchsweep.backends import opened
+from patchsweep.backends import opened, taken
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
@@ -76,7 +76,7 @@ def plan_spec(spec: Spec) -> Plan:
     pairs = build_pairs(spec.prompts, load_tokenizer(spec.model))
     sae = load_autoencoder(spec)
     plan = plan_sweep(dimensions_of(empty), pairs, spec, device, sae=sae, offload=offload)
-    return attribution.expected(plan, spec)
+    return taken(attribution.expected(plan, spec), spec.backend)
 
 
 def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
@@ -208,6 +208,7 @@ def carry_out(
             raise attribution.not_on(backend.record["backend_reason"])
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
+        attrs["plan"] = taken(plan, attrs["backend"]).counts()
         attrs |= {
             "values": digest(values, plan, model.tokenizer),
             "noise_scale": values.noise_scale,
@@ -364,7 +365,6 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "spec": settings.model_dump(mode="json"),
         "plan_hash": plan.hash,
         "token_budget": plan.token_budget,
-        "plan": plan.counts(),
         "model": model.name,
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,

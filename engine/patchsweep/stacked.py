@@ -13,8 +13,17 @@ from functools import cached_property
 import numpy as np
 
 from patchsweep.layout import CODES, NAMES
-from patchsweep.plan import Ints
-from patchsweep.schedule import Edit, Embedding, Patched, RowTokens, Runs, Schedule, Step
+from patchsweep.plan import Ints, Plan, Wave, total_context
+from patchsweep.schedule import (
+    Edit,
+    Embedding,
+    Patched,
+    RowTokens,
+    Runs,
+    Schedule,
+    Step,
+    make_schedule,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +63,20 @@ class Batch:
         first[self.rows] = np.arange(len(self.rows)) * self.length
         return first
 
+    @property
+    def _base(self) -> int:
+        """Tokens of its base rows, which come first."""
+        return self.length * int((self.rows < self.bases).sum())
+
+    @property
+    def encoded(self) -> int:
+        """Tokens whose features are computed because some are patched: of the base rows, and where
+        sets patch rows that have changed before."""
+        p = self.schedule.patched
+        mine = self._mine[p.component[self._mine] == CODES["sae_feature"]]
+        in_sets = int((self.schedule.runs.set[p.run[mine]] != 0).sum())
+        return self._base + in_sets if len(mine) else 0
+
     @cached_property
     def _mine(self) -> Ints:
         """The replacements of the batch's runs."""
@@ -79,7 +102,7 @@ class Batch:
             lenders=none,
             edits=self._edits(self._mine[here]),
             row_tokens=RowTokens(start, self._first, start),
-            base=self.length * int((self.rows < self.bases).sum()),
+            base=self._base,
             reading=self.new,
         )
 
@@ -167,3 +190,25 @@ def only(schedule: Schedule, runs: Ints) -> Schedule:
         runs=Runs(**{k: v[runs] for k, v in vars(schedule.runs).items()}),
         patched=replace(patched, run=number[patched.run]),
     )
+
+
+def as_full_forwards(plan: Plan) -> Plan:
+    """The plan with what its waves take where runs are full forwards in batches."""
+    return replace(plan, waves=tuple(_as_full_forwards(plan, wave) for wave in plan.waves))
+
+
+def _as_full_forwards(plan: Plan, wave: Wave) -> Wave:
+    d, schedule = plan.dimensions, make_schedule(plan, wave)
+    tokens, keys, scores, encoded = [], 0, [], 0
+    for batch in batches(schedule, plan.token_budget):
+        rows, n = len(batch.rows), batch.length
+        tokens.append(rows * n)
+        keys += rows * sum(int(total_context(n, window)[-1]) for window in d.windows)
+        scores.append(rows * d.heads * n * n)
+        encoded += batch.encoded
+    flops = 2 * d.layer_weights * d.layers * sum(tokens) + 4 * d.d_head * d.heads * keys
+    flops += 2 * d.d_model * plan.tail_weights * wave.rows
+    if f := plan.layouts.features:
+        read = sum(r.metric.name == "sae_feature" for r in plan.layouts.reads.inner)
+        flops += 2 * f.width * f.features * (encoded + read * len(schedule.row_pair))
+    return replace(wave, tokens=max(tokens), flops=flops, passes=len(tokens), scores=max(scores))

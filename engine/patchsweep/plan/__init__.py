@@ -10,9 +10,17 @@ and the token budget; where only chosen cells are run, of these as well.
     plan.py    the plan and its totals
 """
 
-from patchsweep.plan.costs import RUN, Choice, Ints, entries_of, null_start, variants
-from patchsweep.plan.plan import SCORES_ELEMENTS, Plan, arranged, make_plan, narrowed
-from patchsweep.plan.waves import BudgetTooSmall, Wave
+from patchsweep.plan.costs import (
+    RUN,
+    Choice,
+    Ints,
+    entries_of,
+    null_start,
+    total_context,
+    variants,
+)
+from patchsweep.plan.plan import Plan, arranged, make_plan, narrowed
+from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Wave
 
 __all__ = [
     "RUN",
@@ -27,5 +35,6 @@ __all__ = [
     "make_plan",
     "narrowed",
     "null_start",
+    "total_context",
     "variants",
 ]

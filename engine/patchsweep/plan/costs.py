@@ -130,7 +130,7 @@ def _cost(
     pair, entry = np.indices((len(lengths), layout.exists.shape[2]), sparse=True)
     shape = (len(lengths), d.layers + 1, layout.exists.shape[2])
     kinds = list(dict.fromkeys(d.windows))
-    totals = [_total_context(max(1, lengths.max()), window) for window in kinds]
+    totals = [total_context(max(1, lengths.max()), window) for window in kinds]
     # What rows that are first carried into a layer call add to it and to all calls after.
     tokens, reads = np.zeros(shape, np.int64), np.zeros((len(kinds), *shape), np.int64)
     for i in range(layout.exists.shape[1]):
@@ -147,7 +147,7 @@ def _cost(
     return Cost(tokens, reading, runs.sum(1) * layouts.reads.positions.shape[1])
 
 
-def _total_context(length: int, window: int | None) -> Ints:
+def total_context(length: int, window: int | None) -> Ints:
     """[position]: keys that the queries before a position read together."""
     context = np.minimum(np.arange(1, length + 1), window or length)
     return np.concatenate([[0], np.cumsum(context)])
@@ -183,7 +183,7 @@ def _beside(layouts: Layouts, source: int, sample: int) -> Cost:
     tokens = np.bincount(pair, length - first, count).astype(np.int64)
     reads = np.zeros(count, np.int64)
     for window in d.windows:
-        total = _total_context(length.max(), window)
+        total = total_context(length.max(), window)
         reads += np.bincount(pair, total[length] - total[first], count).astype(np.int64)
     read = np.bincount(pair, minlength=count) * layouts.reads.positions.shape[1]
     every = np.repeat(tokens[:, None, None], d.layers, 1)

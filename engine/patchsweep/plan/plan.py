@@ -17,7 +17,7 @@ from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
 from patchsweep.plan.costs import RUN, Choice, Costs, base_tokens, entries_of, variants
-from patchsweep.plan.waves import Wave, packed_waves, tiled
+from patchsweep.plan.waves import SCORES_ARRAYS, Wave, packed_waves, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -29,9 +29,6 @@ from patchsweep.sae import TILE as FEATURES_TILE
 from patchsweep.sites import SETS, Block, Direction, Grid
 from patchsweep.sources import Source, resolve
 from patchsweep.spec import Sweep
-
-# Attention scores held at once, in elements, and how many arrays of that size there are.
-SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Totals: cells, structural ones, those only estimated, runs, blocks, waves, tokens of the
-        largest layer call, FLOPs, bytes (moved: weights brought in, over all waves)."""
+        largest layer call, FLOPs, bytes (moved: weights brought in, at most, over all waves)."""
         cells = possible = runs = disk = 0
         value = 8 if self.dimensions.bytes_per_value == 8 else 4
         for name, grid in self.grids.items():
@@ -100,7 +97,7 @@ class Plan:
             "peak_tokens": max((w.tokens for w in self.waves), default=0),
             "flops": sum(w.flops for w in self.waves),
             "peak_bytes": self.peak_bytes,
-            "moved_bytes": self.offload.moved * len(self.waves),
+            "moved_bytes": self.offload.moved * sum(w.passes for w in self.waves),
             "disk_bytes": disk,
         }
 
@@ -127,7 +124,7 @@ class Plan:
         tokens = max((w.tokens for w in self.waves), default=0)
         rows = max((w.rows for w in self.waves), default=0)
         tail = max(TAIL_ELEMENTS, rows * TAIL_TILE) * TAIL_ARRAYS + 3 * rows * d.d_model
-        scores = SCORES_ELEMENTS * SCORES_ARRAYS
+        scores = max((w.scores for w in self.waves), default=0) * SCORES_ARRAYS
         beside = (tail + scores + self._features) * max(4, d.bytes_per_value)
         return tokens * d.bytes_per_token + beside + self.offload.held
 

@@ -13,6 +13,9 @@ from patchsweep.layout import Variant
 from patchsweep.plan.costs import Costs, Part, base_tokens, carried_runs, entries_of
 from patchsweep.sites import Block, Grid, blocks
 
+# Attention scores held at once, in elements, and how many arrays of that size there are.
+SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
+
 
 class BudgetTooSmall(BadInput):
     """The smallest block of a sweep does not fit the token budget; `least` would do."""
@@ -28,7 +31,8 @@ class BudgetTooSmall(BadInput):
 @dataclass(frozen=True)
 class Wave:
     """Blocks that go up the layers together, of one source and sample. `owner` waves write the
-    baselines of their pairs. `runs` are the sources whose runs are carried beside the clean one."""
+    baselines of their pairs. `runs` are the sources whose runs are carried beside the clean one.
+    What it takes is told for the wavefront, or for full forwards (`stacked.as_full_forwards`)."""
 
     index: int
     pairs: range
@@ -40,6 +44,8 @@ class Wave:
     tokens: int  # packed tokens in its largest layer call
     rows: int  # logits read: of runs, baselines and null patches
     flops: int
+    passes: int = 1  # over the weights
+    scores: int = SCORES_ELEMENTS
 
 
 def tiled(whole: dict[str, Grid], costs: Costs, budget: int) -> dict[str, Grid]:

@@ -71,8 +71,8 @@ def plan_table(plan: Plan) -> Table:
     if counts["estimated"]:
         words["estimated"] = f"{counts['estimated']:,} (not run; compute is without estimates)"
     if plan.offload.moved:
-        wave = f"{plan.offload.moved / 2**20:,.0f} MiB a wave"
-        words["weights"] = f"{counts['moved_bytes'] / 2**20:,.0f} MiB brought in, {wave}"
+        once = f"{plan.offload.moved / 2**20:,.0f} MiB a pass"
+        words["weights"] = f"{counts['moved_bytes'] / 2**20:,.0f} MiB brought in, {once}"
     for name, value in words.items():
         table.add_row(Text(name, style="bold"), value)
     return table
