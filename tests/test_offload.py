@@ -222,6 +222,22 @@ def test_a_wave_that_was_left_has_fetched_for_nobody(tmp_path: Path) -> None:
         assert all(p.is_meta for p in layers[index].parameters())
 
 
+def test_through_nnsight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights come in with every batch; the ends that a batch does not reach are counted too."""
+    folder = str(saved(tmp_path / "m", "llama", False))
+    whole = ps.load_model(folder, "float64", "cpu")
+    model = ps.load_model(folder, "float64", "balanced", max_memory=limit(whole, 2))
+    some = {**SETTINGS, "components": ["head_z", "resid_post"], "positions": [-1]}
+    some |= {"backend": "nnsight", "token_budget": 200}
+    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **some)
+    with counted(monkeypatch) as waves:
+        results = ps.sweep(model, pairs_of(), out=tmp_path / "off", **some)
+    same(tmp_path / "whole", tmp_path / "off")
+    plan = results.attrs["plan"]
+    moved = sum(waves[: plan["waves"]])  # joint effects come after
+    assert model.offload.moved * plan["waves"] < moved <= plan["moved_bytes"]
+
+
 SOURCES: list[dict[str, Any]] = [
     {"source": {"mean": {"prompts": "clean"}}},
     {"corrupt": {"gaussian": {"tokens": [2], "std": "table"}}},
@@ -498,8 +514,11 @@ def test_gpu_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("backend", ["wavefront", "nnsight"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+def test_two_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool, backend: str
+) -> None:
     """A wave on each GPU: the bits of one wave after another."""
     folder = str(saved(tmp_path / "m", "llama", tied))
     whole = ps.load_model(folder, "float64", "cuda:0")
@@ -507,11 +526,12 @@ def test_two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tied: bool) -
     model = ps.load_model(folder, "float64", "balanced", max_memory=memory)
     assert places(model) == {0, 1}
     assert model.offload.moved == 0
-    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **SETTINGS)
-    ps.sweep(model, pairs_of(), out=tmp_path / "two", **SETTINGS)
+    settings = {**SETTINGS, "backend": backend}
+    ps.sweep(whole, pairs_of(), out=tmp_path / "whole", **settings)
+    ps.sweep(model, pairs_of(), out=tmp_path / "two", **settings)
     monkeypatch.setattr(Forward, "waves_in_flight", 1)
     monkeypatch.setattr(Forward, "shared_by", [])
-    ps.sweep(model, pairs_of(), out=tmp_path / "one by one", **SETTINGS)
+    ps.sweep(model, pairs_of(), out=tmp_path / "one by one", **settings)
     same(tmp_path / "two", tmp_path / "one by one")
     expected, found = values(tmp_path / "whole"), values(tmp_path / "two")
     for name, array in expected.items():

@@ -129,12 +129,12 @@ class Interventions:
             inputs["remote"] = True
         with self.model.trace(**inputs) as tracer:
             if embedding is not None:
-                _overwrite(self.model.get(self.embedding).output, embedding)
+                _overwrite(self.model.get(self.embedding).output, embedding, forward.device)
             for layer, envoy in enumerate(layers):
-                _at_border(envoy.input, what[layer])
+                _at_border(envoy.input, what[layer], forward.devices[layer])
                 self._inside(envoy, self.spots[layer], what[layer])
             hidden = first_of(layers[-1].output)
-            _at_border(hidden, what[-1])
+            _at_border(hidden, what[-1], forward.devices[-1])
             out: Tensor = hidden.flatten(0, 1).save()
             tracer.stop()
         return out
@@ -205,15 +205,16 @@ def left_as_it_was(hf_model: nn.Module) -> Iterator[None]:
             vars(module).update(before)
 
 
-def _at_border(hidden: Tensor, what: Seen) -> None:
+def _at_border(hidden: Tensor, what: Seen, device: torch.device) -> None:
     for place in BORDER:
         if place in what.taps:
-            _overwrite(hidden, what.taps[place])
+            _overwrite(hidden, what.taps[place], device)
 
 
-def _overwrite(x: Tensor, tap: Tap) -> None:
-    """A tap on [batch, position, width], in place."""
-    tokens = x.reshape(-1, 1, x.shape[-1])
+def _overwrite(x: Tensor, tap: Tap, device: torch.device) -> None:
+    """A tap on [batch, position, width], in place. What goes into a layer may not be on its
+    `device` yet."""
+    tokens = x.to(device).reshape(-1, 1, x.shape[-1])
     tap(tokens)
     if tokens.data_ptr() != x.data_ptr():
         x.copy_(tokens.view_as(x))
