@@ -101,7 +101,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     def fetching(self: Prefetch, *args: Any) -> Any:
         out = fetch(self, *args)
-        waves[-1] += sum(t.nbytes for tensors in out.values() for t in tensors.values())
+        if waves:
+            waves[-1] += sum(t.nbytes for tensors in out.values() for t in tensors.values())
         return out
 
     def next_wave(name: str) -> Any:
