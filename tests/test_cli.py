@@ -20,7 +20,14 @@ import pytest
 import torch
 import yaml
 import zarr
-from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 import patchsweep as ps
 from patchsweep.cli import _status, app, main
@@ -273,6 +280,36 @@ def test_a_family_without_the_attention_interface(spec: Path, tmp_path: Path) ->
     done = run("auto")
     assert (done.status, done.err) == (0, "")
     assert "nnsight (BloomForCausalLM does not call" in done.out
+
+
+@pytest.mark.parametrize("name", ["run", "plan"])
+def test_what_neither_backend_can_run(
+    command: Command, spec: Path, tmp_path: Path, name: str
+) -> None:
+    recurrent = MambaConfig(vocab_size=53, hidden_size=16, num_hidden_layers=2)
+    folder = save(tmp_path / "mamba", MambaForCausalLM(recurrent))
+    done = command(name, spec, "--set", f"model={folder}")
+    refused(done, "MambaForCausalLM", "no causal language model with attention", "neither backend")
+    assert listing(tmp_path) == {"spec.yaml", "pairs.jsonl", "mamba"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["device=balanced", "max_memory={cpu: 1KB}"], ["cpu cannot hold model.", "give it more"]),
+        (
+            ["device=balanced", "max_memory={cpu: 20KB}", "offload_folder=/dev/null/x"],
+            ["cannot keep weights in /dev/null/x", "set offload_folder"],
+        ),
+        (["remote=true"], ["remote runs through nnsight", "add backend: nnsight"]),
+    ],
+)
+def test_places_that_cannot_be_used(
+    command: Command, spec: Path, tmp_path: Path, settings: list[str], words: list[str]
+) -> None:
+    sets = [word for setting in settings for word in ("--set", setting)]
+    refused(command("run", spec, *sets), *words)
+    assert listing(tmp_path) == {"spec.yaml", "pairs.jsonl"}
 
 
 def test_verify(command: Command, spec: Path, tmp_path: Path) -> None:

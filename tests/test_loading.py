@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, T5Config
 
 from patchsweep import loading
 from patchsweep.errors import BadInput
@@ -180,6 +180,15 @@ def garbage(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).write_bytes(b"garbage") and None
 
 
+def cut_off(folder: Path) -> None:
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+
+
+def encoder_and_decoder(folder: Path) -> None:
+    T5Config(vocab_size=53, d_model=8, num_layers=1, num_heads=2).save_pretrained(folder)
+
+
 def drop_a_weight(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     del weights["lm_head.weight"]
@@ -206,6 +215,8 @@ def another_kind(folder: Path) -> None:
         (remove("tokenizer.json", "tokenizer_config.json"), ["tokenizer of model"]),
         (garbage("config.json"), ["cannot load the model"]),
         (garbage("model.safetensors"), ["cannot load the model"]),
+        (cut_off, ["cannot load the model", "is cut off or damaged: fetch it again"]),
+        (encoder_and_decoder, ["is t5, no causal language model", "neither backend"]),
         (drop_a_weight, ["1 weights are not in its files", "lm_head.weight"]),
         (another_shape, ["cannot load the model"]),
         (another_kind, ["cannot load the model", "unheard-of"]),
@@ -218,6 +229,12 @@ def test_bad_folders(
     damage(tmp_path)
     refused(str(tmp_path), str(tmp_path), *words)
     assert no_network == []
+
+
+def test_a_config_is_of_a_causal_language_model(tmp_path: Path) -> None:
+    encoder_and_decoder(tmp_path)
+    with pytest.raises(BadInput, match="is t5, no causal language model"):
+        load_config(str(tmp_path))
 
 
 def test_a_folder_with_a_gguf(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 import torch
+from safetensors import SafetensorError
 
 from patchsweep.errors import BadInput
 
@@ -92,6 +93,7 @@ def load(
         _check_weights(place.where)
     from transformers import AutoModelForCausalLM
 
+    _config(place, name, trust_remote_code)
     with _one_line(place), _no_bars(), _no_remark():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.where,
@@ -123,13 +125,7 @@ def load(
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model of this name, without its weights; errors as in `load`."""
-    from transformers import AutoConfig
-
-    place = _cached(_find(name))
-    with _one_line(place):
-        return AutoConfig.from_pretrained(
-            place.where, trust_remote_code=trust_remote_code, **place.options
-        )
+    return _config(_cached(_find(name)), name, trust_remote_code)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -242,6 +238,22 @@ def _check_weights(folder: str) -> None:
     raise BadInput(f"model '{folder}': the folder has no weights: add its .safetensors files")
 
 
+def _config(place: _Place, name: str, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    with _one_line(place):
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            place.where, trust_remote_code=trust_remote_code, **place.options
+        )
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})  # in remote code
+    if config.is_encoder_decoder or not (own or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise BadInput(
+            f"model '{name}' is {config.model_type}, no causal language model: neither backend can "
+            "run it"
+        )
+    return config
+
+
 def _tokenizer(place: _Place, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
@@ -331,6 +343,8 @@ def _one_line(place: _Place, what: str = "") -> Iterator[None]:
             mend = "check the id and the network, or give a local folder"
         elif isinstance(error, ImportError):
             mend = 'pip install "patchsweep[gguf]"' if place.gguf else "install what it names"
+        elif isinstance(error, SafetensorError):
+            mend = "a .safetensors file is cut off or damaged: fetch it again"
         else:
             mend = "check the files"
         raise BadInput(
