@@ -322,7 +322,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"components": ["resid_mid"]}, "resid_mid cannot be patched through nnsight .*parallel"),
     (
         {"components": ["head_q"], "source": [{"mean": {"prompts": "clean"}}]},
-        "before they are rotated",
+        "before they are rotated, a mean or a vector is meant after: .* or use the wavefront",
     ),
 ]
 

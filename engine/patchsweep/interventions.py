@@ -81,8 +81,9 @@ class Interventions:
         for source in layouts.sources:
             if source.kind in ROTATED and {"head_q", "head_k"} & set(components):
                 raise BadInput(
-                    f"source {source.name}: queries and keys are patched before "
-                    "they are rotated through nnsight: take them from zero or another run"
+                    f"source {source.name}: through nnsight queries and keys are patched before "
+                    "they are rotated, a mean or a vector is meant after: take them from zero or "
+                    "another run, or use the wavefront"
                 )
         for m in metrics:
             if m.name == "attention" and "pattern" not in self.spots[m.layer]:
