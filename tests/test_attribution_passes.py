@@ -73,6 +73,14 @@ def test_cost(name: str, estimator: str, most: float) -> None:
     assert count.get_total_flops() < most * one.get_total_flops()
 
 
+def test_half_precision() -> None:
+    """numpy has no bfloat16: what is estimated there is float32."""
+    hf_model = FAMILIES["llama"].build(3, 1, dtype=torch.bfloat16)
+    values = estimated(hf_model, three(), {"head_z": "atp"}).values["head_z"]["logit_diff"]
+    assert values.dtype == np.float32
+    assert np.isfinite(values).any()
+
+
 def test_pairs_are_cut_by_the_budget() -> None:
     """Activations of all layers are held: a pass has fewer pairs than a wave."""
     model = ps.wrap(built("llama")[0], Letters())

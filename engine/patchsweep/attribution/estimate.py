@@ -235,7 +235,8 @@ def _arrays(job: _Job, name: str, changed: Changed) -> tuple[Found, Statuses]:
     inside = np.stack([layout.inside[part][:, None, None] for layout in layouts])
     for column, by_row in job.observed.baseline.items():
         destination = np.stack([by_row[passes.rows(d)] for d in directions])
-        change = changed[name, column].detach().cpu().numpy()
+        wide = torch.from_numpy(by_row).dtype  # numpy knows no bfloat16
+        change = changed[name, column].detach().cpu().to(wide).numpy()
         found = destination[:, :, None, None, None] + np.where(exists, change, 0)
         status = np.where(exists, Status.ESTIMATED, Status.STRUCTURAL)
         status = np.where(np.isfinite(found), status, Status.NOT_FINITE)
