@@ -18,7 +18,7 @@ LEVELS = (
     ("errors", "dimensions", "families", "offload", "transfer"),
     ("prefetch",),
     ("sites", "stream", "cone", "sae"),
-    ("effect",),
+    ("effect", "edges"),
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader"),

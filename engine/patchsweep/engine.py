@@ -26,6 +26,7 @@ from patchsweep import results as results_of
 from patchsweep.backends import opened, taken
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
+from patchsweep.edges import Node, receivers, senders
 from patchsweep.errors import BadInput
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
@@ -56,6 +57,7 @@ def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results
     if spec.out is None:
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
     attribution.chosen(spec)  # says what cannot be estimated before the model is loaded
+    attribution.check_edges(spec)
     model = load_model(
         spec.model,
         spec.dtype,
@@ -121,6 +123,7 @@ def plan_sweep(
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
     attribution.chosen(settings)
+    attribution.check_edges(settings)
     check_metrics(pairs, settings.metrics)
     for i, pair in enumerate(pairs):
         others = [t for tokens in pair.others.values() for t in tokens]
@@ -204,16 +207,18 @@ def carry_out(
     with exactly(model.device), opened(model, plan, settings, sae, fingerprint) as backend:
         forward, carry = backend.forward, backend.carry
         estimators = attribution.chosen(settings)
-        if estimators and carry is not wavefront:
-            raise attribution.not_on(backend.record["backend_reason"])
+        if (estimators or settings.edges) and carry is not wavefront:
+            what = () if estimators else attribution.EDGES
+            raise attribution.not_on(backend.record["backend_reason"], *what)
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
         attrs["plan"] = taken(plan, attrs["backend"]).counts()
         attrs |= {
             "values": digest(values, plan, model.tokenizer),
             "noise_scale": values.noise_scale,
+            "estimators": estimators,
+            "edges": attrs["spec"]["edges"],
         }
-        attrs |= {"estimators": estimators}
         if existing:
             _same_sweep(existing, attrs)
         if estimators and any(m.name == "callable" for m in settings.metrics):
@@ -221,6 +226,10 @@ def carry_out(
             attribution.estimate_pairs(
                 forward, plan, range(1), estimators, settings.metrics, values, steps=1
             )
+        if settings.edges and not existing:
+            # Nor does anything else say whether edges are all that a metric depends on.
+            few = min(2, settings.edges.steps)
+            attribution.score_edges(forward, plan, range(1), settings.metrics, values, few)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         store = existing or _create(out, plan, settings, model, attrs)
@@ -229,6 +238,8 @@ def carry_out(
             attribution.write_estimates(forward, plan, settings, values, store)
             plan = attribution.chosen_cells(plan, settings, store)
             store.set_attrs(plan=plan.counts())
+        if settings.edges:
+            attribution.write_edges(forward, plan, settings, values, store)
         launch = partial(launch_wave, forward, values=values, carry=carry)
         _run_waves(launch, forward.waves_in_flight, plan, settings, store)
         store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
@@ -338,7 +349,12 @@ def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[st
         attrs,
         "float64" if double else "float32",
         _site_columns(plan),
+        (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
     )
+
+
+def _texts(nodes: Sequence[Node]) -> list[str]:
+    return list(map(str, nodes))
 
 
 def _site_columns(plan: Plan) -> dict[str, Any]:
@@ -387,6 +403,7 @@ IDENTITY = {
     "metrics": "other metrics",
     "estimators": "other estimates",
     "prefilter": "another prefilter",
+    "edges": "other scores of edges",
     "backend": "another backend",
     "values": "other means, vectors, probes or autoencoder",
 }
@@ -395,7 +412,7 @@ IDENTITY = {
 def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
     """BadInput unless the results in `store` are those of this very sweep."""
     spec = store.attrs["spec"]
-    said = {"metrics": spec.get("metrics"), "prefilter": spec.get("prefilter")}
+    said = {key: spec.get(key) for key in ("metrics", "prefilter", "edges")}
     before = {**store.attrs, **said, "estimators": store.estimators}
     now = {**attrs, **{key: attrs["spec"][key] for key in said}}
     for key, what in IDENTITY.items():

@@ -38,7 +38,7 @@ from patchsweep.statistics import (
     p_values,
     standard_error,
 )
-from patchsweep.store import Store
+from patchsweep.store import EDGES, Store
 
 Array = NDArray[np.float64]
 
@@ -246,6 +246,33 @@ class Results(Reader):
         estimated, true = (np.concatenate(side) for side in zip(*moved, strict=True))
         return agreement(estimated, np.abs(true) if how == UNSIGNED else true)
 
+    def edges(self, metric: str, direction: str, source: str | None = None) -> xr.DataArray:
+        """Edge attribution, the estimated change of the metric, [sender, receiver]: its mean over
+        the pairs and samples that are scored; NaN where there is no edge. BadInput if the sweep
+        scored none."""
+        if not self.attrs.get(EDGES):
+            raise BadInput("these results have no edges: add edges: eap to the spec")
+        _, d, s = self._at(self.components[0], metric, direction, source)
+        done = np.argwhere(self.store.scored()[s])
+        parts = (self.store.read(f"{EDGES}/{metric}", (d, s, *at)) for at in done)
+        total: Any = sum(part.astype(np.float64) for part in parts)
+        senders, receivers = (self.store.read(f"{EDGES}/{end}") for end in ("sender", "receiver"))
+        mean = total / len(done) if len(done) else np.full((len(senders), len(receivers)), np.nan)
+        said = {"approximation": self.store.array_attrs(f"{EDGES}/{metric}")["approximation"]}
+        ends = {"sender": senders, "receiver": receivers}
+        return xr.DataArray(mean, ends, ("sender", "receiver"), metric, said)
+
+    def top_edges(
+        self, metric: str, direction: str, n: int = 10, source: str | None = None
+    ) -> list[tuple[str, float]]:
+        """The `n` edges of largest absolute score, largest first, as sender->receiver."""
+        found = self.edges(metric, direction, source)
+        flat = np.abs(found.values).ravel()
+        order = np.argsort(-np.nan_to_num(flat, nan=-1), kind="stable")
+        best = (np.unravel_index(i, found.shape) for i in order[:n] if np.isfinite(flat[i]))
+        names = found.sender.values, found.receiver.values
+        return [(f"{names[0][i]}->{names[1][j]}", float(found.values[i, j])) for i, j in best]
+
     def interval(
         self,
         component: str,
@@ -408,8 +435,10 @@ class Results(Reader):
                 out.append(
                     f"{name}: {missing} of {done.size} blocks not done: continue with --resume"
                 )
-        if missing := self._not_estimated():
+        if self.store.estimators and (missing := self._missing(self.store.estimated())):
             out.append(f"estimates of {_count(missing, 'pair')} not done: continue with --resume")
+        if self.attrs.get(EDGES) and (missing := self._missing(self.store.scored())):
+            out.append(f"edges of {_count(missing, 'pair')} not scored: continue with --resume")
         for name in self.components:
             for metric in self.metrics:
                 bad = self.counts(name, metric)[Status.NOT_FINITE]
@@ -417,11 +446,9 @@ class Results(Reader):
                     out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
         return [*out, *diagnose(self)]
 
-    def _not_estimated(self) -> int:
-        """How many pairs have estimates that are not written yet."""
-        if not self.store.estimators:
-            return 0
-        done, sources = self.store.estimated(), self.attrs["sources"]
+    def _missing(self, done: NDArray[np.bool_]) -> int:
+        """How many pairs have something that is not done [source, sample, pair] yet."""
+        sources = self.attrs["sources"]
         missing = [~of[: said["samples"]].all(0) for of, said in zip(done, sources, strict=True)]
         return int(np.any(missing, axis=0).sum())
 

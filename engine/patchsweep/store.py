@@ -5,7 +5,11 @@ Layout under the results folder:
 - `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
 - `<component>/<metric>_estimate`, where the sweep estimates the component: the same dimensions and
   chunks, without a status; its attribute `approximation` says how it was made.
-- `completion/estimates` uint8 [source, sample, pair], chunks of one: whose estimates are written.
+- `edges/<metric>`, where the sweep scores edges: [direction, source, sample, pair, sender,
+  receiver], NaN where there is no edge, with the nodes' texts as coordinates; its attribute
+  `approximation` says how it was made.
+- `completion/estimates`, `completion/edges` uint8 [source, sample, pair], chunks of one: whose
+  estimates, whose edges' scores are written.
 - `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
   position]: what becomes of an estimated component's cells (`prefilter.Choice`);
   `completion/choice` uint8 [1]: whether that is written.
@@ -20,8 +24,8 @@ Layout under the results folder:
   `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
-  the caller gives (spec, estimators, plan_hash, token_budget, model, model_fingerprint, versions,
-  host, device, threads, measured).
+  the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
+  versions, host, device, threads, measured).
 
 What is marked done outlives a killed process; it is not fsynced, so not every power cut.
 """
@@ -53,6 +57,7 @@ SCHEMA = 2
 RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
 CHOSEN = "completion/choice"
+EDGES, SCORED = "edges", "completion/edges"
 _MARK = "patchsweep_schema"
 
 # Causes that a user can mend: what is wrong, and the mend.
@@ -87,13 +92,15 @@ class Store:
         attrs: Mapping[str, Any],
         dtype: Literal["float32", "float64"],
         sites: Mapping[str, NDArray[Any]] | None = None,
+        nodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
     ) -> Store:
         """Lay out an empty results folder, whole or not at all.
 
         It is built beside `path` and renamed when its attributes, the last thing, are written.
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
-        The attribute `estimators`, by component, says which have estimates. BadInput if `path`
-        exists or the disk refuses.
+        The attribute `estimators`, by component, says which have estimates; the attribute `edges`
+        whether there are any, between `nodes`, the senders and receivers. BadInput if `path` exists
+        or the disk refuses.
         """
         if path.exists():
             mend = "choose another --out"
@@ -109,6 +116,8 @@ class Store:
                 for grid in grids:
                     _create_component(root, grid, metrics, dtype)
                 _create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
+                if attrs.get(EDGES):
+                    _create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
                 _create_baseline(root, grids, metrics, len(pairs), dtype)
                 _create_prompts(root, pairs, token_strings)
                 for name, column in (sites or {}).items():
@@ -199,13 +208,12 @@ class Store:
         values: by component and metric, [direction, 1, 1, pair, layer, unit, position]. BadInput if
         the disk refuses.
         """
-        at = (slice(source, source + 1), slice(sample, sample + 1), slice(pairs.start, pairs.stop))
-        with _writing(self.path, "continue with --resume"):
-            for name in self.estimators:
-                for metric in self.metrics:
-                    found = values[name][metric]
-                    self._array(f"{name}/{metric}_estimate")[(slice(None), *at)] = found
-            self._array(ESTIMATED)[at] = 1
+        arrays = {
+            f"{name}/{metric}_estimate": values[name][metric]
+            for name in self.estimators
+            for metric in self.metrics
+        }
+        self._write_pairs(arrays, ESTIMATED, source, sample, pairs)
 
     def estimated(self) -> NDArray[np.bool_]:
         """Whose estimates are written, bool [source, sample, pair]. Only where there are any."""
@@ -226,6 +234,33 @@ class Store:
     def chosen(self) -> bool:
         """Whether the choices of all components are written."""
         return bool(self.estimators) and bool(self.read(CHOSEN).all())
+
+    def write_edges(
+        self, source: int, sample: int, pairs: range, scores: Mapping[str, NDArray[Any]]
+    ) -> None:
+        """Write the edges' scores of some pairs, [direction, pair, sender, receiver] by metric,
+        then mark them done. BadInput if the disk refuses."""
+        arrays = {f"{EDGES}/{metric}": scores[metric][:, None, None] for metric in self.metrics}
+        self._write_pairs(arrays, SCORED, source, sample, pairs)
+
+    def scored(self) -> NDArray[np.bool_]:
+        """Whose edges are scored, bool [source, sample, pair]. Only where there are any."""
+        return self.read(SCORED).astype(np.bool_)
+
+    def _write_pairs(
+        self,
+        arrays: Mapping[str, NDArray[Any]],
+        mark: str,
+        source: int,
+        sample: int,
+        pairs: range,
+    ) -> None:
+        """Write arrays [direction, 1, 1, pair, ...] by name, then mark them done."""
+        at = (slice(source, source + 1), slice(sample, sample + 1), slice(pairs.start, pairs.stop))
+        with _writing(self.path, "continue with --resume"):
+            for name, found in arrays.items():
+                self._array(name)[(slice(None), *at)] = found
+            self._array(mark)[at] = 1
 
     def write_baseline(
         self,
@@ -266,6 +301,10 @@ class Store:
     def group_attrs(self, name: str) -> dict[str, Any]:
         """The attributes of a group, for example `prompts`."""
         return dict(self._group[name].attrs)
+
+    def array_attrs(self, name: str) -> dict[str, Any]:
+        """The attributes of the array `<group>/<array>`."""
+        return dict(self._array(name).attrs)
 
     def pairs(self) -> list[Pair]:
         """The prompt pairs of the sweep."""
@@ -429,10 +468,41 @@ def _create_estimates(
             dims = ("direction", "source", "layer", "unit", "position")
             shape = (len(grid.directions), len(grid.sources), *cells)
             _create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
-    first = grids[0]
-    every = (len(first.sources), first.samples, first.pairs)
-    _create_array(root, ESTIMATED, ("source", "sample", "pair"), every, (1, 1, 1), "uint8", 0)
+    _create_marks(root, ESTIMATED, grids[0])
     _create_array(root, CHOSEN, ("choice",), (1,), (1,), "uint8", 0)
+
+
+def _create_marks(root: zarr.Group, name: str, grid: Grid) -> None:
+    shape = (len(grid.sources), grid.samples, grid.pairs)
+    _create_array(root, name, ("source", "sample", "pair"), shape, (1, 1, 1), "uint8", 0)
+
+
+def _create_edges(
+    root: zarr.Group,
+    grid: Grid,
+    metrics: Sequence[str],
+    dtype: str,
+    how: str | Mapping[str, Mapping[str, int]],
+    nodes: tuple[Sequence[str], Sequence[str]],
+) -> None:
+    group = root.create_group(EDGES)
+    coordinates: dict[str, Any] = {
+        "direction": grid.directions,
+        "source": grid.sources,
+        "sample": np.arange(grid.samples),
+        "pair": np.arange(grid.pairs),
+        "sender": nodes[0],
+        "receiver": nodes[1],
+    }
+    sizes = tuple(map(len, coordinates.values()))
+    text = how if isinstance(how, str) else f"eap_ig, {how['eap_ig']['steps']} steps"
+    for metric in metrics:
+        chunks = (1, 1, 1, 1, *sizes[4:])
+        array = _create_array(group, metric, tuple(coordinates), sizes, chunks, dtype, math.nan)
+        array.update_attributes({"approximation": f"edge attribution patching ({text})"})
+    for name, data in coordinates.items():
+        _put(group, name, (name,), data)
+    _create_marks(root, SCORED, grid)
 
 
 def _create_baseline(

@@ -8,26 +8,42 @@ running it.
     gradients.py    the passes: activations of both runs, gradients at the destination
     changes.py      what a patch changes: differences of activations, patterns computed again
     estimate.py     estimates as arrays shaped like the exact ones
-    sweep.py        the estimates of a sweep, and which cells are run after them
+    ends.py         what heads write to the residual stream, gradients as each receiver reads it
+    eap.py          scores of all edges
+    sweep.py        the estimates and edges of a sweep, and which cells are run after them
 """
 
+from patchsweep.attribution.eap import score_edges
 from patchsweep.attribution.estimate import STEPS, Estimates, estimate_pairs
-from patchsweep.attribution.estimators import DEFAULT, ESTIMATORS, Estimator, check, chosen, not_on
+from patchsweep.attribution.estimators import (
+    DEFAULT,
+    EDGES,
+    ESTIMATORS,
+    Estimator,
+    check,
+    check_edges,
+    chosen,
+    not_on,
+)
 from patchsweep.attribution.runs import pair_ranges
-from patchsweep.attribution.sweep import chosen_cells, expected, write_estimates
+from patchsweep.attribution.sweep import chosen_cells, expected, write_edges, write_estimates
 
 __all__ = [
     "DEFAULT",
+    "EDGES",
     "ESTIMATORS",
     "STEPS",
     "Estimates",
     "Estimator",
     "check",
+    "check_edges",
     "chosen",
     "chosen_cells",
     "estimate_pairs",
     "expected",
     "not_on",
     "pair_ranges",
+    "score_edges",
+    "write_edges",
     "write_estimates",
 ]

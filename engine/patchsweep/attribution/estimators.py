@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from patchsweep.errors import BadInput
 from patchsweep.metrics import DIVERGENCES
 from patchsweep.sites import Direction, component
-from patchsweep.spec import Metric, Sweep
+from patchsweep.spec import Mean, Metric, Sweep, Vector
 
 # What each computes is said in `estimate.estimate_pairs`.
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
@@ -32,6 +32,7 @@ DEFAULT: dict[str, Estimator] = {
 }
 THROUGH_PATTERNS = ("head_q", "head_k", "head_pattern")
 NO_GRADIENT = ("rank", "accuracy")
+EDGES = ("scores of edges", "edges")  # what `not_on` says of them
 
 
 def chosen(settings: Sweep) -> dict[str, str]:
@@ -65,11 +66,30 @@ def chosen(settings: Sweep) -> dict[str, str]:
     return estimators
 
 
-def not_on(reason: str) -> BadInput:
+def check_edges(settings: Sweep) -> None:
+    """BadInput for edges that cannot be scored: of which metric, source and backend."""
+    if settings.edges is None:
+        return
+    # Between two runs a divergence has a gradient.
+    directions = settings.directions if settings.edges.name == "eap" else ()
+    try:
+        check({}, settings.metrics, directions)
+    except BadInput as error:
+        raise BadInput(f"edges: {error}") from error
+    for name, given in settings.sources:
+        if name == "zero" or isinstance(given, Mean | Vector):
+            raise BadInput(
+                f"edges: source {name} has no run that senders could be taken from: use other or "
+                "resample, or leave edges out"
+            )
+    if settings.backend == "nnsight":
+        raise not_on("it is asked for", *EDGES)
+
+
+def not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:
     """What is said where a sweep runs through nnsight, for this reason."""
     return BadInput(
-        f"estimates are not made through nnsight ({reason}): leave estimate and prefilter out, or "
-        "use the wavefront"
+        f"{what} are not made through nnsight ({reason}): leave {keys} out, or use the wavefront"
     )
 
 

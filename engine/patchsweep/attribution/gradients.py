@@ -97,12 +97,14 @@ class _Gate(torch.autograd.Function):
 @dataclass(frozen=True, eq=False)
 class Graph:
     """Metrics of the destinations' rows, [row] by column, and the places where autograd follows
-    them: leaves of zeros [token, unit, width] that were added to the activations."""
+    them: leaves of zeros [token, unit, width] that were added to the activations. Of some places
+    the `activations` [token, unit, width] themselves."""
 
     values: Mapping[str, Tensor]
     leaves: Mapping[Place, Tensor]
     gates: Gates
     device: torch.device  # where gradients are wanted
+    activations: Mapping[Place, Tensor]
 
     def gradient(self, column: str, closed: int = -1) -> dict[Place, Tensor]:
         """∂m/∂a of every row's metric at every place, [token, unit, width], in one backward: rows
@@ -150,14 +152,17 @@ def follow(
     relevance: bool = False,
     gated: bool = False,
     shift: Mapping[Place, Tensor] | None = None,
+    kept: Collection[Place] = (),
 ) -> Graph:
     """One pass over the destinations that autograd follows from `places` on.
 
     With `relevance` gradients are RelP's; with `gated` layers can drop theirs; `shift` is added to
-    activations. BadInput for a user's metric that autograd cannot follow.
+    activations; those of the places `kept` are. BadInput for a user's metric that autograd cannot
+    follow.
     """
     forward = RelevanceForward.of(inputs.forward) if relevance else inputs.forward
     gates, leaves, shift = Gates(), dict[Place, Tensor](), shift or {}
+    activations: dict[Place, Tensor] = {}
     layers = range(inputs.passes.plan.dimensions.layers)
     wanted = {EMBEDDING, *places}  # from the bottom on, so that the rules see every activation
     writes = {(name, layer) for name in WRITES for layer in layers} if gated else set()
@@ -165,6 +170,8 @@ def follow(
     def see(place: Place, x: Tensor) -> None:
         if place in shift:
             x += shift[place].to(x.device)
+        if place in kept:
+            activations[place] = x.detach().to(forward.device, copy=True)
         if place in wanted:
             leaves[place] = torch.zeros_like(x, requires_grad=True)
             x += leaves[place]
@@ -174,7 +181,7 @@ def follow(
     def attend(_: int, *args: Any) -> Tensor:
         return plain_attention(*args, fixed=relevance)
 
-    seen, schedule = wanted | writes | shift.keys(), inputs.passes.destinations
+    seen, schedule = wanted | writes | shift.keys() | set(kept), inputs.passes.destinations
     with torch.enable_grad(), frozen(forward.hf_model), forward.once():
         hidden, inner = _carry(inputs, forward, schedule, seen, see, attend)
         rows = inputs.rows([inputs.passes.observed, schedule])
@@ -185,7 +192,8 @@ def follow(
         if not value.requires_grad:
             raise BadInput(f"{column} cannot be estimated: its values have no gradient")
     of_rows = {column: value[rows.base :] for column, value in values.items()}
-    return Graph(of_rows, {place: leaves[place] for place in places}, gates, forward.device)
+    followed = {place: leaves[place] for place in places}
+    return Graph(of_rows, followed, gates, forward.device, activations)
 
 
 def _carry(

@@ -1,9 +1,13 @@
-"""The estimates of a sweep, written to its results; and which cells are run after them."""
+"""What a sweep estimates, cells and edges, written to its results; and what is run after that."""
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep.attribution.eap import score_edges
 from patchsweep.attribution.estimate import estimate_pairs
 from patchsweep.attribution.estimators import chosen
 from patchsweep.attribution.runs import pair_ranges
@@ -21,25 +25,36 @@ def write_estimates(
     forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store
 ) -> None:
     """Write the estimates that are not there yet, with the baselines that they were made from."""
-    done = store.estimated()
+    estimators, metrics = store.estimators, settings.metrics
+    for source, sample, pairs in _missing(plan, store.estimated()):
+        found = estimate_pairs(
+            forward, plan, pairs, estimators, metrics, values, source=source, sample=sample
+        )
+        unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
+        store.write_baseline(source, sample, pairs, found.baseline, unknown)
+        store.write_estimates(source, sample, pairs, found.values)
+
+
+def write_edges(
+    forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store
+) -> None:
+    """Write the scores of edges that are not there yet."""
+    assert settings.edges is not None
+    steps, metrics = settings.edges.steps, settings.metrics
+    for source, sample, pairs in _missing(plan, store.scored()):
+        found = score_edges(
+            forward, plan, pairs, metrics, values, steps, source=source, sample=sample
+        )
+        store.write_edges(source, sample, pairs, found)
+
+
+def _missing(plan: Plan, done: NDArray[np.bool_]) -> Iterator[tuple[int, int, range]]:
+    """Source, sample and range of pairs of what is not done yet, [source, sample, pair]."""
     for number, source in enumerate(plan.sources):
         for sample in range(source.samples):
             for pairs in pair_ranges(plan):
-                if done[number, sample, pairs.start : pairs.stop].all():
-                    continue
-                found = estimate_pairs(
-                    forward,
-                    plan,
-                    pairs,
-                    store.estimators,
-                    settings.metrics,
-                    values,
-                    source=number,
-                    sample=sample,
-                )
-                unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
-                store.write_baseline(number, sample, pairs, found.baseline, unknown)
-                store.write_estimates(number, sample, pairs, found.values)
+                if not done[number, sample, pairs.start : pairs.stop].all():
+                    yield number, sample, pairs
 
 
 def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:

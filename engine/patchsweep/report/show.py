@@ -13,10 +13,11 @@ from rich.text import Text
 from patchsweep.plan import Plan
 from patchsweep.results import CellEffect, Results
 from patchsweep.sites import SETS, Grid, Status, unit_name
+from patchsweep.store import EDGES
 
 TOP = 10
 NAMED_DETECTIONS = 12
-TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator")
+TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator", "edge")
 
 
 def show(results: Results, console: Console) -> None:
@@ -41,6 +42,8 @@ def show(results: Results, console: Console) -> None:
         title = "Estimated against exact changes, over the cells that were run"
         _print_titled(console, title, _agreement(results))
         console.print()
+    if results.attrs.get(EDGES):
+        _print_edges(console, results, metric)
     if results.has_circuit:
         _print_titled(console, f"Circuit, by {metric}", _circuit(results, metric))
         console.print()
@@ -212,6 +215,19 @@ def _audits(results: Results, component: str, direction: str) -> list[str]:
     return lines
 
 
+def _print_edges(console: Console, results: Results, metric: str) -> None:
+    """The edges of largest score, with what makes them an approximation."""
+    directions = results.grid(results.components[0]).directions
+    for direction in directions:
+        how = results.edges(metric, direction).attrs["approximation"]
+        table = _table("edge", "score")
+        for edge, score in results.top_edges(metric, direction, TOP // len(directions)):
+            table.add_row(edge, f"{score:+.4g}")
+        title = f"Edges, {direction}: largest estimated changes of {metric}, by {how}"
+        _print_titled(console, title, table)
+        console.print()
+
+
 def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
     unit = unit_name(component)
     found = results.detections(component, metric, direction)
@@ -235,6 +251,7 @@ def _provenance(results: Results) -> dict[str, str]:
         "backend_reason",
         "joint",
         "estimators",
+        "edges",
         "metrics",
         "components",
         "dtype",

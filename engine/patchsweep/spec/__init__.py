@@ -5,6 +5,7 @@ metric.py   the metrics and their options
 source.py   the corrupt run, and where patched values come from
 sets.py     sets of sites, circuits, the autoencoder
 estimates.py  what is estimated, and what is run after all
+edges.py    how edges are scored
 sweep.py    a sweep; with its model and its prompts, a spec
 files.py    a spec from a file, with overrides
 """

@@ -23,6 +23,7 @@ from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.pairs import Bos
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, explain, list_of
+from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
@@ -75,6 +76,7 @@ class Sweep(Data):
     remote: bool = False
     estimate: Estimators = False  # instead of running these components
     prefilter: MaybePrefilter = None
+    edges: EdgeScores = None
 
     @property
     def directions(self) -> tuple[Direction, ...]:

@@ -1,0 +1,94 @@
+"""Edges of a model: who writes to the residual stream, and who reads it further on. Pure.
+
+Senders are the embedding, every head's z and every MLP's output; receivers are the queries, keys
+and values of heads (keys and values of physical key-value heads), the inputs of MLPs, and the
+logits. A node is written as a site without position is, component.layer.unit: `head_z.3.1`,
+`mlp_out.2`, `embed`; `head_q.5.0`, `mlp_in.5`, `logits`; an edge as sender->receiver.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from patchsweep.dimensions import Dimensions
+from patchsweep.errors import BadInput
+
+# Of every kind of node what its text has beside the name.
+SENDERS = {"embed": (), "head_z": ("layer", "head"), "mlp_out": ("layer",)}
+RECEIVERS = {
+    "head_q": ("layer", "head"),
+    "head_k": ("layer", "kv_head"),
+    "head_v": ("layer", "kv_head"),
+    "mlp_in": ("layer",),
+    "logits": (),
+}
+
+
+@dataclass(frozen=True)
+class Node:
+    """One end of an edge; `layer` and `unit` are None where the component has none."""
+
+    component: str
+    layer: int | None = None
+    unit: int | None = None
+
+    def __str__(self) -> str:
+        numbers = (str(n) for n in (self.layer, self.unit) if n is not None)
+        return ".".join([self.component, *numbers])
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a sender adds to the residual stream, as one receiver alone reads it."""
+
+    sender: Node
+    receiver: Node
+
+    def __str__(self) -> str:
+        return f"{self.sender}->{self.receiver}"
+
+
+def senders(d: Dimensions) -> list[Node]:
+    """All senders in the order of the forward: the embedding, then each layer's heads and MLP."""
+    out = [Node("embed")]
+    for layer in range(d.layers):
+        out += [Node("head_z", layer, head) for head in range(d.heads)]
+        out.append(Node("mlp_out", layer))
+    return out
+
+
+def receivers(d: Dimensions) -> list[Node]:
+    """All receivers: each layer's queries, keys, values and MLP, and at last the logits."""
+    out = []
+    for layer in range(d.layers):
+        out += [Node("head_q", layer, head) for head in range(d.heads)]
+        out += [Node(name, layer, kv) for name in ("head_k", "head_v") for kv in range(d.kv_heads)]
+        out.append(Node("mlp_in", layer))
+    return [*out, Node("logits")]
+
+
+def upstream(d: Dimensions, receiver: Node, parallel: bool) -> int:
+    """How many of `senders`, from the first on, a receiver reads: an edge exists from each of them
+    and from no other. `parallel`: its layer's MLP reads what the layer's heads read."""
+    if receiver.layer is None:
+        return 1 + d.layers * (d.heads + 1)
+    below = 1 + receiver.layer * (d.heads + 1)
+    return below + d.heads if receiver.component == "mlp_in" and not parallel else below
+
+
+def parse_edge(text: str) -> Edge:
+    """An edge as it is written, e.g. `head_z.9.6->head_q.10.0`. BadInput if it is none."""
+    ends = text.split("->")
+    if len(ends) != 2:
+        raise BadInput(f"'{text}' is no edge: write sender->receiver")
+    return Edge(_node(ends[0], SENDERS, text), _node(ends[1], RECEIVERS, text))
+
+
+def _node(text: str, kinds: dict[str, tuple[str, ...]], edge: str) -> Node:
+    name, *numbers = text.strip().split(".")
+    if name not in kinds:
+        raise BadInput(f"edge '{edge}' cannot have an end '{name}' there: use {', '.join(kinds)}")
+    if len(numbers) != len(kinds[name]) or not all(re.fullmatch(r"\d+", n) for n in numbers):
+        raise BadInput(f"edge '{edge}': write {'.'.join([name, *kinds[name]])} for that end")
+    return Node(name, *map(int, numbers))
