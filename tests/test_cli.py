@@ -490,4 +490,6 @@ def test_models_and_tasks(command: Command) -> None:
     done = command("tasks")
     assert (done.status, done.err) == (0, "")
     for task in ps.tasks.TASKS:
-        assert re.search(rf"^{task}\n  clean: ", done.out, re.MULTILINE)
+        example = rf"^{task}\n  clean: .*\n(    .*\n|\n)*  corrupt: "
+        assert re.search(example, done.out, re.MULTILINE)
+    assert re.search(r"^  templates: +all \| abba \| baba$", done.out, re.MULTILINE)

@@ -26,7 +26,7 @@ LEVELS = (
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
     ("model", "modules"),
-    ("schedule",),
+    ("schedule", "prompts"),
     ("taps", "stacked"),
     ("wave", "interventions"),
     ("means", "selftest", "attribution"),

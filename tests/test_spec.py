@@ -90,9 +90,12 @@ def test_metrics() -> None:
 
 def test_a_dump_can_be_read_again() -> None:
     metrics = ["kl", {"accuracy": {"k": 5}}, {"logit_diff": {"reduce": "sum"}}]
-    spec = parse_spec({**DATA, "metrics": metrics, "positions": ["S2", -1], "out": "x.zarr"})
+    prompts = {"task": {"ioi": {"corruption": "abc"}}, "n": 2, "only_correct": True}
+    said = {"metrics": metrics, "positions": ["S2", -1], "prompts": prompts, "out": "x.zarr"}
+    spec = parse_spec({**DATA, **said})
     data = json.loads(json.dumps(spec.model_dump(mode="json")))
     assert data["metrics"] == metrics
+    assert data["prompts"] == {**prompts, "file": None, "seed": 0, "bos": "auto"}
     assert parse_spec(data) == spec
 
 
@@ -169,7 +172,17 @@ def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
         ({"direction": "up"}, ["direction: ", "'both'"]),
         ({"prompts": {}}, ["prompts: give either task or file"]),
         ({"prompts": {"task": "ioi", "file": "x", "n": 1}}, ["either task or file"]),
-        ({"prompts": {"task": "oio", "n": 1}}, ["unknown task 'oio'", "ioi, facts"]),
+        ({"prompts": {"task": "oio", "n": 1}}, ["unknown task 'oio'", "did you mean 'ioi'?"]),
+        (
+            {"prompts": {"task": {"ioi": {"template": "abba"}}, "n": 1}},
+            ["prompts.task: unknown option 'template' of ioi", "did you mean 'templates'?"],
+        ),
+        (
+            {"prompts": {"task": {"ioi": {"templates": "abab"}}, "n": 1}},
+            ["prompts.task: templates of ioi is 'abab'", "did you mean 'baba'?"],
+        ),
+        ({"prompts": {"task": ["ioi", "facts"], "n": 1}}, ["prompts.task: ", "is not one task"]),
+        ({"prompts": {"task": "ioi", "n": 1, "only_correct": "so"}}, ["prompts.only_correct: "]),
         ({"prompts": {"task": "ioi"}}, ["prompts: n is missing"]),
         ({"prompts": {"task": "ioi", "n": 0}}, ["prompts.n: ", "is 0"]),
         ({"prompts": {"task": "ioi", "n": True}}, ["prompts.n: ", "is True"]),

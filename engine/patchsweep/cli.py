@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 from types import FrameType
@@ -264,16 +265,25 @@ def tasks() -> None:
     Example: patchsweep tasks
     """
     from patchsweep.loading import load_tokenizer
-    from patchsweep.tasks import TASKS, build
+    from patchsweep.tasks import TASKS
 
     tokenizer = load_tokenizer("smollm2-135m")
-    for name in TASKS:
-        pair = build(name, tokenizer, 1)[0]
+    for name, task in TASKS.items():
+        pair = task(tokenizer, 1)[0]
+        answer, wrong = (
+            " ".join(repr(tokenizer.decode([token])) for token in tokens)
+            for tokens in (pair.answer, pair.wrong)
+        )
+        lines = {
+            "clean": tokenizer.decode(pair.clean),
+            "corrupt": tokenizer.decode(pair.corrupt),
+            "answer": f"{answer}, wrong: {wrong}",
+            "labels": ", ".join(pair.labels),
+        }
+        lines |= {option: " | ".join(choices) for option, choices in task.options.items()}
         print(name)
-        for run_name in ("clean", "corrupt"):
-            print(f"  {run_name + ':':9}{tokenizer.decode(getattr(pair, run_name))}")
-        print(f"  {'answer:':9}{tokenizer.decode(pair.answer)!r}", end="")
-        print(f", wrong: {tokenizer.decode(pair.wrong)!r}, labels: {', '.join(pair.labels)}")
+        for heading, text in lines.items():
+            print(f"  {heading + ':':13}{textwrap.indent(text, ' ' * 15)[15:]}")
 
 
 @app.command

@@ -31,7 +31,7 @@ def demo(out: Path, console: Console) -> None:
     console.print(f"Loading {MODEL} (the first time it is unpacked into the cache: some 20 s)")
     model = load_model(MODEL)
     for task, title in (("ioi", "indirect object identification"), ("facts", "facts")):
-        pairs = tasks.build(task, model.tokenizer, PAIRS)
+        pairs = tasks.TASKS[task](model.tokenizer, PAIRS)
         console.rule(f"{PAIRS} pairs: {title}")
         console.print(
             f"clean    {model.tokenizer.decode(pairs[0].clean)}\n"

@@ -21,7 +21,7 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from patchsweep import attribution, tasks
+from patchsweep import attribution
 from patchsweep import results as results_of
 from patchsweep.backends import opened, taken
 from patchsweep.circuits import with_circuit
@@ -33,14 +33,15 @@ from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
 from patchsweep.model import Model, dimensions_of, empty_model, load_model
 from patchsweep.offload import unreachable
-from patchsweep.pairs import Pair, read_pairs
+from patchsweep.pairs import Pair
 from patchsweep.placement import device_map, foreseen
 from patchsweep.plan import BudgetTooSmall, Plan, Wave, make_plan
 from patchsweep.prepare import digest, prepare
+from patchsweep.prompts import build_pairs
 from patchsweep.results import CellEffect, Results
 from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
-from patchsweep.spec import Metric, Prompts, Spec, Sweep, parse_settings
+from patchsweep.spec import Metric, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
 from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
 
@@ -65,12 +66,14 @@ def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results
         max_memory=spec.max_memory,
         offload_folder=spec.offload_folder,
     )
-    pairs = build_pairs(spec.prompts, model.tokenizer)
+    with exactly(model.device):
+        pairs = build_pairs(spec.prompts, model.tokenizer, model)
     return carry_out(model, pairs, spec, spec.out, resume=resume, overwrite=overwrite)
 
 
 def plan_spec(spec: Spec) -> Plan:
-    """The plan of a spec, from the model's config and tokenizer alone."""
+    """The plan of a spec, from the model's config and tokenizer alone: pairs that `only_correct`
+    would leave out are in it."""
     empty = empty_model(load_config(spec.model), spec.dtype)
     device, offload = resolve_device(spec.device), WHOLE
     if spec.device == "balanced":
@@ -79,15 +82,6 @@ def plan_spec(spec: Spec) -> Plan:
     sae = load_autoencoder(spec)
     plan = plan_sweep(dimensions_of(empty), pairs, spec, device, sae=sae, offload=offload)
     return taken(attribution.expected(plan, spec), spec.backend)
-
-
-def build_pairs(prompts: Prompts, tokenizer: Any) -> list[Pair]:
-    """The pairs that a spec's prompts stand for."""
-    if prompts.file is not None:
-        return read_pairs(prompts.file, tokenizer, prompts.bos)[: prompts.n]
-    assert prompts.task is not None
-    assert prompts.n is not None
-    return tasks.build(prompts.task, tokenizer, prompts.n, prompts.seed, prompts.bos)
 
 
 def sweep(

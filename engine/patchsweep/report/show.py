@@ -136,7 +136,11 @@ def _origin(prompts: Any) -> str:
     """Where the prompts came from, if the spec says it."""
     if not isinstance(prompts, dict):
         return ""
-    kinds = [f"{kind} {prompts[kind]}" for kind in ("task", "file") if prompts.get(kind)]
+    said = {kind: prompts.get(kind) for kind in ("task", "file")}
+    if isinstance(said["task"], dict):
+        [(name, options)] = said["task"].items()
+        said["task"] = ", ".join([name, *(f"{option} {is_}" for option, is_ in options.items())])
+    kinds = [f"{kind} {value}" for kind, value in said.items() if value]
     return f" ({', '.join(kinds)})" if kinds else ""
 
 

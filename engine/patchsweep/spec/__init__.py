@@ -3,6 +3,7 @@
 data.py     names with options, lists, and what is wrong with them in one line
 metric.py   the metrics and their options
 source.py   the corrupt run, and where patched values come from
+prompts.py  where the prompt pairs come from
 sets.py     sets of sites, circuits, the autoencoder
 estimates.py  what is estimated, and what is run after all
 edges.py    how edges are scored
@@ -13,9 +14,10 @@ files.py    a spec from a file, with overrides
 from patchsweep.spec.estimates import Prefilter
 from patchsweep.spec.files import load_spec
 from patchsweep.spec.metric import INNER, METRICS, REQUIRED, Metric, Place, parse_metric
+from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Circuit, Complement
 from patchsweep.spec.source import Gaussian, Mean, Resample, Vector
-from patchsweep.spec.sweep import Dtype, Prompts, Spec, Sweep, parse_settings, parse_spec
+from patchsweep.spec.sweep import Dtype, Spec, Sweep, parse_settings, parse_spec
 
 __all__ = [
     "INNER",

@@ -17,40 +17,19 @@ from pydantic import (
     model_validator,
 )
 
-from patchsweep import tasks
 from patchsweep.errors import BadInput
 from patchsweep.loading import DEVICES, check_placement, memory_limits
-from patchsweep.pairs import Bos
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, explain, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
+from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 S = TypeVar("S", bound="Sweep")
-
-
-class Prompts(Data):
-    """Where the pairs come from: `n` of a built-in task, or a file (its first `n`, or all)."""
-
-    task: StrictStr | None = None
-    file: Path | None = None
-    n: Annotated[StrictInt, Field(ge=1)] | None = None
-    seed: Annotated[StrictInt, Field(ge=0)] = 0
-    bos: Bos = "auto"
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.task is None) == (self.file is None):
-            raise ValueError("give either task or file")
-        if self.task is not None:
-            tasks.check(self.task)
-            if self.n is None:
-                raise ValueError("n is missing: say how many pairs of the task, e.g. n: 8")
-        return self
 
 
 class Sweep(Data):

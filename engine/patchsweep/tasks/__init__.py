@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
 from patchsweep.errors import BadInput
-from patchsweep.pairs import Bos, Pair
+from patchsweep.tasks.arithmetic import arithmetic
+from patchsweep.tasks.docstring import docstring
 from patchsweep.tasks.facts import facts
+from patchsweep.tasks.greater_than import greater_than
 from patchsweep.tasks.ioi import ioi
+from patchsweep.tasks.task import Task, nearest
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# name -> (tokenizer, n, seed, bos) -> pairs
-TASKS: dict[str, Callable[[PreTrainedTokenizerBase, int, int, Bos], list[Pair]]] = {
-    "ioi": ioi,
-    "facts": facts,
+TASKS: dict[str, Task] = {
+    task.name: task for task in (ioi, greater_than, docstring, facts, arithmetic)
 }
 
-__all__ = ["TASKS", "build", "check", "facts", "ioi"]
+__all__ = ["TASKS", "Task", "arithmetic", "docstring", "facts", "find", "greater_than", "ioi"]
 
 
-def check(name: str) -> None:
-    """BadInput with the known tasks unless there is one of this name."""
+def find(name: str) -> Task:
+    """The task of this name; BadInput if there is none."""
     if name not in TASKS:
-        raise BadInput(f"unknown task '{name}': use one of {', '.join(TASKS)}")
-
-
-def build(
-    name: str, tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, bos: Bos = "auto"
-) -> list[Pair]:
-    """The first `n` pairs of a task; BadInput for an unknown task or more pairs than it has."""
-    check(name)
-    if n < 1:
-        raise BadInput(f"task '{name}': {n} pairs asked for: ask for at least 1")
-    return TASKS[name](tokenizer, n, seed, bos)
+        raise BadInput(f"unknown task '{name}': {nearest(name, TASKS)}")
+    return TASKS[name]

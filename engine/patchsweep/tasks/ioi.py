@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from patchsweep.errors import BadInput
-from patchsweep.pairs import Bos, Pair, encode, make_pair
+from patchsweep.pairs import Bos, Pair
+from patchsweep.tasks.task import lay, single, task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,7 +29,18 @@ TEMPLATES = (
     "On Sunday {A} and {B} cleaned the {place} together. Later {S} sent a {object} to",
     "Every time {A} and {B} visit the {place}, {S} takes a {object} to",
     "It was quiet when {A} and {B} found the {place}, so {S} slowly gave a {object} to",
+    "Since {A} and {B} both liked the {place}, {S} bought a {object} for",
+    "Soon after {A} and {B} reached the {place}, {S} returned a {object} to",
+    "This morning {A} and {B} waited outside the {place} until {S} gave a {object} to",
+    "People saw {A} and {B} leave the {place} together, and then {S} handed a {object} to",
+    "Whenever {A} and {B} meet near the {place}, {S} brings a {object} for",
+    "Years ago {A} and {B} lived beside the {place}, and {S} often lent a {object} to",
+    "Though {A} and {B} had argued at the {place}, {S} later mailed a {object} to",
+    "Right before {A} and {B} entered the {place}, {S} tossed a {object} to",
+    "At noon {A} and {B} ate lunch behind the {place}, where {S} offered a {object} to",
+    "The day {A} and {B} moved into the {place}, {S} presented a {object} to",
 )
+OLDEST = 14  # come first, so that small samples stay what they were when there were no others
 ORDERS = ("ABBA", "BABA")  # who is named first: the indirect object, or the subject
 
 # Words parted by white space.
@@ -52,80 +65,66 @@ OBJECTS = """
     ticket watch coat flower lamp
 """
 
+# Corruption -> the names that it replaces.
+CORRUPTIONS = {"s2": ("S2",), "s1_io": ("S1", "IO"), "abc": ("S1", "IO", "S2")}
 
-def ioi(tokenizer: PreTrainedTokenizerBase, n: int, seed: int = 0, bos: Bos = "auto") -> list[Pair]:
-    """`n` distinct pairs; the first ones do not depend on `n`, and the templates take turns.
 
-    Clean "When A and B went to the store, B gave a drink to" is answered by A; the corrupt
-    prompt has A in place of the second B, which swaps answer and wrong. Labels IO, S1, S2, END;
-    group: the template, e.g. "ABBA-3". Words that are not one token are left out; BadInput if `n`
-    pairs cannot be had from the others.
+@task(corruption=tuple(CORRUPTIONS), templates=("all", "abba", "baba"))
+def ioi(
+    tokenizer: PreTrainedTokenizerBase, seed: int, bos: Bos, *, corruption: str, templates: str
+) -> Iterator[Pair]:
+    """Clean "When A and B went to the store, B gave a drink to" is answered by A; wrong is B.
+
+    corruption: s2 (A in place of the second B: swaps answer and wrong), s1_io (random names in
+    place of the first B and of A), abc (three different random names); the clean prompts are the
+    same for all. templates: abba (A is named first), baba, all; they take turns. Labels IO, S1, S2,
+    END; group: the template, e.g. "ABBA-3". Words that are not one token are left out.
     """
-    names = _single(tokenizer, NAMES)
-    places = _single(tokenizer, PLACES)
-    objects = _single(tokenizer, OBJECTS)
-    kinds = [(order, i) for order in ORDERS for i in range(len(TEMPLATES))]
-    possible = len(kinds) * len(names) * (len(names) - 1) * len(places) * len(objects)
-    if n > possible:
-        raise BadInput(
-            f"task 'ioi': {n} pairs asked for, {possible} can be had with this tokenizer "
-            f"({len(names)} names, {len(places)} places, {len(objects)} objects are one token): "
-            "ask for fewer"
+    names = single(tokenizer, NAMES)
+    replaced = CORRUPTIONS[corruption]
+    others = random.Random(f"{seed} others")
+    for order, i, words in _draws(tokenizer, seed, list(names), templates):
+        io, s = words["IO"], words["S1"]
+        new = [io]
+        if corruption != "s2":
+            free = [name for name in names if name not in (io, s)]
+            if len(free) < len(replaced):
+                return
+            new = others.sample(free, len(replaced))
+        first, second = ("IO", "S1") if order == "ABBA" else ("S1", "IO")
+        template = TEMPLATES[i].format(
+            A=f"{{{first}}}", B=f"{{{second}}}", S="{S2}", place="{place}", object="{object}"
         )
+        clean, corrupt = (
+            lay(tokenizer, template, words | changed, bos)
+            for changed in ({}, dict(zip(replaced, new, strict=True)))
+        )
+        if not (clean and corrupt and clean.whole and clean.fits(corrupt)):
+            raise BadInput(
+                "task 'ioi': this tokenizer does not keep the names one token each in "
+                f"{template.format(**words)!r}: write the pairs to a file instead"
+            )
+        group = f"{order}-{i}"
+        yield Pair(clean.ids, corrupt.ids, (names[io],), (names[s],), clean.labels, group)
+
+
+def _draws(
+    tokenizer: PreTrainedTokenizerBase, seed: int, names: list[str], templates: str
+) -> Iterator[tuple[str, int, dict[str, str]]]:
+    """Distinct (order, template, words of the clean prompt)."""
+    places, objects = (list(single(tokenizer, words)) for words in (PLACES, OBJECTS))
+    orders = ORDERS if templates == "all" else (templates.upper(),)
     rng = random.Random(seed)
+    kinds = [(order, i) for order in orders for i in range(OLDEST)]
     rng.shuffle(kinds)
-    seen = set()
-    pairs: list[Pair] = []
-    while len(pairs) < n:
-        # All kinds hold equally many pairs, so one that takes its turn always has some left.
-        order, template = kinds[len(pairs) % len(kinds)]
+    kinds += [(order, i) for i in range(OLDEST, len(TEMPLATES)) for order in orders]
+    possible = len(kinds) * len(names) * (len(names) - 1) * len(places) * len(objects)
+    seen: set[tuple[str, int, str, str, str, str]] = set()
+    while len(seen) < possible:
+        # All kinds hold equally many draws, so one that takes its turn always has some left.
+        order, i = kinds[len(seen) % len(kinds)]
         io, s = rng.sample(names, 2)
-        key = (order, template, io, s, rng.choice(places), rng.choice(objects))
-        if key not in seen:
-            seen.add(key)
-            pairs.append(_pair(tokenizer, *key, bos))
-    return pairs
-
-
-def _pair(
-    tokenizer: PreTrainedTokenizerBase,
-    order: str,
-    template: int,
-    io: str,
-    s: str,
-    place: str,
-    thing: str,
-    bos: Bos,
-) -> Pair:
-    a, b = (io, s) if order == "ABBA" else (s, io)
-    clean, corrupt = (
-        TEMPLATES[template].format(A=a, B=b, S=again, place=place, object=thing)
-        for again in (s, io)
-    )
-    pair = make_pair(
-        tokenizer, clean, corrupt, f" {io}", f" {s}", group=f"{order}-{template}", bos=bos
-    )
-    io_at = [i for i, token in enumerate(pair.clean) if token == pair.answer[0]]
-    s_at = [i for i, token in enumerate(pair.clean) if token == pair.wrong[0]]
-    swapped = [
-        i for i, two in enumerate(zip(pair.clean, pair.corrupt, strict=True)) if len({*two}) > 1
-    ]
-    if len(io_at) != 1 or len(s_at) != 2 or swapped != s_at[1:]:
-        raise BadInput(
-            f"task 'ioi': this tokenizer does not keep the names one token each in {clean!r}: "
-            "write the pairs to a file instead"
-        )
-    labels = {"IO": io_at[0], "S1": s_at[0], "S2": s_at[1], "END": len(pair) - 1}
-    return Pair(pair.clean, pair.corrupt, pair.answer, pair.wrong, labels, pair.group)
-
-
-def _single(tokenizer: PreTrainedTokenizerBase, words: str) -> list[str]:
-    """The words that are one known token of their own after a space."""
-    before = encode(tokenizer, "the", "never")
-    unknown = tokenizer.unk_token_id
-    found: dict[int, str] = {}
-    for word in words.split():
-        after = encode(tokenizer, f"the {word}", "never")
-        if len(after) == len(before) + 1 and after[:-1] == before and after[-1] != unknown:
-            found.setdefault(after[-1], word)
-    return list(found.values())
+        place, thing = rng.choice(places), rng.choice(objects)
+        if (draw := (order, i, io, s, place, thing)) not in seen:
+            seen.add(draw)
+            yield order, i, {"IO": io, "S1": s, "S2": s, "place": place, "object": thing}
