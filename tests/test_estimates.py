@@ -28,11 +28,13 @@ from test_sweep import arrays
 
 COMPONENTS = ["head_z", "head_k", "mlp_out"]
 METRICS = ["logit_diff", "logprob"]
+POSITIONS = [-1, -2, 3]
 
 
 def sweep(out: Path, name: str = "llama", pairs: Sequence[Pair] = (), **settings: Any) -> Any:
     """A sweep whose pairs are estimated one by one."""
-    given = {"components": COMPONENTS, "metrics": METRICS, "direction": "both", "estimate": True}
+    given = {"components": COMPONENTS, "metrics": METRICS, "direction": "both"}
+    given |= {"estimate": True, "positions": POSITIONS}
     model = ps.wrap(built(name)[0], Letters())
     return ps.sweep(model, pairs or three(), out=out, **{"token_budget": 60, **given, **settings})
 
@@ -47,6 +49,7 @@ def text(results: Any) -> str:
 def test_what_is_stored_is_what_was_estimated(name: str, tmp_path: Path) -> None:
     pairs = [*three(), *three(8)]
     given = {"source": ["other", {"resample": {"samples": 2}}], "direction": "noise"}
+    given |= {"positions": POSITIONS}
     found = sweep(tmp_path / "r", name, pairs, **given)
     estimators = {c: attribution.DEFAULT[c] for c in COMPONENTS}
     assert found.attrs["estimators"] == estimators
