@@ -184,7 +184,7 @@ class Results(Reader):
         patched, effect = self._over_pairs(component, metric, direction, source)
         if component in self.only_estimated:
             effect = self.estimated_effect(component, metric, direction, source)
-        return self._ranked(component, patched, effect, np.isfinite(effect))[:n]
+        return self._ranked(component, patched, effect, np.isfinite(effect), n)
 
     def detections(
         self,
@@ -341,7 +341,7 @@ class Results(Reader):
     @property
     def only_estimated(self) -> tuple[str, ...]:
         """The components that the sweep estimated and did not run."""
-        prefiltered = self.attrs["spec"].get("prefilter") is not None
+        prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
         return () if prefiltered else tuple(self.store.estimators)
 
     @cached_property
@@ -503,11 +503,16 @@ class Results(Reader):
         return name
 
     def _ranked(
-        self, component: str, patched: Array, effect: Array, keep: NDArray[np.bool_]
+        self,
+        component: str,
+        patched: Array,
+        effect: Array,
+        keep: NDArray[np.bool_],
+        n: int | None = None,
     ) -> list[CellEffect]:
         positions, tokens = self.grid(component).positions, self.position_tokens(component)
         cells = np.argwhere(keep)
-        order = np.argsort(-np.abs(effect[keep]), kind="stable")
+        order = np.argsort(-np.abs(effect[keep]), kind="stable")[:n]
         return [
             CellEffect(
                 layer=int(layer) + self.grid(component).first_layer,
