@@ -97,3 +97,61 @@ def test_backends_run(tmp_path: Path) -> None:
     assert found["differences"].keys() == WAYS.keys()
     assert max(found["differences"].values()) < 2e-4
     assert found["differences"]["offloaded"] == 0
+
+
+def test_attribution_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Scores are those of the estimates that a sweep writes beside its exact results."""
+    from benchmarks._models import load, middle_pairs
+    from benchmarks.attribution import attribution
+
+    import patchsweep as ps
+
+    out, names = tmp_path / "attribution.json", ("head_q", "mlp_out", "neuron")
+    attribution(tiny=True, pairs=1, ig=1, rounds=1, components=names, out=out)
+    found = json.loads(out.read_text())
+    scores = {
+        (s["component"], s["estimator"]): s
+        for case in found["cases"]
+        for s in case["scores"] + case["by_path"]
+    }
+    kept = {k["component"]: k for case in found["cases"] for k in case["kept"]}
+    assert set(scores) == {
+        *(("head_q", e) for e in ("atp", "atp_qk", "atp_star")),
+        *(("mlp_out", e) for e in ("atp", "relp", "atp_star", "ig")),
+        *(("neuron", e) for e in ("atp", "relp", "atp_star")),
+    }
+    model = load("tiny-llama", "float32", "cpu")
+    for estimator in ("atp", "atp_star"):
+        swept = ps.sweep(
+            model,
+            middle_pairs(model, 8, 1),
+            out=tmp_path / estimator,
+            components=names,
+            metrics=["logit_diff"],
+            direction="denoise",
+            prefilter={"estimator": estimator, "keep": "100%"},
+        )
+        for name in names:
+            said, score = swept.agreement(name, "logit_diff"), scores[name, estimator]
+            assert score["cells"] == said.cells
+            assert score["pearson"] == pytest.approx(said.pearson, abs=1e-5)
+            assert score["spearman"] == pytest.approx(said.spearman, abs=1e-5)
+    assert kept["neuron"]["kept"] == -(-kept["neuron"]["cells"] // 20)
+    assert kept["neuron"]["cells"] == scores["neuron", "atp"]["cells"]
+    spent = {c["estimator"]: c["in_flops"] for c in found["cost"]}
+    assert spent["forward"] == 1
+    assert 1 < spent["atp"] < 4
+    assert spent["atp_star"] > spent["atp"]  # a backward for every layer
+    printed = capsys.readouterr().out
+    assert printed.count("PASS") + printed.count("MISS") == len(found["targets"])
+
+
+def test_recall() -> None:
+    from benchmarks._faithful import recall
+
+    exact = np.array([-9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0])
+    estimated = np.array([5.0, 0, -9, 0, 0, 0, 8, 0, 0, 0])  # largest: 2, 6, 0
+    assert recall(estimated, exact, 10, 10) == 0
+    assert recall(estimated, exact, 1, 30) == 1  # one cell: rounded up
+    assert recall(estimated, exact, 40, 30) == 0.5
+    assert recall(exact, exact, 25, 25) == 1
