@@ -14,19 +14,19 @@ from patchsweep.spec import Mean, Metric, Sweep, Vector
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 
-# The most faithful one of each component in the papers.
+# The most faithful one of each component, in the papers or as measured (docs/attribution.md).
 DEFAULT: dict[str, Estimator] = {
     "embed": "relp",
     "resid_pre": "relp",
     "resid_mid": "relp",
     "resid_post": "relp",
-    "attn_out": "relp",
+    "attn_out": "atp",
     "mlp_out": "relp",
     "head_q": "atp_qk",
     "head_k": "atp_qk",
     "head_v": "atp",
     "head_pattern": "atp_qk",
-    "neuron": "relp",
+    "neuron": "atp",
     "sae_feature": "relp",
     "head_z": "atp",
 }
