@@ -193,6 +193,15 @@ def test_the_audit_says_what_a_whole_sweep_finds(tmp_path: Path) -> None:
     assert whole.audit("head_z", "logit_diff", "noise") is None
 
 
+def test_verified(tmp_path: Path) -> None:
+    """Kept and audited cells again, as full forwards; those only estimated are not drawn."""
+    found = sweep(tmp_path / "r", {"keep": 4, "audit": 2}, components=["head_z"])
+    again = ps.verify(found, 50, model=ps.wrap(built("llama")[0], Letters()))
+    ran = sum(found.counts("head_z", "logprob")[s] for s in RUN)
+    assert again.cells == min(50, ran) > 20
+    assert again.holds
+
+
 def test_one_component_only(tmp_path: Path) -> None:
     """Those that have no estimator are run whole."""
     found = sweep(tmp_path / "r", {"estimator": {"neuron": "atp"}, "keep": 5, "audit": 5})
