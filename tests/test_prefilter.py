@@ -215,16 +215,16 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What was chosen is not chosen again, and the bits are those of an undisturbed sweep."""
     given, few = {"keep": "20%", "audit": 4}, {"components": ["head_z"], "token_budget": 150}
     sweep(tmp_path / "whole", given, **few)
-    run, waves = engine.run_wave, []
+    launch, waves = engine.launch_wave, []
 
     def some(*args: Any, **more: Any) -> Any:
         if len(waves) == 3:
             raise KeyboardInterrupt
         waves.append(args)
-        return run(*args, **more)
+        return launch(*args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(engine, "run_wave", some)
+        patch.setattr(engine, "launch_wave", some)
         sweep(tmp_path / "r", given, **few)
     assert len(waves) == 3
     with monkeypatch.context() as patch:
