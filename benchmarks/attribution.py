@@ -21,10 +21,10 @@ from benchmarks._estimates import Cost, Grid, costs, exact_grid, ready, swept, w
 from benchmarks._faithful import RECALLS, Kept, Score, kept_by, score
 from benchmarks._machine import Clocks, timed
 from benchmarks._models import REAL, first_difference, load, middle_pairs
-from patchsweep import tasks as built_in
 from patchsweep.attribution import DEFAULT
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
+from patchsweep.tasks import find
 
 OUT = Path("benchmarks/results/attribution.json")
 COMPONENTS = (
@@ -87,9 +87,9 @@ def attribution(
     console, began = report.console_of_width(), Clocks.read()
     model = load("tiny-llama" if tiny else REAL, "float32", "cpu")
     facts = report.start(console, model.device)
-    prompts = {
-        name: built_in.build(name, model.tokenizer, pairs) for name in (() if tiny else tasks)
-    } or {"tiny": middle_pairs(model, 8, pairs)}
+    prompts = {name: find(name)(model.tokenizer, pairs) for name in (() if tiny else tasks)} or {
+        "tiny": middle_pairs(model, 8, pairs)
+    }
     found: list[dict[str, Any]] = []
     with ExitStack() as stack:
         kept = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
