@@ -134,6 +134,15 @@ def test_what_is_run_is_what_a_whole_sweep_finds(name: str, tmp_path: Path) -> N
             exact, effect = (x.effect(component, "logit_diff", "noise", source) for x in both)
             there = np.isfinite(effect)
             np.testing.assert_allclose(effect[there], exact[there], rtol=0, atol=1e-11)
+            # Structural in some pairs, not run in others: that says nothing of all pairs.
+            left = (found.store.read(f"{component}/logprob_status")[0, s] == Status.ESTIMATED).any(
+                (0, 1)
+            )
+            at = (component, "logprob", "noise", source)
+            for said in (*found.interval(*at, samples=9), found.p_values(*at)):
+                assert np.isnan(said[left]).all()
+            assert np.isnan(found.standard_error(*at)[left]).all()
+            assert np.isnan(found.effect(*at)[left]).all()
     assert not [line for line in found.warnings() if "not done" in line]
 
 

@@ -119,8 +119,8 @@ class Results(Reader):
         Sum over pairs of (patched − destination) / sum over pairs of (source − destination); of a
         source without a run (zero, mean, vector) the mean of patched − destination. `source`: the
         first if left out. Exact and structural cells count; a pair where the cell is outside the
-        prompt, not done, only estimated or not finite is left out of both sums. NaN where no pair
-        is left.
+        prompt, not done or not finite is left out of both sums. NaN where no pair is left, and
+        where a cell is only estimated in any pair.
         """
         return self._over_pairs(component, metric, direction, source)[1]
 
@@ -212,15 +212,15 @@ class Results(Reader):
         layers: slice = slice(None),
     ) -> tuple[Array, Array | None]:
         """patched − destination of every pair, mean over samples, [pair, layer, unit, position],
-        NaN where there is no measured value; and source − destination [pair], None where effects
-        are differences."""
+        NaN where there is no measured value, and in all pairs where a cell is only estimated in
+        any; and source − destination [pair], None where effects are differences."""
         grid, d, s = self._at(component, metric, direction, source)
         destination, donor = (end[d, s] for end in self.ends(metric, grid))  # [sample, pair]
         region = (d, s, slice(None), slice(None), layers)
         patched = self.store.read(f"{component}/{metric}", region).astype(np.float64)
         status = self.store.read(f"{component}/{metric}_status", region)
         moved = change(patched, status, destination[..., None, None, None])
-        moved = np.where(np.isin(status, MEASURED), moved, np.nan)
+        moved = np.where(np.isin(status, MEASURED) & ~_partly(status), moved, np.nan)
         # A source may have fewer samples than others.
         known = [n for n, x in enumerate(moved) if np.isfinite(x).any()] or [0]
         span = (donor - destination)[known].mean(0) if self.normalised(s) else None
@@ -324,19 +324,20 @@ class Results(Reader):
         for one sample."""
         grid, d, s = self._at(component, metric, direction, source)
         ends = [end[d, s] for end in self.ends(metric, grid)]
-        per_sample = []
+        per_sample, partly = [], np.zeros((grid.layers, grid.units, len(grid.positions)), bool)
         for n in range(grid.samples):
             values = self.store.read(f"{component}/{metric}", (d, s, n)).astype(np.float64)
             status = self.store.read(f"{component}/{metric}_status", (d, s, n))
             destination, donor = (end[n][:, None, None, None] for end in ends)
             use = np.isin(status, MEASURED) & np.isfinite(values)
+            partly |= _partly(status[None])
             if not use.any():
                 continue
             moved = np.where(use, change(values, status, destination), 0.0).sum(0)
             per_sample.append(ratio(moved, np.where(use, donor - destination, 0.0).sum(0)))
         if not per_sample:
-            return np.full((grid.layers, grid.units, len(grid.positions)), np.nan)
-        return standard_error(np.stack(per_sample), 0)
+            return np.full(partly.shape, np.nan)
+        return np.where(partly, np.nan, standard_error(np.stack(per_sample), 0))
 
     @property
     def only_estimated(self) -> tuple[str, ...]:
@@ -465,8 +466,7 @@ class Results(Reader):
     def _over_pairs(
         self, component: str, metric: str, direction: str, source: str | None
     ) -> tuple[Array, Array]:
-        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each. NaN
-        for cells that are only estimated in some pair: the other pairs are not all of them."""
+        """Mean of the patched metric, and effect, over all pairs: [layer, unit, position] each."""
         grid, d, s = self._at(component, metric, direction, source)
         ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
         # changed, span, patched, number of runs
@@ -483,7 +483,7 @@ class Results(Reader):
             moved = change(patched, status, destination)
             for i, term in enumerate((moved, span, patched, 1.0)):
                 sums[i] += np.where(use, term, 0.0).sum(axis=(0, 1))
-            partly |= (status == Status.ESTIMATED).any(axis=(0, 1))
+            partly |= _partly(status)
         sums[:, partly] = np.nan
         changed, span, patched, runs = sums
         return ratio(patched, runs), ratio(changed, span)
@@ -524,6 +524,13 @@ class Results(Reader):
             )
             for layer, unit, position in cells[order]
         ]
+
+
+def _partly(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """The cells [layer, unit, position] that are only estimated in some sample or pair, of statuses
+    [sample, pair, layer, unit, position]: where they are structural says nothing of all pairs."""
+    found: NDArray[np.bool_] = (status == Status.ESTIMATED).any(axis=(0, 1))
+    return found
 
 
 def open(path: str | Path) -> Results:
