@@ -15,7 +15,7 @@ from estimates import built
 from patchsweep import attribution, engine
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.prefilter import HIGHEST, NONE, STRATA, choose
+from patchsweep.prefilter import HIGHEST, NONE, STRATA, Choice, choose, judge
 from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
@@ -90,6 +90,19 @@ def test_the_audit_draws_from_each_stratum() -> None:
     other = choose(scores, possible, Prefilter(keep="10%", audit=20, seed=1))
     assert (other.stratum == found.stratum).all()
     assert (other.status != found.status).any()
+
+
+def test_theta_is_a_number() -> None:
+    """Kept cells that have no effect say nothing of how large one is."""
+    effect = np.array([[[np.nan, 3.0, 1.0, 0.5, np.nan]]])
+    status = np.array([[[KEPT, KEPT, KEPT, DRAWN, DRAWN]]], np.uint8)
+    stratum = np.array([[[NONE, NONE, NONE, 0, 1]]], np.uint8)
+    found = judge(effect, Choice(status, stratum), Prefilter(), 1, 1)
+    assert found is not None
+    assert found.theta == 3
+    assert [s.hits for s in found.audit.strata] == [0, 1]
+    assert found.precision == 1 / 3
+    assert judge(effect * np.nan, Choice(status, stratum), Prefilter(), 1, 1) is None
 
 
 def test_every_cell_is_drawn_as_often() -> None:

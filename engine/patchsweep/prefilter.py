@@ -97,12 +97,13 @@ def judge(
 ) -> Verdict | None:
     """What the cells that were run say, by their effects [layer, unit, position], of so many
     components (with every direction and source) and metrics judged together; None where nothing
-    was kept."""
+    was kept that has an effect. One that is not finite exceeds any theta."""
     size = np.where(np.isfinite(effect), np.abs(effect), np.inf)
     kept = size[chosen.status == Status.EXACT]
-    if not len(kept):
+    known = kept[np.isfinite(kept)]
+    if not len(known):
         return None
-    highest = np.sort(kept)[::-1][: math.ceil(len(kept) / HIGHEST)]
+    highest = np.sort(known)[::-1][: math.ceil(len(known) / HIGHEST)]
     theta = float(highest[-1]) if given.theta == "auto" else given.theta
     found = []
     for number in range(STRATA):
