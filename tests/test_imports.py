@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own level and from those above it in this list; never further down.
 LEVELS = (
-    ("errors", "dimensions", "families", "offload", "transfer"),
+    ("errors", "dimensions", "families", "offload", "transfer", "leftovers", "writer"),
     ("prefetch",),
     ("sites", "stream", "cone", "sae"),
     ("effect", "edges"),
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
-    ("spec", "reader"),
+    ("spec", "reader", "integrity"),
     ("attention", "sources", "reads", "circuits", "table", "prefilter"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
@@ -37,7 +37,11 @@ LEVELS = (
     ("__main__",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-KEEPERS = ("patchsweep.store", "patchsweep.writer")  # what they know is on disk
+KEEPERS = (
+    "patchsweep.store",
+    "patchsweep.writer",
+    "patchsweep.integrity",
+)  # what they know is on disk
 COMPUTES = {"torch", "patchsweep_kernels"} | {
     f"patchsweep.{name}"
     for name in ("model", "attention", "wave", "metrics", "sources", "engine", "cli")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 import threading
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import xarray as xr
+from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Grid, blocks
-from patchsweep.store import Store, remove
+from patchsweep.store import Store, pack, remove
 
 HEADS = Grid("head_z", ("denoise", "noise"), 3, 2, 3, (0, 1, 2, 3, 4), 2, 2, 2)
 MLP = Grid("mlp_out", ("denoise", "noise"), 3, 2, 1, ("S2", "END"), 3, 1, 2)
@@ -27,9 +31,10 @@ PAIRS = [
 METRICS = ("logit_diff", "prob")
 
 
-def make(path: Path, grids: tuple[Grid, ...] = (HEADS, MLP)) -> Store:
+def make(path: Path, grids: tuple[Grid, ...] = (HEADS, MLP), fsync: bool = False) -> Store:
     attrs = {"spec": {"model": "tiny"}, "plan_hash": "abc", "token_budget": 64}
-    return Store.create(path, grids, METRICS, PAIRS, lambda t: f" t{t}", attrs, "float32")
+    texts = " t{}".format
+    return Store.create(path, grids, METRICS, PAIRS, texts, attrs, "float32", fsync=fsync)
 
 
 def numbered(block: Block, grid: Grid, dtype: Any = np.float32) -> np.ndarray:
@@ -260,3 +265,93 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         assert [path.name for path in disk.iterdir()] == ["r.zarr"]
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_killed_processes_left_goes_away(tmp_path: Path) -> None:
+    """Killed while laying out, and while deleting."""
+    script = """
+import os, shutil, sys, zarr
+from pathlib import Path
+from patchsweep.store import remove
+import test_store
+def die(*args, **kwargs): os._exit(9)
+if sys.argv[2] == "create":
+    zarr.Group.update_attributes = die
+    test_store.make(Path(sys.argv[1]))
+test_store.make(Path(sys.argv[1]))
+shutil.rmtree = die
+remove(Path(sys.argv[1]))
+"""
+    out = tmp_path / "r.zarr"
+    for what in ("create", "remove"):
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+        command = [sys.executable, "-c", script, str(out), what]
+        assert subprocess.run(command, check=False, env=env).returncode == 9
+    assert [path.name.startswith(".r.zarr.") for path in tmp_path.iterdir()] == [True]
+    make(out)
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_data_reach_the_disk_before_their_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fsync: bool
+) -> None:
+    """What a power cut may lose is what has not been synced: never data, once their record is."""
+    seen: list[str] = []
+    sync, rename = os.fsync, Path.replace
+
+    def syncing(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))  # noqa: PTH115
+        assert path.exists()
+        seen.append(f"sync {path.relative_to(tmp_path)}")
+        sync(descriptor)
+
+    def replacing(self: Path, target: Path) -> Path:
+        seen.append(f"write {target.relative_to(tmp_path)}")
+        return rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", replacing)  # zarr's way to make a chunk appear
+    store = make(tmp_path / "r.zarr", fsync=fsync)
+    laid_out = [line for line in seen if line.startswith("sync")]
+    assert bool(laid_out) == fsync
+    assert not fsync or laid_out[-1] == "sync ."
+    seen.clear()
+    block = blocks(HEADS)[0]
+    write(store, block, HEADS)
+    record = "r.zarr/completion/head_z/c/0"
+    at = seen.index(f"write {record}")
+    names = [f"{metric}{kind}" for metric in METRICS for kind in ("", "_status")]
+    files = [f"r.zarr/{store.keys(f'head_z/{name}', block.region(HEADS))[0]}" for name in names]
+    assert {f"write {file}" for file in files} == {s for s in seen[:at] if s.startswith("write")}
+    if not fsync:
+        assert seen[at:] == [f"write {record}"]
+        return
+    folders = {str(f) for file in files for f in Path(file).parents if f != Path()}
+    before = [s.removeprefix("sync ") for s in seen[:at] if s.startswith("sync")]
+    assert set(before) == {*files, *folders}
+    after = {s.removeprefix("sync ") for s in seen[at + 1 :]}
+    assert {record, str(Path(record).parent)} <= after
+
+
+def test_a_zip_file_of_results(tmp_path: Path) -> None:
+    store = make(tmp_path / "r.zarr")
+    for block in blocks(HEADS):
+        write(store, block, HEADS)
+    (tmp_path / "r.zarr" / "head_z" / "prob" / "0.abc.partial").touch()  # left by a kill
+    pack(tmp_path / "r.zarr", tmp_path / "r.zip")
+    packed = Store.open(tmp_path / "r.zip")
+    assert packed.grids == store.grids
+    assert packed.done("head_z").all()
+    for name in store.arrays():
+        np.testing.assert_array_equal(packed.read(name), store.read(name))
+    ds = xr.open_zarr(ZipStore(tmp_path / "r.zip", mode="r"), group="head_z", consolidated=False)
+    assert ds.logit_diff.max() == np.prod(HEADS.shape) - 1
+    assert not any("partial" in name for name in zipfile.ZipFile(tmp_path / "r.zip").namelist())
+    with pytest.raises(BadInput, match="zip file, only to be read: unpack it"):
+        Store.open(tmp_path / "r.zip", "r+")
+    with pytest.raises(BadInput, match="cannot write .*: "):
+        pack(tmp_path / "r.zarr", tmp_path / "r.zip" / "deep.zip")
+    (tmp_path / "other.zip").write_bytes(b"PK")
+    with pytest.raises(BadInput, match="not a results folder"):
+        Store.open(tmp_path / "other.zip")

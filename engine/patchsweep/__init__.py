@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from patchsweep import tasks
     from patchsweep.engine import run, sweep
     from patchsweep.errors import BadInput
+    from patchsweep.integrity import check
     from patchsweep.metrics import Context
     from patchsweep.model import Model, load_model, wrap
     from patchsweep.pairs import Pair, make_pair, read_pairs
@@ -25,6 +26,7 @@ __all__ = [
     "Results",
     "Site",
     "Spec",
+    "check",
     "load_model",
     "load_spec",
     "make_pair",
@@ -46,6 +48,7 @@ _HOME = {
     "Results": "results",
     "Site": "sites",
     "Spec": "spec",
+    "check": "integrity",
     "load_model": "model",
     "load_spec": "spec",
     "make_pair": "pairs",

@@ -219,6 +219,29 @@ def verify(results: Path, /, *, cells: int = 20, seed: int = 0) -> None:
 
 
 @app.command
+def check(results: Path, /) -> None:
+    """Verify a results folder: every finished chunk is there, and as it was written.
+
+    Status 1, and what must be redone, if one is not. Nobody may be writing to it meanwhile.
+
+    Example: patchsweep check ioi.zarr
+
+    Parameters
+    ----------
+    results
+        A results folder.
+    """
+    from patchsweep.integrity import check as check_results
+
+    found = check_results(results)
+    for damage in found.damages:
+        print(damage)
+    if found.damages:
+        raise DoesNotHold(found)
+    print(found)
+
+
+@app.command
 def plot(results: Path, /, *, out: Path | None = None) -> None:
     """Draw heatmaps as PNG and SVG.
 
@@ -241,7 +264,8 @@ def plot(results: Path, /, *, out: Path | None = None) -> None:
 
 @app.command
 def export(results: Path, table: Path, /) -> None:
-    """Write one row per patching experiment, one column per metric, as Parquet.
+    """Write one row per patching experiment, one column per metric, as Parquet; or, to a .zip, the
+    results as they are, in one file that show, plot, export and ps.open read.
 
     Example: patchsweep export ioi.zarr ioi.parquet
 
@@ -250,11 +274,16 @@ def export(results: Path, table: Path, /) -> None:
     results
         A results folder.
     table
-        The Parquet file to write.
+        The Parquet or .zip file to write.
     """
     from patchsweep.results import open as open_results
+    from patchsweep.store import pack
 
-    open_results(results).export(table)
+    found = open_results(results)
+    if table.suffix == ".zip":
+        pack(results, table)
+    else:
+        found.export(table)
     print(table)
 
 

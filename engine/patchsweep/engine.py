@@ -28,6 +28,7 @@ from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.edges import Node, receivers, senders
 from patchsweep.errors import BadInput
+from patchsweep.integrity import withdraw
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
@@ -44,6 +45,7 @@ from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Spec, Sweep, parse_settings
 from patchsweep.store import Store, remove
 from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
+from patchsweep.writer import background
 
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
@@ -186,10 +188,12 @@ def carry_out(
     resume: bool,
     overwrite: bool,
 ) -> Results:
-    """Run the waves whose blocks are not done yet."""
+    """Run the waves whose blocks are not done yet, or are damaged."""
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
-    found = Store.open(out, "r+") if (resume or overwrite) and out.exists() else None
+    found = (
+        Store.open(out, "r+", settings.fsync) if (resume or overwrite) and out.exists() else None
+    )
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
     sae = load_autoencoder(settings)
@@ -215,6 +219,7 @@ def carry_out(
         }
         if existing:
             _same_sweep(existing, attrs)
+            withdraw(existing)
         if estimators and any(m.name == "callable" for m in settings.metrics):
             # Only trying says whether a user's function has a gradient.
             attribution.estimate_pairs(
@@ -302,24 +307,35 @@ def _effect_of_set(
 
 def _run_waves(launch: Launch, in_flight: int, plan: Plan, settings: Sweep, store: Store) -> None:
     """Compute and write, in order, the waves that are not done; up to `in_flight` are launched
-    before the first of them is read."""
+    before the first of them is read, and up to three are in memory to be written."""
     done = {name: store.done(name) for name in plan.grids}
-    todo = [w for w in plan.waves if not all(done[b.component][b.index] for b in w.blocks)]
+    todo = [
+        w
+        for w in plan.waves
+        if not all(done[b.component][b.index] for b in w.blocks)
+        or (w.owner and not store.has_baseline(w.source, w.sample, w.pairs))
+    ]
     began = time.perf_counter()
     cells = sum(plan.cells_of(w) for w in todo)
-    with tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar:
+    with (
+        tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar,
+        background(partial(_write, store)) as write,
+    ):
         coming = (launch(plan, wave, settings.metrics) for wave in todo)
         for wave, launched in zip(todo, _ahead(coming, in_flight - 1), strict=True):
-            result = launched.result()
-            if wave.owner:
-                at = (wave.source, wave.sample, wave.pairs)
-                store.write_baseline(*at, result.baseline, result.noise_floor)
-            for block, found, status in result.blocks:
-                store.write_block(block, found, status)
+            write(wave, launched.result())
             bar.update(plan.cells_of(wave))
     if len(todo) == len(plan.waves):
         seconds = time.perf_counter() - began
         store.set_attrs(measured={"seconds": seconds, "cells_per_second": cells / seconds})
+
+
+def _write(store: Store, wave: Wave, result: WaveResult) -> None:
+    if wave.owner:
+        at = (wave.source, wave.sample, wave.pairs)
+        store.write_baseline(*at, result.baseline, result.noise_floor)
+    for block, found, status in result.blocks:
+        store.write_block(block, found, status)
 
 
 def _ahead(coming: Iterator[Launched], count: int) -> Iterator[Launched]:
@@ -344,6 +360,7 @@ def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[st
         "float64" if double else "float32",
         _site_columns(plan),
         (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
+        settings.fsync,
     )
 
 

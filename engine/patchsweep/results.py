@@ -25,6 +25,7 @@ from patchsweep import diagnostics, table
 from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import change, ratio
 from patchsweep.errors import BadInput
+from patchsweep.integrity import Check, check, refuse_missing
 from patchsweep.prefilter import Choice, Verdict, judge
 from patchsweep.reader import Reader, one_of
 from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
@@ -77,7 +78,7 @@ class Results(Reader):
         "sets" has the dimension `set`, with the sets' names, in place of the last three.
         """
         grid = self.grid(component)
-        ds = xr.open_zarr(self.path, group=component, consolidated=False, chunks=None)
+        ds = xr.open_zarr(self.store.storage, group=component, consolidated=False, chunks=None)
         for metric in self.metrics:
             effect = _LazyEffect(
                 self.store, f"{component}/{metric}", grid, *self.ends(metric, grid)
@@ -106,6 +107,10 @@ class Results(Reader):
         value, `_effect` and `_status`, and `_estimate` where the sweep has estimates.
         """
         return pd.concat(list(table.frames(self)), ignore_index=True)
+
+    def check(self) -> Check:
+        """Decode every chunk: what is damaged and must be redone."""
+        return check(self.path)
 
     def export(self, path: Path) -> None:
         """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results."""
@@ -534,8 +539,11 @@ def _partly(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def open(path: str | Path) -> Results:
-    """The results in a folder; BadInput if it is not a results folder."""
-    return Results(Store.open(Path(path)))
+    """The results in a folder, or in a zip file of one; BadInput if it is none, or if chunks that
+    are marked done are missing. Other damage is noticed when it is read, or by `check`."""
+    store = Store.open(Path(path))
+    refuse_missing(store)
+    return Results(store)
 
 
 class _LazyEffect(BackendArray):

@@ -27,17 +27,21 @@ Layout under the results folder:
   the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
   versions, host, device, threads, measured).
 
-What is marked done outlives a killed process; it is not fsynced, so not every power cut.
+A chunk is written to a temporary file and renamed, data before its record: what is marked done
+outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
+outlives a power cut. A zip file of such a folder (`pack`) can be read.
 """
 
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import math
+import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -48,8 +52,11 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
+from zarr.core.metadata import ArrayV3Metadata
+from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
+from patchsweep.leftovers import held, hidden, sweep, workplace
 from patchsweep.pairs import Pair
 from patchsweep.sites import DIMENSIONS, SETS, Block, Grid, unit_name
 
@@ -76,9 +83,10 @@ _CAUSES = {
 class Store:
     """The arrays of one sweep in a folder. Writing needs `create` or `open(..., "r+")`."""
 
-    def __init__(self, path: Path, group: zarr.Group) -> None:
+    def __init__(self, path: Path, group: zarr.Group, fsync: bool = False) -> None:
         self.path = path
         self._group = group
+        self._fsync = fsync
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
@@ -93,10 +101,12 @@ class Store:
         dtype: Literal["float32", "float64"],
         sites: Mapping[str, NDArray[Any]] | None = None,
         nodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        fsync: bool = False,
     ) -> Store:
         """Lay out an empty results folder, whole or not at all.
 
-        It is built beside `path` and renamed when its attributes, the last thing, are written.
+        It is built beside `path` and renamed when its attributes, the last thing, are written; what
+        killed processes have left there of earlier ones is deleted.
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
         The attribute `estimators`, by component, says which have estimates; the attribute `edges`
         whether there are any, between `nodes`, the senders and receivers. BadInput if `path` exists
@@ -108,10 +118,9 @@ class Store:
                 mend = "use --resume to continue it or --overwrite to replace it"
             raise BadInput(f"{path} exists already: {mend}")
         target = path.resolve()
-        partial = _hidden(target)
-        try:
-            with _writing(path, "run again"):
-                partial.parent.mkdir(parents=True, exist_ok=True)
+        with _writing(path, "run again"):
+            sweep(target)
+            with workplace(target) as partial:
                 root = zarr.create_group(partial, zarr_format=3)
                 for grid in grids:
                     _create_component(root, grid, metrics, dtype)
@@ -132,14 +141,15 @@ class Store:
                         _MARK: SCHEMA,
                     }
                 )
+                if fsync:
+                    _settle((p for p in partial.rglob("*") if p.is_file()), partial)
                 partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        return cls.open(path, "r+")
+                if fsync:
+                    _settle((), target.parent)
+        return cls.open(path, "r+", fsync)
 
     @classmethod
-    def open(cls, path: Path, mode: Literal["r", "r+"] = "r") -> Store:
+    def open(cls, path: Path, mode: Literal["r", "r+"] = "r", fsync: bool = False) -> Store:
         """Open a results folder; BadInput if it is missing, foreign, half-created or newer."""
         if not path.exists():
             raise BadInput(f"no results at {path}: check the path")
@@ -149,8 +159,12 @@ class Store:
         if schema != SCHEMA:
             mend = "update it" if schema > SCHEMA else "run the sweep again with --overwrite"
             raise BadInput(f"{path} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}")
-        group = zarr.open_group(path, mode=mode, zarr_format=3, use_consolidated=False)
-        return cls(path, group)
+        packed = isinstance(_files(path), zipfile.Path)
+        if packed and mode == "r+":
+            raise BadInput(f"{path} is a zip file, only to be read: unpack it")
+        place = ZipStore(path, mode="r") if packed else path
+        group = zarr.open_group(place, mode=mode, zarr_format=3, use_consolidated=False)
+        return cls(path, group, fsync)
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -184,12 +198,14 @@ class Store:
         """
         region = block.region(self.grids[block.component])
         shape = tuple(part.stop - part.start for part in region)
-        with _writing(self.path, "continue with --resume"):
-            for metric in self.metrics:
-                for name, array in ((metric, values[metric]), (f"{metric}_status", status[metric])):
-                    assert array.shape == shape, (name, array.shape, shape)
-                    self._array(f"{block.component}/{name}")[region] = array
-            self._array(f"completion/{block.component}")[block.index] = 1
+        arrays: dict[str, NDArray[Any]] = {}
+        for metric in self.metrics:
+            arrays[f"{block.component}/{metric}"] = values[metric]
+            arrays[f"{block.component}/{metric}_status"] = status[metric]
+        for name, array in arrays.items():
+            assert array.shape == shape, (name, array.shape, shape)
+        self._write(arrays, region)
+        self._mark(f"completion/{block.component}", (slice(block.index, block.index + 1),))
 
     def done(self, component: str) -> NDArray[np.bool_]:
         """Which blocks of a component are done, bool [block]."""
@@ -222,14 +238,12 @@ class Store:
     def write_choice(self, component: str, **arrays: NDArray[np.uint8]) -> None:
         """Write what becomes of a component's cells, `status` and `stratum` [direction, source,
         layer, unit, position]. BadInput if the disk refuses."""
-        with _writing(self.path, "continue with --resume"):
-            for name, array in arrays.items():
-                self._array(f"choice/{component}_{name}")[...] = array
+        named = {f"choice/{component}_{name}": array for name, array in arrays.items()}
+        self._write(named, (slice(None),) * 5)
 
     def mark_chosen(self) -> None:
         """The choices of all components are written."""
-        with _writing(self.path, "continue with --resume"):
-            self._array(CHOSEN)[...] = 1
+        self._mark(CHOSEN, (slice(None),))
 
     def chosen(self) -> bool:
         """Whether the choices of all components are written."""
@@ -257,10 +271,8 @@ class Store:
     ) -> None:
         """Write arrays [direction, 1, 1, pair, ...] by name, then mark them done."""
         at = (slice(source, source + 1), slice(sample, sample + 1), slice(pairs.start, pairs.stop))
-        with _writing(self.path, "continue with --resume"):
-            for name, found in arrays.items():
-                self._array(name)[(slice(None), *at)] = found
-            self._array(mark)[at] = 1
+        self._write(arrays, (slice(None), *at))
+        self._mark(mark, at)
 
     def write_baseline(
         self,
@@ -275,16 +287,94 @@ class Store:
         The noise floor is the distance of a null patch (the destination patched with its own
         activation) from that destination's baseline. `pairs` are those of whole blocks.
         """
-        region = (slice(None), source, sample, slice(pairs.start, pairs.stop))
+        arrays: dict[str, NDArray[Any]] = {}
+        for metric in self.metrics:
+            arrays[f"baseline/{metric}"] = values[metric][:, None, None]
+            arrays[f"baseline/{metric}_noise_floor"] = noise_floor[metric][:, None, None]
+        self._write(arrays, _baseline_of(source, sample, pairs))
+
+    def has_baseline(self, source: int, sample: int, pairs: range) -> bool:
+        """Whether the baselines and noise floors of some pairs are there."""
+        names = [f"baseline/{m}{kind}" for m in self.metrics for kind in ("", "_noise_floor")]
+        region = _baseline_of(source, sample, pairs)
+        return all(self.has(key) for name in names for key in self.keys(name, region))
+
+    def _write(self, arrays: Mapping[str, NDArray[Any]], region: tuple[slice, ...]) -> None:
+        """Write one region of some arrays; on the disk when this returns, if so asked."""
         with _writing(self.path, "continue with --resume"):
-            for metric in self.metrics:
-                self._array(f"baseline/{metric}")[region] = values[metric]
-                self._array(f"baseline/{metric}_noise_floor")[region] = noise_floor[metric]
+            for name, found in arrays.items():
+                self._array(name)[region] = found
+            if self._fsync:
+                keys = [key for name in arrays for key in self.keys(name, region)]
+                _settle((self.path / key for key in keys), self.path)
+
+    def _mark(self, name: str, region: tuple[slice, ...]) -> None:
+        """Record that what was written before is done."""
+        shape = [len(range(n)[part]) for n, part in zip(self.shape(name), region, strict=True)]
+        self._write({name: np.ones(shape, np.uint8)}, region)
 
     def set_attrs(self, **attrs: Any) -> None:
         """Add or replace root attributes. One process only."""
         with _writing(self.path, "continue with --resume"):
             self._group.update_attributes(attrs)
+            if self._fsync:
+                _settle([self.path / "zarr.json"], self.path)
+
+    def remove(self, keys: Iterable[str]) -> None:
+        """Delete chunks, in order: what they held is not done any more."""
+        with _writing(self.path, "continue with --resume"):
+            for key in keys:
+                file = self.path / key
+                file.unlink(missing_ok=True)
+                if self._fsync and file.parent.exists():
+                    _settle((), file.parent)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The sizes of an array."""
+        return self._array(name).shape
+
+    def chunks(self, name: str) -> Iterator[tuple[slice, ...]]:
+        """The regions of an array's chunks."""
+        array = self._array(name)
+        starts = (range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))
+        for at in itertools.product(*starts):
+            yield tuple(slice(i, i + c) for i, c in zip(at, array.chunks, strict=True))
+
+    def keys(self, name: str, region: tuple[slice, ...]) -> list[str]:
+        """The files of the chunks that a region of an array lies in, whether or not they exist."""
+        array = self._array(name)
+        tiles = []
+        for part, size, chunk in zip(region, array.shape, array.chunks, strict=True):
+            start, stop, _ = part.indices(size)
+            tiles.append(range(start // chunk, -(-stop // chunk)))
+        assert isinstance(array.metadata, ArrayV3Metadata)
+        encode = array.metadata.encode_chunk_key
+        return [f"{name}/{encode(at)}" for at in itertools.product(*tiles)]
+
+    def has(self, key: str) -> bool:
+        """Whether a file is there."""
+        return (self._files / key).exists()
+
+    @cached_property
+    def _files(self) -> Path | zipfile.Path:
+        return _files(self.path)
+
+    @property
+    def storage(self) -> Any:
+        """What zarr and xarray open."""
+        return self._group.store
+
+    def arrays(self) -> list[str]:
+        """The names of all arrays."""
+        try:
+            members = self._group.members(max_depth=None)
+        except (ValueError, KeyError, TypeError) as exc:
+            raise self._unreadable("zarr.json", exc) from exc
+        return [name for name, member in members if isinstance(member, zarr.Array)]
+
+    def _unreadable(self, name: str, exc: Exception) -> BadInput:
+        cause = " ".join(str(exc).split())
+        return BadInput(f"{self.path} is damaged, {name}: {cause}: run with --overwrite")
 
     def read(self, name: str, region: Any = ...) -> NDArray[Any]:
         """The array `<group>/<array>`, or a region of it; BadInput if a chunk of it is damaged."""
@@ -331,7 +421,10 @@ class Store:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            array = self._group.get(name)
+            try:
+                array = self._group.get(name)
+            except (ValueError, KeyError, TypeError) as exc:
+                raise self._unreadable(name, exc) from exc
             if not isinstance(array, zarr.Array):
                 raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")
             # Zarr keeps this setting in memory only; without it a chunk of fill values is deleted.
@@ -363,8 +456,8 @@ def remove(path: Path) -> None:
     if _schema(path) is None:
         Store.open(path)  # says what is wrong
     target = path.resolve()
-    doomed = _hidden(target)
-    with _writing(path, "run again"):
+    doomed = hidden(target)
+    with _writing(path, "run again"), held(target):
         target.rename(doomed)  # a kill halfway then leaves no half-deleted results
         shutil.rmtree(doomed)
 
@@ -372,14 +465,54 @@ def remove(path: Path) -> None:
 def _schema(path: Path) -> int | None:
     """The schema version of a results folder, None for anything else."""
     try:
-        schema = json.loads((path / "zarr.json").read_text())["attributes"][_MARK]
-    except (OSError, ValueError, KeyError, TypeError):
+        schema = json.loads((_files(path) / "zarr.json").read_text())["attributes"][_MARK]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
         return None
     return schema if isinstance(schema, int) else None
 
 
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.partial")
+def _files(path: Path) -> Path | zipfile.Path:
+    """Where the files of results are."""
+    return zipfile.Path(path) if path.is_file() and zipfile.is_zipfile(path) else path
+
+
+def pack(path: Path, target: Path) -> None:
+    """Put a results folder into one zip file, whole or not at all; BadInput if the disk refuses.
+
+    Chunks are compressed already. `target` is replaced.
+    """
+    Store.open(path)  # says what is wrong
+    if isinstance(_files(path), zipfile.Path):
+        raise BadInput(f"{path} is a zip file already: copy it")
+    partial = hidden(target.resolve())
+    with _writing(target, "run again"):
+        try:
+            with zipfile.ZipFile(partial, "w") as packed:
+                for file in sorted(p for p in path.rglob("*") if p.is_file()):
+                    if file.suffix != ".partial":  # left by a kill
+                        packed.write(file, file.relative_to(path))
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _baseline_of(source: int, sample: int, pairs: range) -> tuple[slice, ...]:
+    """Where baselines lie, [run, source, sample, pair]."""
+    at = (slice(source, source + 1), slice(sample, sample + 1))
+    return (slice(None), *at, slice(pairs.start, pairs.stop))
+
+
+def _settle(files: Iterable[Path], root: Path) -> None:
+    """Wait until files, and the folders above them up to `root`, are on the disk (fsync)."""
+    wait = {root}
+    for file in files:
+        wait |= {file, *(p for p in file.parents if p.is_relative_to(root))}
+    for path in wait:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

@@ -53,6 +53,7 @@ class Sweep(Data):
     token_budget: Literal["auto"] | StrictInt = "auto"
     backend: Literal["auto", "wavefront", "nnsight"] = "auto"
     remote: bool = False
+    fsync: bool = False  # what is marked done outlives a power cut too
     estimate: Estimators = False  # instead of running these components
     prefilter: MaybePrefilter = None
     edges: EdgeScores = None
