@@ -218,7 +218,7 @@ def believe(out: Path) -> None:
                 try:
                     np.testing.assert_array_equal(store.read(name, region), expected)
                 except ps.BadInput as error:
-                    assert "patchsweep check" in str(error)  # noqa: PT017
+                    assert "patchsweep check" in str(error)
 
 
 def test_a_sweep_does_again_what_is_damaged(tmp_path: Path) -> None:

@@ -350,7 +350,7 @@ def test_a_zip_file_of_results(tmp_path: Path) -> None:
     assert not any("partial" in name for name in zipfile.ZipFile(tmp_path / "r.zip").namelist())
     with pytest.raises(BadInput, match="zip file, only to be read: unpack it"):
         Store.open(tmp_path / "r.zip", "r+")
-    with pytest.raises(BadInput, match="cannot write .*: "):
+    with pytest.raises(BadInput, match=r"cannot write .*: "):
         pack(tmp_path / "r.zarr", tmp_path / "r.zip" / "deep.zip")
     (tmp_path / "other.zip").write_bytes(b"PK")
     with pytest.raises(BadInput, match="not a results folder"):
