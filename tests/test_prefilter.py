@@ -16,6 +16,7 @@ from patchsweep import attribution, engine
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.prefilter import HIGHEST, NONE, STRATA, Choice, choose, judge
+from patchsweep.report.figures import _figures
 from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
@@ -231,6 +232,18 @@ def test_one_component_only(tmp_path: Path) -> None:
     assert found.counts("head_z", "logprob")[Status.ESTIMATED] == 0
     assert found.counts("neuron", "logprob")[Status.ESTIMATED] > 0
     assert found.audit("head_z", "logprob", "noise") is None
+
+
+def test_figures_of_windows_show_what_was_run(tmp_path: Path) -> None:
+    """Beside components that are only estimated, or run where they were chosen."""
+    small = {"components": ["mlp_out"], "windows": [2], "positions": [-1], "direction": "noise"}
+    for given in ({"estimate": True}, {"prefilter": {"keep": 1, "audit": 1}}):
+        found = sweep(tmp_path / "r", **{"prefilter": None, **small, **given}, overwrite=True)
+        for name, figure in _figures(found):
+            words = [figure.axes[0].get_title(), *(axes.get_ylabel() for axes in figure.axes)]
+            assert ("by attribution patching" in words[0]) == ("window" not in name)
+            said = "estimated effect" in " ".join(words)
+            assert said == ("estimate" in given and "window" not in name)
 
 
 def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ def test_largest_keeps_the_sign_and_skips_nan() -> None:
     effect = np.array([[[0.1, -0.7, np.nan], [np.nan, np.nan, np.nan]]])
     np.testing.assert_array_equal(_largest(effect, 2), [[-0.7, np.nan]])
     np.testing.assert_array_equal(_largest(effect, 1), [[0.1, -0.7, np.nan]])
+    # What was not run may have an effect where what is known has none.
+    np.testing.assert_array_equal(_largest(np.array([[[0.0, np.nan], [0, 0]]]), 2), [[np.nan, 0]])
 
 
 def test_positions_are_named_by_tokens_that_all_pairs_share(tmp_path: Path) -> None:

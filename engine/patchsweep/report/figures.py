@@ -137,8 +137,9 @@ def _views(results: Results, component: str, effect: NDArray[np.float64]) -> lis
 
 
 def _largest(effect: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
-    """The value of largest absolute size along an axis; NaN only where all are."""
-    size = np.where(np.isfinite(effect), np.abs(effect), -1.0)
+    """The value of largest absolute size along an axis; NaN where none has any size, and not all
+    are known."""
+    size = np.where(np.isfinite(effect), np.abs(effect), np.finfo(effect.dtype).tiny)
     best = np.expand_dims(size.argmax(axis), axis)
     return np.take_along_axis(effect, best, axis).squeeze(axis)
 
@@ -190,10 +191,10 @@ def _draw(
         interpolation="nearest",
     )
     scale = "0 = destination, 1 = source" if results.normalised(0) else "patched − destination"
-    estimated = component in results.only_estimated
+    window = heatmap.view.startswith("window")
+    estimated = component in results.only_estimated and not window
     label = f"{'estimated effect' if estimated else 'effect'} on {metric}\n({scale})"
     figure.colorbar(image, ax=axes, label=label)
-    window = heatmap.view.startswith("window")
     axes.set_ylabel("first layer of the window" if window else "layer")
     axes.set_yticks(*_ticks([str(layer) for layer in range(layers)], height / 0.17), fontsize=8)
     axes.set_xlabel(heatmap.axis)
@@ -208,7 +209,8 @@ def _draw(
     counted = "1 pair" if pairs == 1 else f"{pairs} pairs"
     model = str(results.attrs.get("model", ""))[-LONGEST_MODEL:]
     lines = [model, f"{component}, {direction}, {counted}", heatmap.note]
-    if how := results.store.estimators.get(component):
+    how = results.store.estimators.get(component)
+    if how and not window:  # windows are run, all of them
         lines.append(f"{'estimated' if estimated else 'chosen'} by attribution patching ({how})")
     if known.size < heatmap.values.size:
         lines.append("grey: no value")
