@@ -70,10 +70,32 @@ def test_a_cell_counts_by_its_best_metric() -> None:
 
 
 def test_what_has_no_finite_score_comes_first() -> None:
-    scores = cells([9, np.nan, 2, np.inf, 4])
+    scores = cells([9, -np.inf, 2, np.inf, 4])
     assert [s == KEPT for s in status(scores, keep=2, audit=1)] == [0, 1, 0, 1, 0]
     left = choose(scores, np.ones((1, 1, 5), bool), None).status.ravel().tolist()
     assert left == [LEFT, Status.NOT_FINITE, LEFT, Status.NOT_FINITE, LEFT]
+
+
+def test_a_metric_without_effects_says_nothing() -> None:
+    """Its scores are NaN: those of the other metrics count."""
+    scores = cells([np.nan] * 5, [0, 3, 1, np.nan, 4])
+    for keep in (2, {"threshold": 3}):
+        assert [s == KEPT for s in status(scores, keep=keep, audit=1)] == [0, 1, 0, 0, 1]
+    left = choose(scores, np.ones((1, 1, 5), bool), None).status
+    assert (left == LEFT).all()
+
+
+def test_a_metric_in_which_the_runs_are_equal(tmp_path: Path) -> None:
+    """What is not run is not said to be not finite, and what is run is what the other says."""
+    metrics = ["logit_diff", {"neuron": {"layer": 0, "neuron": 1, "position": 0}}]
+    given = {"components": ["head_z"], "direction": "noise", "pairs": three()[:1]}
+    both = [
+        sweep(tmp_path / name, {"keep": 4, "audit": 1}, metrics=m, **given)
+        for name, m in (("one", metrics[:1]), ("two", metrics))
+    ]
+    one, two = (x.store.read("head_z/logit_diff_status") for x in both)
+    np.testing.assert_array_equal(one, two)
+    assert both[1].audit("head_z", both[1].metrics[1], "noise") is None
 
 
 def test_the_audit_draws_from_each_stratum() -> None:

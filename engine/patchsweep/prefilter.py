@@ -42,16 +42,17 @@ def choose(scores: Array, possible: Map, given: Prefilter | None) -> Choice:
     """Choose by scores [metric, layer, unit, position] among the `possible` cells; none without a
     prefilter.
 
-    A cell ranks by the metric that ranks it highest. A score that is not finite is the highest.
+    A cell ranks by the metric that ranks it highest. A score that is infinite, its estimate not
+    being finite, is the highest; one that is NaN, the runs not differing in that metric, says
+    nothing.
     """
-    finite = np.isfinite(scores).all(0)
-    status = np.where(finite, Status.ESTIMATED, Status.NOT_FINITE).astype(np.uint8)
+    failed = np.isinf(scores).any(0)
+    status = np.where(failed, Status.NOT_FINITE, Status.ESTIMATED).astype(np.uint8)
     stratum = np.full(status.shape, NONE, np.uint8)
     if given is None:
         return Choice(status, stratum)
     cells = np.flatnonzero(possible)
-    by_metric = np.where(np.isfinite(scores), np.abs(scores), np.inf)
-    by_metric = by_metric.reshape(len(scores), -1)[:, cells]
+    by_metric = np.abs(scores).reshape(len(scores), -1)[:, cells]
     best = np.max([_ranks(row) for row in by_metric], axis=0)
     kept = np.zeros(len(cells), bool)
     if isinstance(given.keep, Mapping):
@@ -77,6 +78,7 @@ def how_many(keep: str | int, cells: int) -> int:
 def _ranks(score: Array) -> NDArray[np.int64]:
     rank = np.empty(len(score), np.int64)
     rank[np.argsort(score, kind="stable")] = np.arange(len(score))
+    rank[np.isnan(score)] = -1
     return rank
 
 
