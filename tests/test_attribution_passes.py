@@ -88,7 +88,7 @@ def test_pairs_are_cut_by_the_budget() -> None:
     given = parse_settings({"components": ["head_z"], "direction": "denoise"})
     for budget, sizes in ((120, [2, 2, 2, 1]), (60, [1] * 7), (10_000, [7])):
         plan = plan_sweep(model.dimensions, pairs, given, model.device, budget)
-        ranges = attribution.pair_ranges(plan)
+        ranges = attribution.pair_ranges(plan, range(len(plan.pairs)))
         assert [len(r) for r in ranges] == sizes
         assert [i for r in ranges for i in r] == list(range(7))
 

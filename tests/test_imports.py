@@ -15,13 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module imports from its own level and from those above it in this list; never further down.
 LEVELS = (
-    ("errors", "dimensions", "families", "offload", "transfer", "leftovers", "writer"),
+    (
+        "errors",
+        "dimensions",
+        "distributed",
+        "families",
+        "offload",
+        "transfer",
+        "leftovers",
+        "writer",
+    ),
     ("prefetch",),
     ("sites", "stream", "cone", "sae"),
     ("effect", "edges"),
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
-    ("spec", "reader", "integrity"),
+    ("spec", "reader", "integrity", "job"),
     ("attention", "sources", "reads", "circuits", "table", "prefilter"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),

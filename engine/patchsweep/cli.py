@@ -50,7 +50,9 @@ class Terminated(BaseException):
 def main() -> None:
     """Run a command and exit with its status."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters is said in one line
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
     sys.exit(_status(sys.argv[1:]))
 
 
@@ -84,17 +86,45 @@ def _go_on(arguments: list[str]) -> str:
     if arguments[:1] != ["run"]:
         return ""
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    command = shlex.join(["patchsweep", *kept, "--resume"])
+    command = shlex.join([*_launched_by(arguments), *kept, "--resume"])
     return f"; what was finished is kept, go on with: {command}"
 
 
-def _terminate(_signum: int, _frame: FrameType | None) -> None:
-    raise Terminated
+def _launched_by(arguments: list[str]) -> list[str]:
+    """The command line up to `arguments`; of several processes as their launcher was given it."""
+    if _several():
+        import psutil
+
+        said = psutil.Process().parent().cmdline()
+        own = said[: len(said) - len(arguments)]
+        if own + arguments == said:
+            program = 1 if Path(own[0]).name.startswith("python") and own[1:2] != ["-m"] else 0
+            return [Path(own[program]).name, *own[program + 1 :]]
+    return ["patchsweep"]
+
+
+def _stop(signum: int, _frame: FrameType | None) -> None:
+    """End in order. A launcher may pass on a signal that has come already: one is enough."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 
 def _say(what: object, status: int) -> int:
-    print(f"patchsweep: {' '.join(str(what).split())}", file=sys.stderr)
+    """Say why the command ends, unless another process of it has ended before; the exit status."""
+    mine = True
+    if _several():
+        from patchsweep.distributed import end
+
+        status, mine = end(status)
+    if mine:
+        print(f"patchsweep: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
     return status
+
+
+def _several() -> bool:
+    """Whether a launcher has started several processes; torch is not asked, it takes a second."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @app.command
@@ -129,6 +159,7 @@ def run(
     """Run the sweep that a spec file says.
 
     Example: patchsweep run examples/ioi.yaml --out ioi.zarr --set prompts.n=16
+    Example: accelerate launch -m patchsweep run examples/ioi.yaml
 
     Parameters
     ----------
@@ -143,13 +174,16 @@ def run(
     overwrite
         Replace results that are there.
     """
+    from patchsweep.distributed import launched
     from patchsweep.engine import run as run_spec
     from patchsweep.report.show import show as print_results
 
+    launched()
     if resume and overwrite:
         raise BadInput("--resume and --overwrite exclude each other: give one")
     results = run_spec(_spec(spec, overrides, out), resume=resume, overwrite=overwrite)
-    print_results(results, _console())
+    if os.environ.get("RANK", "0") == "0":
+        print_results(results, _console())
 
 
 @app.command

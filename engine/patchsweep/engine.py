@@ -7,28 +7,30 @@ import os
 import platform
 import re
 import socket
-import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import torch
-from tqdm import tqdm
+from numpy.typing import NDArray
 
 from patchsweep import attribution
 from patchsweep import results as results_of
 from patchsweep.backends import opened, taken
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
+from patchsweep.distributed import Processes, alone, launched, restarted
 from patchsweep.edges import Node, receivers, senders
 from patchsweep.errors import BadInput
 from patchsweep.integrity import withdraw
+from patchsweep.job import Progress, job, log
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
 from patchsweep.metrics import check as check_metrics
@@ -47,6 +49,7 @@ from patchsweep.store import Store, remove
 from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
 from patchsweep.writer import background
 
+T = TypeVar("T")
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
 Run = Callable[[Plan, Wave, Sequence[Metric]], WaveResult]
@@ -56,21 +59,26 @@ MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
 
 def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results:
-    """Do what a spec says. BadInput if `out` is missing from it, and as `sweep` does."""
+    """Do what a spec says, together with all processes that a launcher has started for it; every
+    one returns when all is done. BadInput if `out` is missing from it, and as `sweep` does."""
     if spec.out is None:
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
     attribution.chosen(spec)  # says what cannot be estimated before the model is loaded
     attribution.check_edges(spec)
+    processes = launched()
     model = load_model(
         spec.model,
         spec.dtype,
-        spec.device,
+        processes.device(spec.device),
         max_memory=spec.max_memory,
         offload_folder=spec.offload_folder,
     )
     with exactly(model.device):
         pairs = build_pairs(spec.prompts, model.tokenizer, model)
-    return carry_out(model, pairs, spec, spec.out, resume=resume, overwrite=overwrite)
+    resume = resume or (restarted() and not overwrite)
+    return carry_out(
+        model, pairs, spec, spec.out, resume=resume, overwrite=overwrite, processes=processes
+    )
 
 
 def plan_spec(spec: Spec) -> Plan:
@@ -187,22 +195,33 @@ def carry_out(
     *,
     resume: bool,
     overwrite: bool,
+    processes: Processes | None = None,
 ) -> Results:
-    """Run the waves whose blocks are not done yet, or are damaged."""
+    """Run the waves whose blocks are not done yet, or are damaged. The first of the processes says
+    what is wrong, creates the results and finishes them; what is between is done by all."""
+    processes = processes or alone()
+    first = processes.first
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
-    found = (
-        Store.open(out, "r+", settings.fsync) if (resume or overwrite) and out.exists() else None
-    )
+    found = None
+    if first and (resume or overwrite) and out.exists():
+        found = Store.open(out, "r+", settings.fsync)
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
+    if not first:
+        budget = processes.told("token_budget")
     sae = load_autoencoder(settings)
     plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae, model.offload)
-    if out.exists() and not found:
+    if first and out.exists() and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
+    processes.tell("token_budget", plan.token_budget)
 
     fingerprint = model.fingerprint
-    with exactly(model.device), opened(model, plan, settings, sae, fingerprint) as backend:
+    with (
+        job(out, processes),
+        exactly(model.device),
+        opened(model, plan, settings, sae, fingerprint) as backend,
+    ):
         forward, carry = backend.forward, backend.carry
         estimators = attribution.chosen(settings)
         if (estimators or settings.edges) and carry is not wavefront:
@@ -231,17 +250,30 @@ def carry_out(
             attribution.score_edges(forward, plan, range(1), settings.metrics, values, few)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
-        store = existing or _create(out, plan, settings, model, attrs)
+        if first:
+            store = existing or _create(out, plan, settings, model, attrs)
+        else:
+            processes.told("created")
+            store = Store.open(out, "r+", settings.fsync)
+            _same_sweep(store, attrs)
+        done = {name: store.done(name) for name in plan.grids}
+        processes.tell("created", 1)
         run = partial(run_wave, forward, values=values, carry=carry)
         if estimators:
-            attribution.write_estimates(forward, plan, settings, values, store)
-            plan = attribution.chosen_cells(plan, settings, store)
-            store.set_attrs(plan=plan.counts())
+            attribution.write_estimates(forward, plan, settings, values, store, processes)
+            processes.wait("estimated")
+            with processes.after_first("chosen"):
+                plan = attribution.chosen_cells(plan, settings, store)
+                if first:
+                    store.set_attrs(plan=plan.counts())
         if settings.edges:
-            attribution.write_edges(forward, plan, settings, values, store)
+            attribution.write_edges(forward, plan, settings, values, store, processes)
         launch = partial(launch_wave, forward, values=values, carry=carry)
-        _run_waves(launch, forward.waves_in_flight, plan, settings, store)
-        store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
+        _run_waves(launch, forward.waves_in_flight, plan, settings, store, done, processes)
+        with processes.after_first("finished"):
+            if first:
+                store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
+    processes.leave()
     return results_of.open(out)
 
 
@@ -305,28 +337,46 @@ def _effect_of_set(
     return moved / span if span else float("nan")
 
 
-def _run_waves(launch: Launch, in_flight: int, plan: Plan, settings: Sweep, store: Store) -> None:
-    """Compute and write, in order, the waves that are not done; up to `in_flight` are launched
-    before the first of them is read, and up to three are in memory to be written."""
-    done = {name: store.done(name) for name in plan.grids}
-    todo = [
-        w
-        for w in plan.waves
-        if not all(done[b.component][b.index] for b in w.blocks)
-        or (w.owner and not store.has_baseline(w.source, w.sample, w.pairs))
-    ]
-    began = time.perf_counter()
-    cells = sum(plan.cells_of(w) for w in todo)
-    with (
-        tqdm(total=cells, unit=" cells", unit_scale=True, disable=None) as bar,
-        background(partial(_write, store)) as write,
-    ):
-        coming = (launch(plan, wave, settings.metrics) for wave in todo)
-        for wave, launched in zip(todo, _ahead(coming, in_flight - 1), strict=True):
-            write(wave, launched.result())
-            bar.update(plan.cells_of(wave))
-    if len(todo) == len(plan.waves):
-        seconds = time.perf_counter() - began
+def _run_waves(
+    launch: Launch,
+    in_flight: int,
+    plan: Plan,
+    settings: Sweep,
+    store: Store,
+    done: Mapping[str, NDArray[np.bool_]],
+    processes: Processes,
+) -> None:
+    """Compute and write, in order, the waves that are not done and fall to this process; up to
+    `in_flight` are launched before the first of them is read, and up to three are in memory to be
+    written. Returns when all are written.
+
+    done: which blocks were written before any process began, by component.
+    """
+    units: list[Sequence[Wave]] = [[wave] for wave in plan.waves]
+
+    def written(wave: Wave) -> bool:
+        return all(done[b.component][b.index] for b in wave.blocks)
+
+    def missing(waves: Sequence[Wave]) -> list[Wave]:
+        return [
+            w
+            for w in waves
+            if not written(w) or (w.owner and not store.has_baseline(w.source, w.sample, w.pairs))
+        ]
+
+    cells = sum(map(plan.cells_of, plan.waves))
+    before = sum(plan.cells_of(w) for w in plan.waves if written(w))
+    todo = (wave for unit in processes.claim("waves", units) for wave in missing(unit))
+    coming = ((wave, launch(plan, wave, settings.metrics)) for wave in todo)
+    with Progress(processes, store.path, cells, before) as progress:
+        with background(partial(_write, store)) as write:
+            for wave, launched in _ahead(coming, in_flight - 1):
+                write(wave, launched.result())
+                progress.settled(plan.cells_of(wave))
+                log.info("wave %d of %d: computed", wave.index, len(plan.waves))
+        processes.wait("written", progress.show)
+    if not before and processes.first:
+        seconds = progress.seconds
         store.set_attrs(measured={"seconds": seconds, "cells_per_second": cells / seconds})
 
 
@@ -338,9 +388,9 @@ def _write(store: Store, wave: Wave, result: WaveResult) -> None:
         store.write_block(block, found, status)
 
 
-def _ahead(coming: Iterator[Launched], count: int) -> Iterator[Launched]:
+def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
     """The same, each given out only once `count` more have been taken."""
-    taken: deque[Launched] = deque()
+    taken: deque[T] = deque()
     for each in coming:
         taken.append(each)
         if len(taken) > count:

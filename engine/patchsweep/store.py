@@ -27,6 +27,8 @@ Layout under the results folder:
   the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
   versions, host, device, threads, measured).
 
+Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
+
 A chunk is written to a temporary file and renamed, data before its record: what is marked done
 outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
 outlives a power cut. A zip file of such a folder (`pack`) can be read.
@@ -50,6 +52,7 @@ from typing import Any, Literal
 
 import numpy as np
 import zarr
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 from zarr.core.metadata import ArrayV3Metadata
@@ -76,6 +79,7 @@ _CAUSES = {
     errno.EPERM: ("permission denied", "make it writable"),
     errno.ENOTDIR: ("part of the path is a file, not a folder", "move that file away"),
     errno.EEXIST: ("part of the path is a file, not a folder", "move that file away"),
+    errno.ENOLCK: ("the file system has no locks", "choose another --out"),
     errno.ENOTEMPTY: ("another process has just created it", "choose another --out"),
 }
 
@@ -460,6 +464,32 @@ def remove(path: Path) -> None:
     with _writing(path, "run again"), held(target):
         target.rename(doomed)  # a kill halfway then leaves no half-deleted results
         shutil.rmtree(doomed)
+
+
+def job_folder(path: Path) -> Path:
+    """Where the lock, the logs and the progress of what writes these results are: beside them, as
+    Zarr takes every file within for an array and warns."""
+    target = path.resolve()
+    return target.with_name(f".{target.name}.job")
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Nobody else writes these results inside. BadInput if somebody does; who is killed lets go."""
+    with _writing(path, "run again"):
+        job_folder(path).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(job_folder(path) / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BadInput(
+                f"{path} is being written by another run: wait until that ends, or choose "
+                "another --out"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _schema(path: Path) -> int | None:

@@ -167,15 +167,17 @@ def passes_of(plan: Plan, pairs: range, source: int, sample: int) -> Passes:
     return Passes(plan, Wave(0, pairs, source, sample, runs, (), False, 0, 0, 0))
 
 
-def pair_ranges(plan: Plan) -> list[range]:
-    """The plan's pairs in ranges that are estimated together: a pass holds the activations of all
-    layers, where a wave of the token budget holds those of one."""
-    budget, out, first, tokens = plan.token_budget // plan.dimensions.layers, [], 0, 0
-    for i, pair in enumerate(plan.pairs):
+def pair_ranges(plan: Plan, pairs: range) -> list[range]:
+    """Some of the plan's pairs in ranges that are estimated together: a pass holds the activations
+    of all layers, where a wave of the token budget holds those of one."""
+    budget, out = plan.token_budget // plan.dimensions.layers, []
+    first, tokens = pairs.start, 0
+    for i in pairs:
+        pair = plan.pairs[i]
         others = [o.tokens for s in plan.sources for row in s.others for o in (row[i],)]
         own = len(pair) + max(map(len, others), default=0)
         if i > first and tokens + own > budget:
             out.append(range(first, i))
             first, tokens = i, 0
         tokens += own
-    return [*out, range(first, len(plan.pairs))]
+    return [*out, range(first, pairs.stop)]

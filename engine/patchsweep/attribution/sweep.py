@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from patchsweep.attribution.eap import score_edges
 from patchsweep.attribution.estimate import estimate_pairs
 from patchsweep.attribution.estimators import chosen
 from patchsweep.attribution.runs import pair_ranges
+from patchsweep.distributed import Processes
 from patchsweep.forward import Forward
 from patchsweep.layout import Variant
 from patchsweep.plan import Plan, narrowed
@@ -20,13 +22,21 @@ from patchsweep.spec import Sweep
 from patchsweep.store import Store
 from patchsweep.values import Values
 
+log = logging.getLogger("patchsweep")
+
 
 def write_estimates(
-    forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store
+    forward: Forward,
+    plan: Plan,
+    settings: Sweep,
+    values: Values,
+    store: Store,
+    processes: Processes,
 ) -> None:
-    """Write the estimates that are not there yet, with the baselines that they were made from."""
+    """Write the estimates that are not there yet and that fall to this process, with the baselines
+    that they were made from."""
     estimators, metrics = store.estimators, settings.metrics
-    for source, sample, pairs in _missing(plan, store.estimated()):
+    for source, sample, pairs in _claimed("estimates", plan, store.estimated(), processes):
         found = estimate_pairs(
             forward, plan, pairs, estimators, metrics, values, source=source, sample=sample
         )
@@ -36,25 +46,40 @@ def write_estimates(
 
 
 def write_edges(
-    forward: Forward, plan: Plan, settings: Sweep, values: Values, store: Store
+    forward: Forward,
+    plan: Plan,
+    settings: Sweep,
+    values: Values,
+    store: Store,
+    processes: Processes,
 ) -> None:
-    """Write the scores of edges that are not there yet."""
+    """Write the scores of edges that are not there yet and that fall to this process."""
     assert settings.edges is not None
     steps, metrics = settings.edges.steps, settings.metrics
-    for source, sample, pairs in _missing(plan, store.scored()):
+    for source, sample, pairs in _claimed("edges", plan, store.scored(), processes):
         found = score_edges(
             forward, plan, pairs, metrics, values, steps, source=source, sample=sample
         )
         store.write_edges(source, sample, pairs, found)
 
 
-def _missing(plan: Plan, done: NDArray[np.bool_]) -> Iterator[tuple[int, int, range]]:
-    """Source, sample and range of pairs of what is not done yet, [source, sample, pair]."""
-    for number, source in enumerate(plan.sources):
-        for sample in range(source.samples):
-            for pairs in pair_ranges(plan):
-                if not done[number, sample, pairs.start : pairs.stop].all():
-                    yield number, sample, pairs
+def _claimed(
+    what: str, plan: Plan, done: NDArray[np.bool_], processes: Processes
+) -> Iterator[tuple[int, int, range]]:
+    """Source, sample and range of pairs of what is not done yet, [source, sample, pair], and falls
+    to this process: whole tiles of pairs, so that no other writes to the same chunk."""
+    tiles = next(iter(plan.grids.values())).pair_tiles()  # those of all grids
+    units = [
+        (number, sample, tile)
+        for number, source in enumerate(plan.sources)
+        for sample in range(source.samples)
+        for tile in tiles
+    ]
+    for number, sample, tile in processes.claim(what, units):
+        for pairs in pair_ranges(plan, tile):
+            if not done[number, sample, pairs.start : pairs.stop].all():
+                yield number, sample, pairs
+                log.info("%s of pairs %d-%d: done", what, pairs.start, pairs.stop - 1)
 
 
 def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:

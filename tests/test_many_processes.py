@@ -1,0 +1,242 @@
+"""Several processes on one sweep end with the bits of one, whoever of them is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import zarr
+
+import patchsweep as ps
+from patchsweep.distributed import alone, launched
+from patchsweep.store import job_folder
+from test_resume import PATIENCE, blocks_done, check_what_is_left, wait
+from test_sweep import arrays, one_thread, rows, save, write_pairs, write_spec
+
+pytestmark = pytest.mark.multiproc
+ACCELERATE = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
+ACCELERATE += " --dynamo_backend no --main_process_port 0 --num_processes"
+TORCHRUN = "torch.distributed.run --standalone --max-restarts 1 --nproc-per-node"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+@dataclass(frozen=True)
+class Job:
+    """A sweep of many waves, and the results of one process."""
+
+    spec: Path
+    whole: Path
+
+
+def made(folder: Path, **settings: Any) -> Job:
+    """The job of some settings; its results are made by this very process."""
+    folder.mkdir()
+    write_pairs(folder / "pairs.jsonl", rows(9))
+    model = save(folder / "model")
+    given = {"metrics": ["logit_diff", "kl"], "token_budget": 60, "out": None, **settings}
+    spec = write_spec(folder, model, **given)
+    out = folder / "whole.zarr"
+    ps.run(ps.load_spec(spec, [f"out={out}"]))
+    return Job(spec, out)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("many") / "job"
+    with one_thread():
+        job = made(folder, components=["head_z", "mlp_out"])
+    assert ps.open(job.whole).attrs["plan"]["waves"] > 100
+    return job
+
+
+def start(how: str, count: int, *arguments: str | Path) -> subprocess.Popen[str]:
+    """Start processes on a sweep through a launcher."""
+    command = [sys.executable, "-m", *how.split(), str(count), "-m", "patchsweep", "run"]
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    """What the processes themselves said until they ended; launchers say more."""
+    _, err = process.communicate(timeout=PATIENCE)
+    return [line for line in err.splitlines() if line.startswith("patchsweep: ")]
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    return [p for p in psutil.Process(launcher.pid).children() if "patchsweep" in p.cmdline()]
+
+
+def check_equal(out: Path, job: Job) -> None:
+    assert ps.open(out).complete
+    assert arrays(out) == arrays(job.whole)
+    now, before = (dict(ps.open(path).attrs) for path in (out, job.whole))
+    assert now["joint"] == before["joint"]
+    assert now["plan"] == before["plan"]
+
+
+def test_as_many_as_there_are_end_alike(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    process = start(ACCELERATE, 4, job.spec, "--out", out)
+    assert said(process) == []
+    assert process.returncode == 0
+    check_equal(out, job)
+    logs = [(job_folder(out) / f"rank-{rank}.log").read_text() for rank in range(4)]
+    waves = ps.open(out).attrs["plan"]["waves"]
+    assert sum(log.count(": computed") for log in logs) == waves
+    progress = json.loads((job_folder(out) / "progress.json").read_text())
+    assert progress["processes"] == 4
+    assert progress["cells_done"] == progress["cells"] == ps.open(out).attrs["plan"]["cells"]
+    assert progress["waves_failed"] == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("warnings.warn", pytest.fail)  # what Zarr does about files it does not know
+        zarr.open_group(out, mode="r").members(max_depth=None)
+
+
+def test_what_is_estimated_and_chosen_ends_alike(tmp_path: Path) -> None:
+    """Every step that all processes have to finish before the next one."""
+    estimated = {"components": ["head_z", "mlp_out"], "metrics": ["logit_diff"], "edges": "eap"}
+    job = made(tmp_path / "job", **estimated, prefilter={"keep": "30%", "audit": 4})
+    out = tmp_path / "r.zarr"
+    process = start(ACCELERATE, 2, job.spec, "--out", out)
+    assert said(process) == []
+    assert process.returncode == 0
+    check_equal(out, job)
+    whole = arrays(job.whole)
+    assert {"head_z/logit_diff_estimate", "edges/logit_diff", "choice/head_z_status"} <= set(whole)
+
+
+def disturb(job: Job, out: Path, how: list[Callable[..., None]], seed: int) -> None:
+    """Run `job` into `out` with two processes, ended in every round in another way."""
+    rng = np.random.default_rng(seed)
+    total = blocks_done(job.whole)
+    command: list[str | Path] = [job.spec, "--out", out]
+    for i, ending in enumerate(how):
+        goal = total * (i + rng.uniform()) / (len(how) + 1)
+        process = start(ACCELERATE, 2, *command)
+        wait(process, lambda goal=goal: blocks_done(out) >= goal)  # type: ignore[misc]
+        time.sleep(rng.uniform(0, 0.05))  # somewhere within a wave
+        ending(process, rng, job, out)
+        check_what_is_left(out, job.whole)
+        command = [job.spec, "--out", out, "--resume"]
+    assert 0 < blocks_done(out) < total
+
+
+def kill_one(process: subprocess.Popen[str], rng: np.random.Generator, *_: Any) -> None:
+    """The launcher ends the other one."""
+    workers(process)[rng.integers(2)].kill()
+    check_go_on(said(process), "terminated")
+    assert process.returncode != 0
+
+
+def kill_all(process: subprocess.Popen[str], *_: Any) -> None:
+    for each in [psutil.Process(process.pid), *workers(process)]:
+        each.kill()
+    assert said(process) == []
+
+
+def terminate(process: subprocess.Popen[str], _: Any, job: Job, out: Path) -> None:
+    """First, nobody else may write there."""
+    with pytest.raises(ps.BadInput, match=r"is being written by another run: wait"):
+        ps.run(ps.load_spec(job.spec, [f"out={out}"]), resume=True)
+    process.send_signal(signal.SIGTERM)
+    check_go_on(said(process), "terminated")
+    assert process.returncode != 0
+
+
+def check_go_on(lines: list[str], word: str) -> None:
+    """Said once: how the sweep was launched, to go on."""
+    [line] = lines
+    what, _, mend = line.partition(" with: ")
+    assert what == f"patchsweep: {word}; what was finished is kept, go on"
+    command = shlex.split(mend)
+    assert ACCELERATE.split()[0] in command
+    assert command[-1] == "--resume"
+    assert command.count("--resume") == 1
+    assert command[command.index("--num_processes") :][:5] == [
+        *("--num_processes", "2", "-m", "patchsweep", "run"),
+    ]
+
+
+def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    disturb(job, out, [kill_one, kill_all, terminate], seed=0)
+    # A launcher that may starts the group again, which goes on without being told.
+    out.rename(tmp_path / "s.zarr")
+    process = start(TORCHRUN, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume")
+    wait(process, partial(_any_written, job_folder(tmp_path / "s.zarr")))
+    workers(process)[0].kill()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    check_equal(tmp_path / "s.zarr", job)
+
+
+def _any_written(folder: Path) -> bool:
+    return any(": computed" in log.read_text() for log in folder.glob("rank-*.log"))
+
+
+@pytest.mark.slow
+def test_thirty_kills(job: Job, tmp_path: Path) -> None:
+    disturb(job, tmp_path / "r.zarr", [kill_one, kill_all] * 15, seed=1)
+    assert start(ACCELERATE, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
+    check_equal(tmp_path / "r.zarr", job)
+
+
+def test_what_is_wrong_is_said_once(job: Job) -> None:
+    process = start(ACCELERATE, 2, job.spec, "--out", job.whole)
+    mend = "use --resume to continue it or --overwrite to replace it"
+    assert said(process) == [f"patchsweep: {job.whole} exists already: {mend}"]
+    assert process.returncode != 0
+
+
+def test_a_launcher_that_starts_one_process(job: Job, tmp_path: Path) -> None:
+    process = start(ACCELERATE.replace("--multi_gpu", "--cpu"), 2, job.spec, "--out", tmp_path)
+    [line] = said(process)
+    assert "was told to start several processes and has started one" in line
+    assert process.returncode != 0
+
+
+def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for processes in (alone(), launched()):
+        assert processes.first
+        assert list(processes.claim("letters", "abc")) == ["a", "b", "c"]
+        assert list(processes.claim("letters", "abc")) == []
+        assert [processes.add("n", 2), processes.add("n", 3)] == [2, 5]
+        processes.wait("there")
+        processes.leave()
+        assert processes.device("balanced") == "balanced"
+
+
+def test_the_device_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    third = type(alone())(rank=6, count=8, local_rank=2, store=alone().store)
+    assert [third.device(d) for d in ("auto", "cuda", "cpu", "cuda:1")] == [
+        *("cuda:2", "cuda:2", "cpu", "cuda:1"),
+    ]
+    with pytest.raises(ps.BadInput, match="8 processes were started: use device auto"):
+        third.device("balanced")
