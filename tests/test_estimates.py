@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from scipy.stats import pearsonr, spearmanr
 
@@ -245,3 +248,22 @@ def test_the_setting_survives_a_dump() -> None:
         again = parse_settings(said.model_dump(mode="json"))
         assert again.estimate == given
         assert type(again.estimate) is type(given)
+
+
+def test_a_pair_that_is_not_finite_leaves_the_others_alone() -> None:
+    """Also a shorter one, which is padded beside it."""
+    hf_model, pairs = copy.deepcopy(built("llama")[0]), three()[:2]
+    used = {token for pair in pairs for token in (*pair.clean, *pair.corrupt)}
+    bad = min(set(range(50)) - used)
+    hf_model.get_input_embeddings().weight.data[bad] = torch.inf
+    broken = replace(pairs[0], corrupt=(*pairs[0].corrupt[:-1], bad))
+    how = {"head_z": "atp", "mlp_out": "relp"}
+    whole, part = (
+        estimated(hf_model, p, how, direction="denoise") for p in ([broken, pairs[1]], pairs[1:])
+    )
+    for name in how:
+        both, one = (x.values[name]["logit_diff"] for x in (whole, part))
+        assert not np.isfinite(both[0, ..., 0, :, :, :]).all()
+        there = ~np.isnan(one[:, :, :, 0])
+        wide = both[:, :, :, 1][..., : one.shape[-1]]
+        np.testing.assert_allclose(wide[there], one[:, :, :, 0][there], atol=1e-9)

@@ -219,8 +219,13 @@ class _Job:
         parts = []
         for change in self.changes:
             effect = change.effect(name, self.estimators[name], layer, gradient)
-            members = change.frames.members.to(effect.dtype)
-            parts.append(torch.einsum("pes,psu->pue", members, effect))
+            members, known = change.frames.members.to(effect.dtype), effect.isfinite()
+            # Of an entry's own positions alone: zero times what is not finite is not zero.
+            total, failed = (
+                torch.einsum("pes,psu->pue", members, x)
+                for x in (effect.where(known, 0), (~known).to(effect.dtype))
+            )
+            parts.append(total.masked_fill(failed > 0, torch.nan))
         return torch.stack(parts)
 
 
