@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from tests.made_tokenizers import byte_level
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from patchsweep import tasks
 from patchsweep.engine import plan_spec, run
@@ -143,3 +143,11 @@ def test_a_sweep_from_a_spec(model: Model, tmp_path: Path) -> None:
     out = io.StringIO()
     show(results, Console(file=out, width=200, color_system=None))
     assert "(task arithmetic, operation addition)" in out.getvalue()
+
+
+def test_a_prompt_that_is_too_long(model: Model) -> None:
+    """Refused before the model, whose positions end, is run on it."""
+    config = GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    small = wrap(GPT2LMHeadModel(config).eval(), model.tokenizer)
+    with pytest.raises(BadInput, match=r"a prompt has 9 tokens, .* takes 8: shorten it"):
+        answers_right(small, Pair(clean=(1,) * 9, corrupt=(), answer=(1,), wrong=(2,)))

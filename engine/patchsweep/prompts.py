@@ -62,7 +62,12 @@ def _correct(model: Model | None, pairs: Iterable[Pair], n: int | None, least: i
 @torch.no_grad()
 def answers_right(model: Model, pair: Pair) -> bool:
     """Whether in the clean run, where the answer is read, the likeliest answer is above every wrong
-    one; where there is none, above every other token."""
+    one; where there is none, above every other token. BadInput for a prompt that is too long."""
+    most = model.dimensions.max_positions
+    if most is not None and len(pair.clean) > most:
+        raise BadInput(
+            f"prompts: a prompt has {len(pair.clean)} tokens, {model.name} takes {most}: shorten it"
+        )
     prompt = torch.tensor([pair.clean[: pair.read + 1]], device=model.device)
     logits = model.hf_model(input_ids=prompt, use_cache=False).logits[0, -1].float().cpu()
     answer = torch.tensor(pair.answer)
