@@ -211,9 +211,10 @@ def _audits(results: Results, component: str, direction: str) -> list[str]:
             continue
         strata = found.audit.strata
         drawn = ", ".join(f"{s.hits} of {s.drawn} drawn from {s.cells:,}" for s in strata)
+        recall = "" if np.isnan(found.recall) else f", recall {found.recall:.0%}"
         lines.append(
             f"Prefilter, {metric}: {found.precision:.0%} of the kept cells exceed "
-            f"{found.theta:.3g}, recall {found.recall:.0%}; of the others {drawn} do; "
+            f"{found.theta:.3g}{recall}; of the others {drawn} do; "
             f"{found.audit.statement}"
         )
     return lines
