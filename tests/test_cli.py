@@ -44,7 +44,7 @@ from test_sweep import (
     write_spec,
 )
 
-COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify")
+COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify", "check")
 
 
 @dataclass(frozen=True)
@@ -326,6 +326,44 @@ def test_verify(command: Command, spec: Path, tmp_path: Path) -> None:
     assert "DOES NOT HOLD" in done.out
     assert done.err == f"patchsweep: {out}: cells differ from full forwards by more than rounding\n"
     refused(command("verify", tmp_path / "none"), "no results at", "check the path")
+
+
+def test_check(command: Command, spec: Path, tmp_path: Path) -> None:
+    out = tmp_path / "r.zarr"
+    small = ("--set", "prompts.n=1")
+    assert command("run", spec, *small).status == 0
+    before = arrays(out)
+    done = command("check", out)
+    assert (done.status, done.err, done.out.count("\n")) == (0, "", 1)
+    assert done.out.startswith(f"{out}: nothing is damaged")
+    for name, why in (("head_z/kl", "checksum"), ("mlp_out/rank_status", "missing")):
+        [chunk, *_] = sorted(f for f in (out / name / "c").rglob("*") if f.is_file())
+        raw = bytearray(chunk.read_bytes())
+        raw[-3] ^= 1
+        chunk.unlink()
+        if why == "checksum":
+            chunk.write_bytes(raw)
+        done = command("check", out)
+        component = name.split("/")[0]
+        key = chunk.relative_to(out)
+        assert (done.status, done.out) == (1, f"{component} block 0: {why} ({key})\n")
+        assert done.err == (f"patchsweep: {out}: 1 chunk is damaged: run again with --resume\n")
+        for reader in (("show", out), ("export", out, tmp_path / "t.parquet"), ("plot", out)):
+            said = command(*reader)  # what was printed before it was met is right
+            assert (said.status, said.err.count("\n")) == (2, 1)
+            assert all(word in said.err for word in (name, "patchsweep check"))
+        assert not (tmp_path / "t.parquet").exists()
+        assert command("run", spec, *small, "--resume").status == 0
+        assert arrays(out) == before
+    packed = tmp_path / "r.zip"
+    assert command("export", out, packed).out == f"{packed}\n"
+    assert (
+        command("show", packed).out.split("created")[0]
+        == command("show", out).out.split("created")[0]
+    )
+    assert command("check", packed).out.startswith(f"{packed}: nothing is damaged")
+    refused(command("run", spec, *small, "--resume", "--out", packed), "zip file", "unpack it")
+    refused(command("check", tmp_path / "none"), "no results at", "check the path")
 
 
 def test_results_that_are_there(command: Command, spec: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,8 @@ import pytest
 import zarr
 
 import patchsweep as ps
-from patchsweep.sites import Status
+from patchsweep.sites import Block, Status
+from patchsweep.store import Store
 from test_sweep import (
     arrays,
     build,
@@ -153,7 +155,7 @@ def disturb(job: Job, out: Path, signals: list[signal.Signals], seed: int) -> No
     assert last.wait(PATIENCE) == 0, last.communicate()
     assert ps.open(out).complete
     assert arrays(out) == arrays(job.whole)
-    assert [p for p in out.parent.iterdir() if not p.name.startswith(".")] == [out]
+    assert list(out.parent.iterdir()) == [out]  # nothing hidden either
 
 
 @pytest.mark.multiproc
@@ -167,6 +169,33 @@ def test_kills_and_signals(job: Job, tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", [1])
 def test_thirty_kills(job: Job, tmp_path: Path, seed: int) -> None:
     disturb(job, tmp_path / "r.zarr", [signal.SIGKILL] * 30, seed)
+
+
+def test_another_clock_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results go on wherever and whenever; how often they are synced does not matter either."""
+    model = ps.wrap(build(), tokenizer())
+    pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(2)]
+    settings = {"components": ["head_z"], "metrics": ["logit_diff"], "token_budget": 60}
+    ps.sweep(model, pairs, out=tmp_path / "whole", **settings)
+    out, write = tmp_path / "r.zarr", Store.write_block
+
+    def once(self: Store, block: Block, *args: Any) -> None:
+        if block.index == 2:
+            raise KeyboardInterrupt
+        write(self, block, *args)
+
+    monkeypatch.setattr(Store, "write_block", once)
+    with pytest.raises(KeyboardInterrupt):
+        ps.sweep(model, pairs, out=out, fsync=True, **settings)
+    host, made = ps.open(out).attrs["host"], ps.open(out).attrs["created"]
+    monkeypatch.setattr(Store, "write_block", write)
+    for file in out.rglob("*"):
+        os.utime(file, (4e9, 4e9))  # from the future
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    results = ps.sweep(model, pairs, out=out, resume=True, **settings)
+    assert arrays(out) == arrays(tmp_path / "whole")
+    assert (results.attrs["host"], results.attrs["created"]) == (host, made)
 
 
 def test_stopped_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

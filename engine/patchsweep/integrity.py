@@ -81,7 +81,9 @@ class Check:
             mend = "run again with --resume"
             if any(_is_fixed(d) for d in self.damages):
                 mend = "what is written once is among them, run again with --overwrite"
-            return f"{self.path}: {len(self.damages)} chunks are damaged: {mend}"
+            count = len(self.damages)
+            what = "1 chunk is" if count == 1 else f"{count} chunks are"
+            return f"{self.path}: {what} damaged: {mend}"
         return f"{self.path}: nothing is damaged, {self.done} of {self.blocks} blocks are done"
 
 
