@@ -377,6 +377,59 @@ def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     assert many["taken"] < few["taken"] + 24 * 2**20, sweeps
 
 
+FLAT = """
+import json, sys
+import psutil, torch
+from transformers import LlamaConfig, LlamaForCausalLM
+import patchsweep as ps
+from patchsweep.store import Store
+
+torch.manual_seed(0)
+torch.set_num_threads(1)
+config = LlamaConfig(
+    vocab_size=50, hidden_size=16, intermediate_size=512, num_hidden_layers=2,
+    num_attention_heads=2, num_key_value_heads=2,
+)
+model = ps.wrap(LlamaForCausalLM(config), type("T", (), {"decode": lambda self, t: str(t)})())
+pairs = []
+for _ in range(123):
+    clean, corrupt = torch.randint(3, 26, (8,)), torch.randint(26, 50, (8,))
+    pairs.append(ps.Pair(tuple(clean.tolist()), tuple(corrupt.tolist()), (1,), (2,)))
+write, taken, cells = Store.write_block, [], 0
+
+def watched(self, block, values, status):
+    global cells
+    write(self, block, values, status)
+    cells += status["logit_diff"].size
+    taken.append((cells, psutil.Process().memory_info().rss))
+
+Store.write_block = watched
+metrics = ["logit_diff", "prob", "rank", "kl"]
+ps.sweep(model, pairs, components=["neuron"], metrics=metrics, out=sys.argv[1], token_budget=8192)
+print(json.dumps(taken))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiproc
+def test_memory_is_flat_over_a_million_cells(tmp_path: Path) -> None:
+    """What is resident in the second tenth of them is so in the last one, but for less than half of
+    what the values take. Each time the least: what a wave needs comes and goes."""
+    command = [sys.executable, "-c", FLAT, str(tmp_path / "r.zarr")]
+    # What is freed goes back at once: what is resident is what is used.
+    env = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    env["MALLOC_TRIM_THRESHOLD_"] = "131072"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    taken = json.loads(done.stdout)
+    cells = taken[-1][0]
+    assert cells >= 1_000_000
+    second = min(resident for n, resident in taken if 0.1 < n / cells <= 0.2)
+    last = min(resident for n, resident in taken if n / cells > 0.9)
+    values = cells * len(SETTINGS["metrics"]) * (4 + 1)  # with their statuses, in bytes
+    assert last - second < values / 2, (second, last)
+
+
 def test_what_is_refused_replaces_nothing(model: ps.Model, tmp_path: Path) -> None:
     out, pairs = tmp_path / "r.zarr", pairs_of(model, rows(2))
     ps.sweep(model, pairs, out=out, **SETTINGS)
