@@ -34,6 +34,17 @@ def test_command_and_library_give_equal_numbers(tmp_path: Path) -> None:
             assert np.array_equal(a.store.read(name), b.store.read(name), equal_nan=True), name
 
 
+def test_notebook(tmp_path: Path) -> None:
+    """All its cells, from top to bottom."""
+    command = [sys.executable, str(EXAMPLES / "notebook.py")]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "head 23.3 at position" in done.stdout
+    results = ps.open(tmp_path / "results" / "notebook.zarr")
+    assert results.complete
+    best = results.top("head_z", "logit_diff", "denoise", n=1)[0]
+    assert f"effect {best.effect:+.3f}" in done.stdout
+
+
 def test_demo(tmp_path: Path, monkeypatch) -> None:
     """The demo with one pair and one component: what it prints and draws."""
     monkeypatch.setattr(demo, "PAIRS", 1)
@@ -47,3 +58,5 @@ def test_demo(tmp_path: Path, monkeypatch) -> None:
         assert ps.open(tmp_path / "demo" / f"{task}.zarr").complete
         figures = list((tmp_path / "demo" / f"{task}-figures").glob("*.png"))
         assert len(figures) == len(demo.METRICS)
+        report = tmp_path / "demo" / f"{task}-figures" / "report.html"
+        assert 100_000 < report.stat().st_size < 5_000_000

@@ -31,7 +31,7 @@ LEVELS = (
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader", "integrity", "job"),
-    ("attention", "sources", "reads", "circuits", "table", "prefilter"),
+    ("attention", "sources", "reads", "circuits", "table", "prefilter", "heatmaps"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
     ("model", "modules"),

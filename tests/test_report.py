@@ -12,8 +12,9 @@ from rich.console import Console
 
 import patchsweep.results
 from patchsweep.errors import BadInput
+from patchsweep.heatmaps import largest, position_names
 from patchsweep.pairs import Pair
-from patchsweep.report.figures import _largest, _position_names, plot
+from patchsweep.report.figures import plot
 from patchsweep.report.show import show
 from patchsweep.results import Results
 from patchsweep.sites import Grid, Status, blocks
@@ -153,17 +154,17 @@ def test_the_planted_cell_is_red_in_the_figure(tmp_path: Path) -> None:
 
 def test_largest_keeps_the_sign_and_skips_nan() -> None:
     effect = np.array([[[0.1, -0.7, np.nan], [np.nan, np.nan, np.nan]]])
-    np.testing.assert_array_equal(_largest(effect, 2), [[-0.7, np.nan]])
-    np.testing.assert_array_equal(_largest(effect, 1), [[0.1, -0.7, np.nan]])
+    np.testing.assert_array_equal(largest(effect, 2), [[-0.7, np.nan]])
+    np.testing.assert_array_equal(largest(effect, 1), [[0.1, -0.7, np.nan]])
     # What was not run may have an effect where what is known has none.
-    np.testing.assert_array_equal(_largest(np.array([[[0.0, np.nan], [0, 0]]]), 2), [[np.nan, 0]])
+    np.testing.assert_array_equal(largest(np.array([[[0.0, np.nan], [0, 0]]]), 2), [[np.nan, 0]])
 
 
 def test_positions_are_named_by_tokens_that_all_pairs_share(tmp_path: Path) -> None:
-    one = _position_names(make(tmp_path / "a.zarr", ONE), "mlp_out")
+    one = position_names(make(tmp_path / "a.zarr", ONE), "mlp_out")
     assert one[1] == "·When  1"
     assert one[10] == "·John/·Mary  10"
-    several = _position_names(make(tmp_path / "b.zarr", SEVERAL), "mlp_out")
+    several = position_names(make(tmp_path / "b.zarr", SEVERAL), "mlp_out")
     assert several[1] == "·When  1"
     assert several[10] == "10"
     assert several[15] == "\\n  15"

@@ -277,7 +277,7 @@ def check(results: Path, /) -> None:
 
 @app.command
 def plot(results: Path, /, *, out: Path | None = None) -> None:
-    """Draw heatmaps as PNG and SVG.
+    """Draw heatmaps as PNG and SVG, and one self-contained HTML page to look closer.
 
     Example: patchsweep plot ioi.zarr --out figures
 
@@ -286,14 +286,17 @@ def plot(results: Path, /, *, out: Path | None = None) -> None:
     results
         A results folder.
     out
-        Folder for the figures; beside the results if left out.
+        Folder for the figures and report.html; beside the results if left out.
     """
     from patchsweep.report.figures import plot as draw
+    from patchsweep.report.page import write_page
     from patchsweep.results import open as open_results
 
     folder = out or results.with_name(f"{results.stem}-figures")
-    for path in draw(open_results(results), folder):
+    found = open_results(results)
+    for path in draw(found, folder):
         print(path)
+    print(write_page(found, folder / "report.html"))
 
 
 @app.command

@@ -15,6 +15,7 @@ from patchsweep.engine import sweep
 from patchsweep.model import Model, load_model
 from patchsweep.pairs import Pair
 from patchsweep.report.figures import plot
+from patchsweep.report.page import write_page
 from patchsweep.report.show import top_table
 from patchsweep.results import Results
 from patchsweep.sites import Status
@@ -53,7 +54,11 @@ def demo(out: Path, console: Console) -> None:
         figures = plot(results, out / f"{task}-figures", formats=("png",))
         console.print(top_table(results, COMPONENTS[0], "logit_diff", "denoise"))
         _report(results, full_forwards(model, sorted(pairs, key=len)[PAIRS // 2]), console)
-        console.print(f"{len(figures)} figures in {out / f'{task}-figures'}\n", highlight=False)
+        page = write_page(results, out / f"{task}-figures" / "report.html")
+        console.print(
+            f"{len(figures)} figures in {page.parent}, and to look closer {page}\n",
+            highlight=False,
+        )
     console.print(f"Look closer: patchsweep show {out / 'ioi.zarr'}", highlight=False)
 
 

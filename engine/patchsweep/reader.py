@@ -47,6 +47,12 @@ class Reader:
         """Whether every block is done."""
         return all(self.store.done(name).all() for name in self.components)
 
+    @property
+    def only_estimated(self) -> tuple[str, ...]:
+        """The components that the sweep estimated and did not run."""
+        prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
+        return () if prefiltered else tuple(self.store.estimators)
+
     def grid(self, component: str) -> Grid:
         """The grid of a component; BadInput if it was not patched."""
         return self.store.grids[one_of("component", component, self.components)]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from patchsweep import diagnostics, table
+from patchsweep import diagnostics, heatmaps, table
 from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import change, ratio
 from patchsweep.errors import BadInput
@@ -40,6 +40,9 @@ from patchsweep.statistics import (
     standard_error,
 )
 from patchsweep.store import EDGES, Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 
@@ -147,6 +150,40 @@ class Results(Reader):
             moved += np.where(use, values - destination, 0.0).sum(axis=(0, 1))
             span += np.where(use, donor - destination, 0.0).sum(axis=(0, 1))
         return ratio(moved, span)
+
+    def shown_effect(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """What is drawn: `effect`, or of a component that was only estimated `estimated_effect`."""
+        only = component in self.only_estimated
+        of = self.estimated_effect if only else self.effect
+        return of(component, metric, direction, source)
+
+    def plot(
+        self,
+        component: str | None = None,
+        metric: str | None = None,
+        direction: str | None = None,
+        view: str | None = None,
+        source: str | None = None,
+    ) -> Figure:
+        """A heatmap of the effect over all pairs, as a figure of matplotlib (shown by notebooks).
+
+        What is left out is the first there is; `view` is "layer_position" or,
+        for a component of several units a layer, "layer_head" (or _kv_head, _neuron, _feature).
+        BadInput for what the results do not have, and without matplotlib.
+        """
+        heatmaps.needed()
+        import matplotlib.pyplot  # noqa: F401  (notebooks show figures once it is imported)
+
+        component = component or self.components[0]
+        metric = metric or self.metrics[0]
+        direction = direction or self.grid(component).directions[0]
+        _, _, number = self._at(component, metric, direction, source)
+        effect = self.shown_effect(component, metric, direction, source)
+        found = {picture.view: picture for picture in heatmaps.views(self, component, effect)}
+        chosen = found[one_of("view", view or next(iter(found)), tuple(found))]
+        return heatmaps.draw(self, component, metric, direction, chosen, number)
 
     def audit(
         self, component: str, metric: str, direction: str, source: str | None = None
@@ -343,12 +380,6 @@ class Results(Reader):
         if not per_sample:
             return np.full(partly.shape, np.nan)
         return np.where(partly, np.nan, standard_error(np.stack(per_sample), 0))
-
-    @property
-    def only_estimated(self) -> tuple[str, ...]:
-        """The components that the sweep estimated and did not run."""
-        prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
-        return () if prefiltered else tuple(self.store.estimators)
 
     @cached_property
     def inner_metrics(self) -> list[str]:

@@ -22,8 +22,8 @@ TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator", "edge")
 
 def show(results: Results, console: Console) -> None:
     """Print header, baselines, top cells and detections by the first metric, and warnings."""
-    _print_pairs(console, _header(results))
-    _print_titled(console, "Baselines, mean over pairs", _baselines(results))
+    _print_pairs(console, header(results))
+    _print_titled(console, "Baselines, mean over pairs", baselines(results))
     console.print()
     metric = results.metrics[0]
     scale = "0 = destination, 1 = source" if results.normalised(0) else "patched - destination"
@@ -35,17 +35,19 @@ def show(results: Results, console: Console) -> None:
             _print_titled(console, f"{title} ({scale})", rows)
             if component != SETS and component not in results.only_estimated:
                 console.print(_detections(results, component, metric, direction))
-            for line in _audits(results, component, direction):
+            for line in audits(results, component, direction):
                 console.print(Text(line))
             console.print()
     if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"
-        _print_titled(console, title, _agreement(results))
+        _print_titled(console, title, agreement(results))
         console.print()
     if results.attrs.get(EDGES):
-        _print_edges(console, results, metric)
+        for direction in results.grid(results.components[0]).directions:
+            _print_titled(console, *edges(results, metric, direction))
+            console.print()
     if results.has_circuit:
-        _print_titled(console, f"Circuit, by {metric}", _circuit(results, metric))
+        _print_titled(console, f"Circuit, by {metric}", circuit(results, metric))
         console.print()
     warnings = results.warnings()
     console.print(Text("Warnings" if warnings else "No warnings", style="bold"))
@@ -53,7 +55,7 @@ def show(results: Results, console: Console) -> None:
         console.print(Text(f"- {line}"))
     console.print()
     console.print(Text("Provenance", style="bold"))
-    _print_pairs(console, _provenance(results))
+    _print_pairs(console, provenance(results))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -100,7 +102,8 @@ def quoted(token: str) -> str:
     return repr(token) if token else ""
 
 
-def _header(results: Results) -> dict[str, str]:
+def header(results: Results) -> dict[str, str]:
+    """What was swept: model, prompts, direction, source, and how many cells have which status."""
     attrs = results.attrs
     spec = attrs.get("spec", {})
     lengths = results.store.read("prompts/length")
@@ -144,7 +147,8 @@ def _origin(prompts: Any) -> str:
     return f" ({', '.join(kinds)})" if kinds else ""
 
 
-def _baselines(results: Results) -> Table:
+def baselines(results: Results) -> Table:
+    """Metrics of the unpatched runs, and how far a null patch comes out from them."""
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
         means = results.baseline(metric)[:, 0].mean(axis=(1, 2))
@@ -180,7 +184,7 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
     return table
 
 
-def _circuit(results: Results, metric: str) -> Table:
+def circuit(results: Results, metric: str) -> Table:
     """Performance against circuit size, with the areas under and beside the curve."""
     found = results.circuit(metric)
     table = _table("sites", "share", "all others noised", "these denoised")
@@ -191,7 +195,7 @@ def _circuit(results: Results, metric: str) -> Table:
     return table
 
 
-def _agreement(results: Results) -> Table:
+def agreement(results: Results) -> Table:
     """How well each metric was estimated at each component."""
     table = _table("component", "estimator", "metric", "Pearson", "Spearman", "cells")
     for component, how in results.store.estimators.items():
@@ -202,7 +206,7 @@ def _agreement(results: Results) -> Table:
     return table
 
 
-def _audits(results: Results, component: str, direction: str) -> list[str]:
+def audits(results: Results, component: str, direction: str) -> list[str]:
     """What the prefilter's audit says of the cells that were not run, by metric."""
     lines = []
     for metric in results.metrics:
@@ -220,17 +224,14 @@ def _audits(results: Results, component: str, direction: str) -> list[str]:
     return lines
 
 
-def _print_edges(console: Console, results: Results, metric: str) -> None:
-    """The edges of largest score, with what makes them an approximation."""
-    directions = results.grid(results.components[0]).directions
-    for direction in directions:
-        how = results.edges(metric, direction).attrs["approximation"]
-        table = _table("edge", "score")
-        for edge, score in results.top_edges(metric, direction, TOP // len(directions)):
-            table.add_row(edge, f"{score:+.4g}")
-        title = f"Edges, {direction}: largest estimated changes of {metric}, by {how}"
-        _print_titled(console, title, table)
-        console.print()
+def edges(results: Results, metric: str, direction: str) -> tuple[str, Table]:
+    """The edges of largest score, under a title with what makes them an approximation."""
+    how = results.edges(metric, direction).attrs["approximation"]
+    table = _table("edge", "score")
+    count = TOP // len(results.grid(results.components[0]).directions)
+    for edge, score in results.top_edges(metric, direction, count):
+        table.add_row(edge, f"{score:+.4g}")
+    return f"Edges, {direction}: largest estimated changes of {metric}, by {how}", table
 
 
 def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
@@ -248,7 +249,8 @@ ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason"}
 ELSEWHERE |= {"joint", "metrics", "components", "patchsweep_schema"}
 
 
-def _provenance(results: Results) -> dict[str, str]:
+def provenance(results: Results) -> dict[str, str]:
+    """How the results were made, by attribute."""
     skip = (
         "model",
         "spec",

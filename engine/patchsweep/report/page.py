@@ -1,0 +1,134 @@
+"""One self-contained HTML page of results: no network, no library; open it in any browser."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import re
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+
+from rich.table import Table
+
+from patchsweep import heatmaps
+from patchsweep.errors import BadInput
+from patchsweep.report import show
+from patchsweep.report.page_data import page_data
+from patchsweep.results import Results
+from patchsweep.sites import SETS
+from patchsweep.store import EDGES
+
+TABLE_CELLS = 250_000  # the largest tidy table, in numbers, that is put into a page
+
+
+def page(results: Results) -> str:
+    """The HTML: warnings, summary, provenance; effects to look at; what else was found."""
+    grid = results.grid(results.components[0])
+    title = heatmaps.heading(results)
+    parts = {
+        "title": escape(f"{title}, {heatmaps.counted(grid.pairs)}"),
+        "before": _before(results),
+        "table": _download(results),
+        "after": _after(results),
+        "data": json.dumps(page_data(results), separators=(",", ":"), allow_nan=False).replace(
+            "<", "\\u003c"
+        ),
+        "script": _file("page.js"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("page.html"))
+
+
+def write_page(results: Results, path: Path) -> Path:
+    """Write the page; BadInput without matplotlib or where the disk refuses."""
+    heatmaps.needed()
+    text = page(results)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        reason = (exc.strerror or str(exc)).lower()
+        raise BadInput(f"cannot write {path}: {reason}; choose another --out") from exc
+    return path
+
+
+def _file(name: str) -> str:
+    return (files("patchsweep.report") / name).read_text(encoding="utf-8")
+
+
+def _before(results: Results) -> str:
+    """Warnings, summary, baselines, provenance."""
+    warnings = results.warnings()
+    said = "".join(f"<li>{escape(line)}</li>" for line in warnings)
+    return "\n".join(
+        [
+            f'<ul class="warnings">{said}</ul>'
+            if warnings
+            else '<p class="warnings none">No warnings</p>',
+            _pairs(show.header(results)),
+            _titled("Baselines, mean over pairs", show.baselines(results)),
+            "<details><summary>Provenance</summary>",
+            _pairs(show.provenance(results)),
+            "</details>",
+        ]
+    )
+
+
+def _after(results: Results) -> str:
+    """What is no heatmap: sets, edges, a circuit, how good estimates and a prefilter were."""
+    parts = []
+    metric = results.metrics[0]
+    for direction in results.grid(results.components[0]).directions:
+        if SETS in results.components:
+            title = f"Sets, {direction}: largest effects on {metric}"
+            parts.append(_titled(title, show.top_table(results, SETS, metric, direction)))
+        if results.attrs.get(EDGES):
+            parts.append(_titled(*show.edges(results, metric, direction)))
+        said = [line for c in results.components for line in show.audits(results, c, direction)]
+        parts += [f"<p>{escape(line)}</p>" for line in said]
+    if set(results.store.estimators) - set(results.only_estimated):
+        title = "Estimated against exact changes, over the cells that were run"
+        parts.append(_titled(title, show.agreement(results)))
+    if results.has_circuit:
+        parts += [_titled(f"Circuit, by {m}", show.circuit(results, m)) for m in results.metrics]
+    return "\n".join(parts)
+
+
+def _download(results: Results) -> str:
+    """A link that holds the tidy table, gzipped CSV, or where it is too large how to get it."""
+    rows = sum(sum(results.counts(c, results.metrics[0]).values()) for c in results.components)
+    if rows * len(results.metrics) > TABLE_CELLS:
+        return f"The tidy table ({rows:,} rows): {_code('patchsweep export RESULTS T.parquet')}"
+    text = results.to_frame().to_csv(index=False, float_format="%.7g", lineterminator="\n")
+    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+    href = f"data:application/gzip;base64,{packed}"
+    name = escape(f"{results.path.stem}.csv.gz")
+    return f'<a download="{name}" href="{href}">The tidy table</a>: a row per experiment'
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def _pairs(rows: dict[str, str]) -> str:
+    inner = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in rows.items())
+    return f"<dl>{inner}</dl>"
+
+
+def _titled(title: str, table: Table) -> str:
+    columns = [[str(cell) for cell in column.cells] for column in table.columns]
+    kinds = ["n" if column.justify == "right" else "" for column in table.columns]
+    head = _row("th", [str(column.header) for column in table.columns], kinds)
+    body = "".join(_row("td", row, kinds) for row in zip(*columns, strict=True))
+    caption = f'<p class="note">{escape(str(table.caption))}</p>' if table.caption else ""
+    return f"<h2>{escape(title)}</h2><table>{head}{body}</table>{caption}"
+
+
+def _row(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
+    inner = "".join(
+        f'<{tag} class="{kind}">{escape(cell)}</{tag}>'
+        for cell, kind in zip(cells, kinds, strict=True)
+    )
+    return f"<tr>{inner}</tr>"

@@ -1,0 +1,270 @@
+"""The numbers of the page: what is embedded in it as JSON, five significant digits each.
+
+Of large results only a part: the units and positions of largest effects, and the first pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep import heatmaps
+from patchsweep.effect import Array
+from patchsweep.results import Results
+from patchsweep.sites import SETS, Grid, Status, unit_name
+from patchsweep.statistics import bootstrap
+
+# How many numbers a page holds; one takes some 8 bytes, so that it stays under 5 MB.
+OVER_PAIRS = 200_000
+OF_PAIRS = 280_000
+NUMBERS = 5  # that a cell has over all pairs, for each metric, direction and source
+DIGITS = 5
+AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
+
+
+@dataclass(frozen=True)
+class Part:
+    """What the page shows of a component: indices of units and positions in order."""
+
+    units: NDArray[np.intp]
+    positions: NDArray[np.intp]
+
+    @property
+    def columns(self) -> int:
+        """How many cells of a layer are shown."""
+        return len(self.units) * len(self.positions)
+
+    def of(self, values: NDArray[Any]) -> NDArray[Any]:
+        """The part of an array [..., unit, position]."""
+        return values[..., self.units, :][..., self.positions]
+
+
+def page_data(results: Results) -> dict[str, Any]:
+    """Everything that the page's script shows. Cells are flat, [layer, unit, position]."""
+    components = [c for c in results.components if c != SETS]
+    grid = results.grid(components[0])
+    values = len(results.metrics) * len(_ways(grid))  # that a cell has of every kind
+    parts = _parts(results, components, OVER_PAIRS // (NUMBERS * values))
+    cells = sum(results.grid(c).layers * part.columns for c, part in parts.items())
+    pairs = min(grid.pairs, OF_PAIRS // (cells * values))
+    return {
+        "heading": heatmaps.heading(results),
+        "colours": _colours(),
+        "metrics": results.metrics,
+        "pairs": grid.pairs,
+        "pairs_here": pairs,
+        "aligned": len(set(results.store.read("prompts/length").tolist())) > 1,
+        "components": [_component(results, c, part, pairs) for c, part in parts.items()],
+    }
+
+
+def _colours() -> list[str]:
+    """The diverging map from lowest to highest, an odd number of colours: 0 has its own."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    return [to_hex(colormaps[heatmaps.COLOURS](x)) for x in np.linspace(0, 1, 65)]
+
+
+def _ways(grid: Grid) -> list[tuple[str, str]]:
+    return [(direction, source) for direction in grid.directions for source in grid.sources]
+
+
+def _parts(results: Results, components: Sequence[str], room: int) -> dict[str, Part]:
+    """What is shown of every component, `room` cells in all: what the small ones leave of their
+    share is for the large ones."""
+    left, parts = room, {}
+    sizes = {c: int(np.prod(results.grid(c).shape[-3:])) for c in components}
+    for number, c in enumerate(sorted(components, key=sizes.__getitem__)):
+        share = left // (len(components) - number)
+        parts[c] = _part(results, c, max(1, share // results.grid(c).layers))
+        left -= results.grid(c).layers * parts[c].columns
+    return {c: parts[c] for c in components}
+
+
+def _part(results: Results, component: str, columns: int) -> Part:
+    """The units, then positions, of largest effect that make so many columns; all if they fit."""
+    grid = results.grid(component)
+    if grid.units * len(grid.positions) <= columns:
+        return Part(np.arange(grid.units), np.arange(len(grid.positions)))
+    size = np.zeros((grid.units, len(grid.positions)))
+    for metric in results.metrics:
+        for way in _ways(grid):
+            effect = np.abs(results.shown_effect(component, metric, *way))
+            effect[~np.isfinite(effect)] = 0
+            size = np.maximum(size, effect.max(0) / (effect.max() or 1))
+    units = _best(size.max(1), max(1, columns // len(grid.positions)))
+    return Part(units, _best(size[units].max(0), max(1, columns // len(units))))
+
+
+def _best(size: Array, most: int) -> NDArray[np.intp]:
+    """The indices of the largest, in order."""
+    return np.sort(np.argsort(-size, kind="stable")[:most])
+
+
+def _component(results: Results, component: str, part: Part, pairs: int) -> dict[str, Any]:
+    grid = results.grid(component)
+    tokens = {
+        run: [[t or "" for t in _at(results.tokens(run, grid, p), part)] for p in range(pairs)]
+        for run in ("clean", "corrupt")
+    }
+    return {
+        "name": component,
+        "unit": unit_name(component),
+        "layers": [layer + grid.first_layer for layer in range(grid.layers)],
+        "units": part.units.tolist(),
+        "positions": [str(p) for p in _at(grid.positions, part)],
+        "all": {"units": grid.units, "positions": len(grid.positions)},
+        "tokens": {"all": _at(results.position_tokens(component), part), **tokens},
+        "estimator": results.store.estimators.get(component, ""),
+        "shown": "estimate" if component in results.only_estimated else "effect",
+        "ways": [_way(results, component, way, part, pairs) for way in _ways(grid)],
+    }
+
+
+def _at(values: Sequence[Any], part: Part) -> list[Any]:
+    return [values[i] for i in part.positions]
+
+
+def _way(
+    results: Results, component: str, way: tuple[str, str], part: Part, pairs: int
+) -> dict[str, Any]:
+    """One direction and source."""
+    grid = results.grid(component)
+    direction, source = way
+    number = grid.sources.index(source)
+    normalised = results.normalised(number)
+    metrics = {m: _metric(results, component, m, way, part, pairs) for m in results.metrics}
+    return {
+        "name": direction if len(grid.sources) == 1 else f"{direction}, from {source}",
+        "direction": direction,
+        "source": source,
+        "scale": {m: heatmaps.scale(normalised, m) for m in results.metrics},
+        "audit": {
+            m: found.audit.statement
+            for m in results.metrics
+            if (found := results.audit(component, m, direction, source))
+        },
+        "metrics": metrics,
+    }
+
+
+def _metric(
+    results: Results, component: str, metric: str, way: tuple[str, str], part: Part, pairs: int
+) -> dict[str, Any]:
+    """Of every cell: over all pairs its effect with a bootstrap interval, the mean of the patched
+    metric, an estimate where there is one; of each pair patched − destination; what was run."""
+    grid = results.grid(component)
+    d, s = grid.directions.index(way[0]), grid.sources.index(way[1])
+    # As many layers at a time as memory takes.
+    step = max(1, AT_ONCE // (grid.pairs * grid.units * len(grid.positions) * grid.samples))
+    layers = [slice(layer, layer + step) for layer in range(0, grid.layers, step)]
+    moved = np.concatenate(
+        [part.of(results.changes(component, metric, *way, layer)[0]) for layer in layers], axis=1
+    )
+    span = results.changes(component, metric, *way, layers[0])[1]
+    low, high = bootstrap(moved, span, results.groups)
+    destination = results.ends(metric, grid)[0][d, s].mean(0)
+    out = {
+        "effect": part.of(results.effect(component, metric, *way)),
+        "low": low,
+        "high": high,
+        "patched": _mean(moved + destination[:, None, None, None]),
+    }
+    if component in results.store.estimators:
+        out["estimate"] = part.of(results.estimated_effect(component, metric, *way))
+    array = f"{component}/{metric}_status"
+    regions = ((d, s, slice(None), slice(None), layer) for layer in layers)
+    status = np.concatenate(
+        [part.of(results.store.read(array, region)) for region in regions], axis=2
+    )
+    found: dict[str, Any] = {name: rounded(values) for name, values in out.items()}
+    found["destination"] = rounded(destination[:pairs], 2 * DIGITS)  # changes are added to it
+    found["changes"] = [rounded(pair) for pair in moved[:pairs]]
+    found["span"] = None if span is None else rounded(span[:pairs])
+    found |= _statuses(status, pairs)
+    found["detections"] = _detections(results, component, metric, way, part)
+    found["windows"] = _windows(results, component, metric, way, part)
+    return found
+
+
+def _mean(values: Array) -> Array:
+    """Mean over pairs [pair, ...], of those that have a value."""
+    known = np.isfinite(values)
+    count = known.sum(0)
+    total = np.where(known, values, 0.0).sum(0)
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _statuses(status: NDArray[np.uint8], pairs: int) -> dict[str, Any]:
+    """What was run of each cell [sample, pair, ...], over all pairs and in each: one letter a cell,
+    which stands for one of `phrases`, such as "7 exact, 1 structural"."""
+    phrases: dict[str, str] = {}
+    rows = [status, *(status[:, pair : pair + 1] for pair in range(pairs))]
+    letters = []
+    for row in rows:
+        flat = row.reshape(row.shape[0] * row.shape[1], -1)
+        counts = np.stack([(flat == s).sum(0) for s in Status], axis=1)
+        kinds, which = np.unique(counts, axis=0, return_inverse=True)
+        known = [phrases.setdefault(_phrase(kind), chr(ord("A") + len(phrases))) for kind in kinds]
+        letters.append("".join(np.array(known)[which.ravel()].tolist()))
+    names = {letter: phrase for phrase, letter in phrases.items()}
+    return {"phrases": names, "status": letters[0], "statuses": letters[1:]}
+
+
+def _phrase(counts: NDArray[np.int64]) -> str:
+    """How many runs have which status, in words; of one run or all alike the status alone."""
+    words = [status.name.lower().replace("_", " ") for status in Status]
+    there = [(int(n), word) for n, word in zip(counts, words, strict=True) if n]
+    if len(there) == 1:
+        return there[0][1]
+    return ", ".join(f"{n} {word}" for n, word in there)
+
+
+def _detections(
+    results: Results, component: str, metric: str, way: tuple[str, str], part: Part
+) -> list[int]:
+    """The numbers of the cells here that the 2-SD rule finds, largest first."""
+    if component in results.only_estimated:
+        return []
+    grid = results.grid(component)
+    direction, source = way
+    units = {int(unit): i for i, unit in enumerate(part.units)}
+    positions = {grid.positions[p]: i for i, p in enumerate(part.positions)}
+    return [
+        ((cell.layer - grid.first_layer) * len(units) + units[cell.unit]) * len(positions)
+        + positions[cell.position]
+        for cell in results.detections(component, metric, direction, source=source)
+        if cell.unit in units and cell.position in positions
+    ]
+
+
+def _windows(
+    results: Results, component: str, metric: str, way: tuple[str, str], part: Part
+) -> dict[int, Any]:
+    """By size the effects of sliding windows and the sums of their layers, [first layer, position];
+    from the first source, which is the sets' own."""
+    if way[1] != results.grid(component).sources[0]:
+        return {}
+    found = {}
+    for size in results.window_sizes(component):
+        both = results.windows(component, size, metric, way[0])
+        found[size] = [[rounded(row[part.positions]) for row in values] for values in both]
+    return found
+
+
+def rounded(values: NDArray[Any], digits: int = DIGITS) -> list[float | int | None]:
+    """All numbers of an array, flat, with so many significant digits; None where not finite."""
+    return [_short(x, digits) for x in np.asarray(values, np.float64).ravel().tolist()]
+
+
+def _short(x: float, digits: int) -> float | int | None:
+    if not math.isfinite(x):
+        return None
+    short = float(f"{x:.{digits}g}")
+    return int(short) if short.is_integer() else short
