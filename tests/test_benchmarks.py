@@ -155,3 +155,17 @@ def test_recall() -> None:
     assert recall(estimated, exact, 1, 30) == 1  # one cell: rounded up
     assert recall(estimated, exact, 40, 30) == 0.5
     assert recall(exact, exact, 25, 25) == 1
+
+
+def test_scaling_is_simulated() -> None:
+    from benchmarks._models import SHAPES
+    from benchmarks.scaling import PLANNED, planned, schedule, simulate, store_rate
+
+    assert schedule([4, 3, 3, 2, 1], 2) == 7  # 4 + 2 and 3 + 3 + 1
+    assert schedule([1.0] * 7, 3) == 3
+    plan = planned(SHAPES["tiny-llama"], (5, 8), 300)
+    once, twice = (simulate("tiny", plan, 3, n * PLANNED) for n in (1, 2))
+    assert 2 * once.waves == twice.waves == 2 * len(plan.waves)
+    assert 0 < once.idle < 1
+    assert simulate("tiny", plan, 1, PLANNED).idle == pytest.approx(0, abs=1e-9)
+    assert store_rate(plan) > 0

@@ -16,7 +16,7 @@ from itertools import count as counting
 from typing import TypeVar
 
 import torch
-from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from patchsweep.errors import BadInput
 
@@ -161,21 +161,14 @@ def end(status: int) -> tuple[int, bool]:
 
 @cache
 def _joined() -> tuple[int, int, Store]:
-    """Rank, number of processes, and the store of the launcher."""
-    from accelerate import PartialState
-    from torch.distributed.distributed_c10d import _get_default_store
+    """Rank, number of processes, and the store of the launcher.
 
-    # gloo everywhere: nothing but its store is used.
-    state = PartialState(cpu=not torch.cuda.is_available(), backend="gloo")
-    size = int(os.environ["WORLD_SIZE"])
-    if state.num_processes != size:
-        raise BadInput(
-            f"{size} processes were started, and accelerate counts {state.num_processes}: "
-            "start them with accelerate launch or torchrun, and leave Accelerator to patchsweep"
-        )
+    There is no process group: nothing would use it, every process would have to connect to every
+    other, and where a launcher keeps its store the addresses of a group that died are still in it.
+    """
+    store, rank, size = next(iter(rendezvous("env://")))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = PrefixStore(f"patchsweep/{restarts}", _get_default_store())
-    return state.process_index, state.num_processes, store
+    return rank, size, PrefixStore(f"patchsweep/{restarts}", store)
 
 
 def restarted() -> bool:
