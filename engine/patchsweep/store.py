@@ -489,6 +489,8 @@ def locked(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if not path.exists():  # a sweep that was refused leaves nothing
+            shutil.rmtree(job_folder(path), ignore_errors=True)
         lock.release()
 
 
