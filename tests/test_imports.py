@@ -22,7 +22,6 @@ LEVELS = (
         "families",
         "offload",
         "transfer",
-        "leftovers",
         "writer",
     ),
     ("prefetch",),

@@ -19,7 +19,7 @@ from zarr.storage import ZipStore
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Grid, blocks
-from patchsweep.store import Store, pack, remove
+from patchsweep.store import Store, job_folder, locked, pack, remove
 
 HEADS = Grid("head_z", ("denoise", "noise"), 3, 2, 3, (0, 1, 2, 3, 4), 2, 2, 2)
 MLP = Grid("mlp_out", ("denoise", "noise"), 3, 2, 1, ("S2", "END"), 3, 1, 2)
@@ -277,7 +277,6 @@ import test_store
 def die(*args, **kwargs): os._exit(9)
 if sys.argv[2] == "create":
     zarr.Group.update_attributes = die
-    test_store.make(Path(sys.argv[1]))
 test_store.make(Path(sys.argv[1]))
 shutil.rmtree = die
 remove(Path(sys.argv[1]))
@@ -287,9 +286,17 @@ remove(Path(sys.argv[1]))
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         command = [sys.executable, "-c", script, str(out), what]
         assert subprocess.run(command, check=False, env=env).returncode == 9
-    assert [path.name.startswith(".r.zarr.") for path in tmp_path.iterdir()] == [True]
-    make(out)
-    assert list(tmp_path.iterdir()) == [out]
+    assert [path.name.startswith(".r.zarr.") for path in tmp_path.iterdir()] == [True, True]
+    other = tmp_path / ".r.zarr.mine.partial"
+    other.mkdir()
+    with locked(out):
+        assert {*tmp_path.iterdir()} == {other, job_folder(out)}
+        make(out)
+        used = tmp_path / ".r.zarr.0123456789ab.partial"
+        used.mkdir()
+        with pytest.raises(BadInput, match="being written by another run"), locked(out):
+            pass
+        assert {*tmp_path.iterdir()} == {out, other, used, job_folder(out)}
 
 
 @pytest.mark.parametrize("fsync", [False, True])

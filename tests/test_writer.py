@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
-from patchsweep import leftovers
 from patchsweep.writer import WAITING, background
 
 
@@ -81,25 +78,3 @@ def test_what_was_handed_over_is_written_whatever_comes(error: type[BaseExceptio
         raise error
     assert done == [0, 1]
     assert not any(thread.name == "writer" for thread in threading.enumerate())
-
-
-def test_what_a_kill_left_goes_away_but_not_what_is_used(tmp_path: Path) -> None:
-    target = tmp_path / "r[1].zarr"
-    other = [tmp_path / ".r[1].zarr.mine.partial", leftovers.hidden(tmp_path / "r1.zarr")]
-    left = leftovers.hidden(target)
-    for folder in (*other, left):
-        (folder / "deep").mkdir(parents=True)
-    with leftovers.workplace(target) as used:
-        (used / "file").touch()
-        leftovers.sweep(target)
-        assert set(tmp_path.iterdir()) == {*other, used}
-        used.rename(target)
-    assert set(tmp_path.iterdir()) == {*other, target}
-    assert os.listdir(target) == ["file"]  # noqa: PTH208
-
-
-def test_a_workplace_is_deleted_with_what_failed_in_it(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), leftovers.workplace(tmp_path / "a" / "r.zarr") as used:
-        (used / "file").touch()
-        raise KeyboardInterrupt
-    assert list((tmp_path / "a").iterdir()) == []

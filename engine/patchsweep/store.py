@@ -37,11 +37,13 @@ outlives a power cut. A zip file of such a folder (`pack`) can be read.
 from __future__ import annotations
 
 import errno
+import glob
 import itertools
 import json
 import math
 import os
 import shutil
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,7 +61,6 @@ from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
-from patchsweep.leftovers import held, hidden, sweep, workplace
 from patchsweep.pairs import Pair
 from patchsweep.sites import DIMENSIONS, SETS, Block, Grid, unit_name
 
@@ -109,8 +110,7 @@ class Store:
     ) -> Store:
         """Lay out an empty results folder, whole or not at all.
 
-        It is built beside `path` and renamed when its attributes, the last thing, are written; what
-        killed processes have left there of earlier ones is deleted.
+        It is built beside `path` and renamed when its attributes, the last thing, are written.
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
         The attribute `estimators`, by component, says which have estimates; the attribute `edges`
         whether there are any, between `nodes`, the senders and receivers. BadInput if `path` exists
@@ -122,9 +122,10 @@ class Store:
                 mend = "use --resume to continue it or --overwrite to replace it"
             raise BadInput(f"{path} exists already: {mend}")
         target = path.resolve()
-        with _writing(path, "run again"):
-            sweep(target)
-            with workplace(target) as partial:
+        partial = _hidden(target)
+        try:
+            with _writing(path, "run again"):
+                partial.parent.mkdir(parents=True, exist_ok=True)
                 root = zarr.create_group(partial, zarr_format=3)
                 for grid in grids:
                     _create_component(root, grid, metrics, dtype)
@@ -150,6 +151,9 @@ class Store:
                 partial.rename(target)
                 if fsync:
                     _settle((), target.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         return cls.open(path, "r+", fsync)
 
     @classmethod
@@ -460,8 +464,8 @@ def remove(path: Path) -> None:
     if _schema(path) is None:
         Store.open(path)  # says what is wrong
     target = path.resolve()
-    doomed = hidden(target)
-    with _writing(path, "run again"), held(target):
+    doomed = _hidden(target)
+    with _writing(path, "run again"):
         target.rename(doomed)  # a kill halfway then leaves no half-deleted results
         shutil.rmtree(doomed)
 
@@ -475,7 +479,11 @@ def job_folder(path: Path) -> Path:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Nobody else writes these results inside. BadInput if somebody does; who is killed lets go."""
+    """Nobody else writes these results inside. BadInput if somebody does; who is killed lets go.
+
+    Results are laid out and deleted inside, so hidden folders that are there before are what killed
+    processes have left: they are deleted.
+    """
     with _writing(path, "run again"):
         job_folder(path).mkdir(parents=True, exist_ok=True)
         lock = FileLock(job_folder(path) / "lock")
@@ -487,11 +495,26 @@ def locked(path: Path) -> Iterator[None]:
                 "another --out"
             ) from None
     try:
+        target = path.resolve()
+        for left in target.parent.glob(_hidden_name(glob.escape(target.name), _ANY)):
+            shutil.rmtree(left, ignore_errors=True)
         yield
     finally:
         if not path.exists():  # a sweep that was refused leaves nothing
             shutil.rmtree(job_folder(path), ignore_errors=True)
         lock.release()
+
+
+_ANY = "[0-9a-f]" * 12
+
+
+def _hidden(path: Path) -> Path:
+    """A new hidden name beside `path`."""
+    return path.with_name(_hidden_name(path.name, uuid.uuid4().hex[:12]))
+
+
+def _hidden_name(name: str, number: str) -> str:
+    return f".{name}.{number}.partial"
 
 
 def _schema(path: Path) -> int | None:
@@ -516,7 +539,7 @@ def pack(path: Path, target: Path) -> None:
     Store.open(path)  # says what is wrong
     if isinstance(_files(path), zipfile.Path):
         raise BadInput(f"{path} is a zip file already: copy it")
-    partial = hidden(target.resolve())
+    partial = target.with_name(f".{target.name}.partial")
     with _writing(target, "run again"):
         try:
             with zipfile.ZipFile(partial, "w") as packed:
