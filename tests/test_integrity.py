@@ -17,7 +17,7 @@ import patchsweep as ps
 from patchsweep.integrity import refuse_missing, withdraw
 from patchsweep.pairs import Pair
 from patchsweep.sites import Grid, blocks
-from patchsweep.store import Store
+from patchsweep.store import Store, job_folder
 from test_sweep import arrays, build, one_thread, rows, tokenizer
 
 GRID = Grid("head_z", ("denoise",), 2, 2, 2, (0, 1, 2), 1, 2, 3)
@@ -251,6 +251,8 @@ def test_a_sweep_does_again_what_is_damaged(tmp_path: Path) -> None:
             break_it(file)
             ps.sweep(model, pairs, out=out, resume=True, **settings)
             assert arrays(out) == whole, part
+            log = (job_folder(out) / "rank-0.log").read_text()
+            assert f"({part}/c/" in log
             assert ps.check(out).damages == ()
             again = sum(record.stat().st_mtime_ns != at for record, at in before.items())
             assert (again == 0) == part.startswith("edges")

@@ -238,7 +238,8 @@ def carry_out(
         }
         if existing:
             _same_sweep(existing, attrs)
-            withdraw(existing)
+            for damage in withdraw(existing):
+                log.warning("done again: %s", damage)
         if estimators and any(m.name == "callable" for m in settings.metrics):
             # Only trying says whether a user's function has a gradient.
             attribution.estimate_pairs(
