@@ -21,7 +21,7 @@ results = ps.sweep(
     model,
     pairs,
     components=["head_z"],
-    metrics=["logit_diff", "kl"],
+    metrics=["logit_diff"],
     direction="denoise",
     out="results/notebook.zarr",
     overwrite=True,

@@ -245,7 +245,9 @@ def test_in_a_browser(results: Results, text: str, tmp_path: Path) -> None:
     assert_row(first, results, "denoise", int(best[5]))
     assert first["head"].startswith("head_z, head 1.1, position ")
     assert first["detections"] == 1 + len(of(results, "head_z", "logit_diff", "denoise"))
-    assert first["fills"][int(np.nanargmax(largest(effect, 2)))] == hottest(text, effect)
+    assert_hottest(first, text, largest(effect, 2))
+    other = results.effect("head_z", "prob", "denoise")  # what the first metric is set against
+    assert first["points"] == int(((effect != 0) | (other != 0))[np.isfinite(effect + other)].sum())
 
     assert_row(second, results, "noise", int(second["marks"][5]))
     assert "on kl" in second["caption"] and "noise, n = 3 pairs" in second["caption"]
@@ -254,6 +256,7 @@ def test_in_a_browser(results: Results, text: str, tmp_path: Path) -> None:
     one = results.to_xarray("head_z").kl_effect.sel(direction="noise").values[1]
     assert "pair 1 of 3" in third["caption"]
     assert len(third["marks"]) == layers * width
+    assert_hottest(third, text, largest(one, 1))
     assert number(third, "kl", 3) == pytest.approx(one.ravel()[int(third["marks"][10])], rel=1e-3)
     cell = np.ravel_multi_index((10 // width, 2, 10 % width), effect.shape)
     assert int(fourth["marks"][10]) == cell
@@ -262,6 +265,7 @@ def test_in_a_browser(results: Results, text: str, tmp_path: Path) -> None:
     joint, total = results.windows("mlp_out", 2, "kl", "denoise")
     assert number(window, "kl", 1) == pytest.approx(joint.ravel()[9], rel=1e-3)
     assert number(window, "kl", 2) == pytest.approx(total.ravel()[9], rel=1e-3)
+    assert_hottest(window, text, total)
     assert window["points"] == int(((joint != 0) | (total != 0))[np.isfinite(joint + total)].sum())
 
 
@@ -339,11 +343,12 @@ def test_everything_that_can_be_chosen(settings: dict[str, Any], tmp_path: Path)
         np.testing.assert_allclose(floats(first["effect"]), change.ravel(), rtol=1e-4)
 
 
-def hottest(text: str, effect: np.ndarray) -> str:
-    """The colour of the largest positive value of a map whose limit is the largest of all."""
+def assert_hottest(step: Any, text: str, values: np.ndarray) -> None:
+    """The colour of the highest value of a map, whose limit is the largest absolute one."""
     colours: list[str] = embedded(text)["colours"]
-    share = np.nanmax(largest(effect, 2)) / np.nanmax(np.abs(effect))
-    return colours[int(np.floor(32 + 32 * share + 0.5))]
+    share = np.nanmax(values) / np.nanmax(np.abs(values))
+    found = step["fills"][int(np.nanargmax(values))]
+    assert found == colours[int(np.floor(32 + 32 * share + 0.5))]
 
 
 def number(step: Any, metric: str, column: int) -> float:

@@ -50,9 +50,12 @@ def show(results: Results, console: Console) -> None:
         _print_titled(console, f"Circuit, by {metric}", circuit(results, metric))
         console.print()
     warnings = results.warnings()
-    console.print(Text("Warnings" if warnings else "No warnings", style="bold"))
+    said = ("Warnings", "bold yellow") if warnings else ("No warnings", "bold")
+    console.print(Text(*said))
+    lines = Table.grid(padding=(0, 1))
     for line in warnings:
-        console.print(Text(f"- {line}"))
+        lines.add_row("-", Text(line))
+    console.print(lines)
     console.print()
     console.print(Text("Provenance", style="bold"))
     _print_pairs(console, provenance(results))
@@ -164,7 +167,7 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
     if component == SETS:
         table = _table("set", f"patched {metric}", "effect")
         for cell in found:
-            table.add_row(Text(str(cell.position)), _number(cell.patched), f"{cell.effect:+.3f}")
+            table.add_row(Text(str(cell.position)), _number(cell.patched), _effect(cell.effect))
         return table
     table = _table(
         f"layer.{unit}" if unit else "layer",
@@ -179,7 +182,7 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
             str(cell.position),
             Text(quoted(cell.token)),
             _number(cell.patched),
-            f"{cell.effect:+.3f}",
+            _effect(cell.effect),
         )
     return table
 
@@ -275,6 +278,11 @@ def _flat(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(_flat(part) for part in value)
     return _number(value) if isinstance(value, float) else str(value)
+
+
+def _effect(value: float) -> Text:
+    """An effect in the colours of the figures: red towards the source, blue away from it."""
+    return Text(f"{value:+.3f}", style="red" if value > 0 else "bright_blue")
 
 
 def _number(value: float) -> str:
