@@ -171,6 +171,21 @@ def test_results_plot(results: Results) -> None:
         results.plot(view="x")
 
 
+def test_layers_in_parts_change_nothing(
+    results: Results, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = "head_z", "kl", "noise"
+    whole = [*results.interval(*asked), results.p_values(*asked)]
+    monkeypatch.setattr("patchsweep.results.AT_ONCE", 1)
+    parts = [*results.interval(*asked), results.p_values(*asked)]
+    for a, b in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    again = page_data.page_data(results)["components"][0]["ways"][0]["metrics"]["kl"]
+    found = embedded(text)["components"][0]["ways"][0]["metrics"]["kl"]
+    for key in ("low", "changes", "status", "statuses"):
+        assert found[key] == again[key]
+
+
 # In a browser.
 
 PROBE = """

@@ -48,6 +48,7 @@ Array = NDArray[np.float64]
 
 # The statuses whose values are those of a patched run.
 MEASURED = (Status.EXACT, Status.STRUCTURAL, Status.AUDITED)
+AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 UNSIGNED = "atp_star"  # an estimator of magnitudes
 RUN = (Status.EXACT, Status.AUDITED)
 
@@ -331,8 +332,7 @@ class Results(Reader):
         Pairs of one template (`group`) are drawn together; NaN with fewer than two templates.
         """
         ends = []
-        for layer in range(self.grid(component).layers):  # so that memory stays small
-            part = slice(layer, layer + 1)
+        for part in layer_parts(self.grid(component)):
             moved, span = self.changes(component, metric, direction, source, part)
             ends.append(
                 bootstrap(moved, span, self.groups, samples=samples, level=level, seed=seed)
@@ -346,13 +346,9 @@ class Results(Reader):
         """P-values of the changes over templates, adjusted for the false discovery rate over the
         cells that changed at all, [layer, unit, position]; 1 for the others, NaN with fewer than
         two templates."""
-        layers = range(self.grid(component).layers)
         found = [
-            p_values(
-                self.changes(component, metric, direction, source, slice(layer, layer + 1))[0],
-                self.groups,
-            )
-            for layer in layers
+            p_values(self.changes(component, metric, direction, source, part)[0], self.groups)
+            for part in layer_parts(self.grid(component))
         ]
         p = np.concatenate(found)
         tested = p < 1  # what cannot change was never in doubt
@@ -562,6 +558,14 @@ class Results(Reader):
         ]
 
 
+def layer_parts(grid: Grid) -> list[slice]:
+    """The layers of a grid in parts, as many at a time as memory takes: chunks hold all of them, so
+    every part reads them again."""
+    layer = grid.samples * grid.pairs * grid.units * len(grid.positions)
+    step = max(1, AT_ONCE // layer)
+    return [slice(first, first + step) for first in range(0, grid.layers, step)]
+
+
 def _partly(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """The cells [layer, unit, position] that are only estimated in some sample or pair, of statuses
     [sample, pair, layer, unit, position]: where they are structural says nothing of all pairs."""
@@ -641,8 +645,7 @@ def _diagnose_cells(results: Results, component: str, direction: str) -> list[st
     for metric in outcomes:
         floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
         runs = changed = under = 0
-        for layer in range(grid.layers):  # so that memory stays small
-            part = slice(layer, layer + 1)
+        for part in layer_parts(grid):
             region = (grid.directions.index(direction), 0, 0, slice(None), part)
             status = results.store.read(f"{component}/{metric}_status", region)
             ran = np.isin(status, RUN)

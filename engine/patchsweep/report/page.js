@@ -90,7 +90,7 @@ function drawMap() {
   const colour = (x) => (x === null || x === undefined ? GREY
     : data.colours[Math.round(middle + (middle * x) / limit)]);
   const w = Math.max(7, Math.min(30, 560 / p.columns.length));
-  const h = Math.max(7, Math.min(18, 520 / p.rows.length));
+  const h = Math.max(7, Math.min(p.rows.length < 8 ? 40 : 18, 520 / p.rows.length));
   const long = Math.max(...p.columns.map((x) => String(x).length)), turned = long > 2;
   const left = 46, below = (turned ? Math.min(24, long) * 6 + 8 : 16) + 20;
   const right = left + w * p.columns.length, bottom = 6 + h * p.rows.length;
@@ -117,7 +117,8 @@ function drawMap() {
   [limit, 0, -limit].forEach((x, k) => text(right + 35, 12 + (k * (bar - 6)) / 2, number(x)));
   $("map").replaceChildren(svg);
   const c = component(), what = $("view").selectedOptions[0].textContent;
-  const estimated = $("shown").value === "estimate" && pair() < 0;
+  const window = $("view").value.startsWith("window"); // which are run, all of them
+  const estimated = $("shown").value === "estimate" && pair() < 0 && !window;
   $("caption").textContent = `${estimated ? "Estimated effect" : "Effect"} of ${c.name} on `
     + `${metric()} (${scaleText()}); ${way().name}, n = ${chosenPairs()}, ${what}`
     + (known.length < all.flat().length ? "; grey: no value" : "");

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from patchsweep import heatmaps
 from patchsweep.effect import Array
-from patchsweep.results import Results
+from patchsweep.results import Results, layer_parts
 from patchsweep.sites import SETS, Grid, Status, unit_name
 from patchsweep.statistics import bootstrap
 
@@ -24,7 +24,6 @@ OVER_PAIRS = 200_000
 OF_PAIRS = 280_000
 NUMBERS = 5  # that a cell has over all pairs, for each metric, direction and source
 DIGITS = 5
-AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 
 
 @dataclass(frozen=True)
@@ -161,9 +160,7 @@ def _metric(
     metric, an estimate where there is one; of each pair patched − destination; what was run."""
     grid = results.grid(component)
     d, s = grid.directions.index(way[0]), grid.sources.index(way[1])
-    # As many layers at a time as memory takes.
-    step = max(1, AT_ONCE // (grid.pairs * grid.units * len(grid.positions) * grid.samples))
-    layers = [slice(layer, layer + step) for layer in range(0, grid.layers, step)]
+    layers = layer_parts(grid)
     moved = np.concatenate(
         [part.of(results.changes(component, metric, *way, layer)[0]) for layer in layers], axis=1
     )
