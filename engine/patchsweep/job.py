@@ -7,7 +7,7 @@ import logging
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -36,7 +36,7 @@ def _logged(out: Path, rank: int) -> Iterator[None]:
     """What this process does inside is in `rank-<rank>.log`, one line per unit of work."""
     folder = job_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank}.log", encoding="utf-8")
+    handler = _File(folder / f"rank-{rank}.log", encoding="utf-8")
     host = socket.gethostname().replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"%(asctime)s {host} {rank} %(levelname)s %(message)s"))
     level = log.level
@@ -51,6 +51,11 @@ def _logged(out: Path, rank: int) -> Iterator[None]:
         log.setLevel(level)
         log.removeHandler(handler)
         handler.close()
+
+
+class _File(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """A log that cannot be written stops nothing."""
 
 
 class Progress:
@@ -117,5 +122,6 @@ class Progress:
             "waves_failed": self._processes.add("failed", 0),
         }
         unfinished = self._file.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
-        unfinished.replace(self._file)
+        with suppress(OSError):  # a full disk is for those to say who write results
+            unfinished.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+            unfinished.replace(self._file)
