@@ -178,7 +178,7 @@ def simulate(name: str, plan: Plan, gpus: int, pairs: int) -> Simulated:
     flops = sorted([w.flops for w in plan.waves] * times, reverse=True)
     seconds = schedule([f / RATE for f in flops], gpus)
     written = plan.counts()["disk_bytes"] * times / seconds / gpus
-    idle = 1 - sum(flops) / RATE / (gpus * seconds)
+    idle = max(0.0, 1 - sum(flops) / RATE / (gpus * seconds))
     return Simulated(name, gpus, len(flops), seconds / 3600, idle, written)
 
 
