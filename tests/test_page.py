@@ -24,7 +24,7 @@ from patchsweep.heatmaps import largest
 from patchsweep.report import page_data
 from patchsweep.report.page import page, write_page
 from patchsweep.results import Results
-from patchsweep.sites import unit_name
+from patchsweep.sites import Status, unit_name
 from test_sweep import build, pairs_of, rows, tokenizer
 
 METRICS = ["logit_diff", "prob", "kl"]
@@ -109,6 +109,20 @@ def test_the_table_in_the_page_is_the_tidy_table(results: Results, text: str) ->
     assert len(table) == len(frame)
     for metric in METRICS:
         np.testing.assert_allclose(table[metric], frame[metric], rtol=1e-6)
+
+
+@pytest.mark.parametrize("limit", ["TABLE_NUMBERS", "TABLE_BYTES"])
+def test_a_large_table_is_left_out(
+    results: Results, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(f"patchsweep.report.page.{limit}", 100)
+    text = page(results)
+    assert "base64" not in text
+    assert f"The tidy table ({len(results.to_frame()) + outside(results):,} rows)" in text
+
+
+def outside(results: Results) -> int:
+    return sum(results.counts(c, "kl")[Status.OUTSIDE] for c in results.components)
 
 
 def test_a_large_grid_keeps_what_is_largest(

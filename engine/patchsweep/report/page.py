@@ -21,7 +21,9 @@ from patchsweep.results import Results
 from patchsweep.sites import SETS
 from patchsweep.store import EDGES
 
-TABLE_CELLS = 250_000  # the largest tidy table, in numbers, that is put into a page
+# The largest tidy table that is put into a page; the rest of it takes 4 MB at most.
+TABLE_NUMBERS = 250_000
+TABLE_BYTES = 950_000
 
 
 def page(results: Results) -> str:
@@ -99,13 +101,14 @@ def _after(results: Results) -> str:
 def _download(results: Results) -> str:
     """A link that holds the tidy table, gzipped CSV, or where it is too large how to get it."""
     rows = sum(sum(results.counts(c, results.metrics[0]).values()) for c in results.components)
-    if rows * len(results.metrics) > TABLE_CELLS:
-        return f"The tidy table ({rows:,} rows): {_code('patchsweep export RESULTS T.parquet')}"
-    text = results.to_frame().to_csv(index=False, float_format="%.7g", lineterminator="\n")
-    packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
-    href = f"data:application/gzip;base64,{packed}"
-    name = escape(f"{results.path.stem}.csv.gz")
-    return f'<a download="{name}" href="{href}">The tidy table</a>: a row per experiment'
+    if rows * len(results.metrics) <= TABLE_NUMBERS:
+        text = results.to_frame().to_csv(index=False, float_format="%.7g", lineterminator="\n")
+        packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
+        if len(packed) <= TABLE_BYTES:
+            name = escape(f"{results.path.stem}.csv.gz")
+            href = f"data:application/gzip;base64,{packed}"
+            return f'<a download="{name}" href="{href}">The tidy table</a>: a row per experiment'
+    return f"The tidy table ({rows:,} rows): {_code('patchsweep export RESULTS TABLE.parquet')}"
 
 
 def _code(text: str) -> str:
