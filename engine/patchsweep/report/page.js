@@ -60,7 +60,8 @@ function picture() {
     (tokens(i) ? `${tokens(i).replaceAll(" ", "·").replaceAll("\n", "\\n")}  ${name}` : name));
   if (view.startsWith("window")) {
     const [, size, which] = view.split(" "), grid = way().metrics[metric()].windows[size];
-    return { rows: grid[+which].map((_, i) => i), columns: positions, y: "first layer", x: "position",
+    return { rows: grid[+which].map((_, i) => i), columns: positions, y: "first layer",
+      x: "position",
       at: (i, j) => ({ value: grid[+which][i][j], window: `${size} ${i} ${j}` }) };
   }
   const v = values(metric()), byUnit = view === "unit", fixed = +$("fixed").value;
@@ -95,7 +96,8 @@ function drawMap() {
   const left = 46, below = (turned ? Math.min(24, long) * 6 + 8 : 16) + 20;
   const right = left + w * p.columns.length, bottom = 6 + h * p.rows.length;
   const svg = element("svg", { width: right + 96, height: bottom + below, role: "img" });
-  const text = (x, y, content, more = {}) => svg.append(element("text", { x, y, ...more }, content));
+  const text = (x, y, content, more = {}) =>
+    svg.append(element("text", { x, y, ...more }, content));
   all.forEach((row, i) => row.forEach((cell, j) => svg.append(element("rect", {
     x: left + j * w, y: bottom - (i + 1) * h, width: w, height: h, fill: colour(cell.value),
     ...("cell" in cell ? { "data-i": cell.cell } : { "data-w": cell.window }) }))));
@@ -136,7 +138,8 @@ function drawScatter() {
     points = values(metric()).map((y, i) => [x[i], y, { "data-i": i }]);
   }
   points = points.filter(([x, y]) => x !== null && y !== null && (x !== 0 || y !== 0));
-  const side = 300, pad = 46, svg = element("svg", { width: side + pad + 8, height: side + pad + 8 });
+  const side = 300, pad = 46, whole = side + pad + 8;
+  const svg = element("svg", { width: whole, height: whole });
   const range = (k) => points.reduce(([a, b], q) => [Math.min(a, q[k]), Math.max(b, q[k])], [0, 0]);
   const scale = (k) => {
     const [a, b] = range(k), room = (b - a) * 0.04 || 1;
@@ -144,7 +147,8 @@ function drawScatter() {
   };
   const [fx, x0, x1] = scale(0), [fy, y0, y1] = scale(1);
   const X = (v) => pad + side * fx(v), Y = (v) => 4 + side * (1 - fy(v));
-  svg.append(element("rect", { x: pad, y: 4, width: side, height: side, fill: "#fbfbfb", stroke: "#8c959f" }),
+  svg.append(element("rect",
+    { x: pad, y: 4, width: side, height: side, fill: "#fbfbfb", stroke: "#8c959f" }),
     element("line", { x1: X(0), x2: X(0), y1: 4, y2: 4 + side, stroke: "#c0c6cc" }),
     element("line", { x1: pad, x2: pad + side, y1: Y(0), y2: Y(0), stroke: "#c0c6cc" }),
     ...points.map(([x, y, on]) => element("circle", { cx: X(x), cy: Y(y), r: 2.6,
@@ -162,7 +166,8 @@ function drawScatter() {
 }
 
 function table(columns, rows, numeric) {
-  const t = element("table"), cell = (name, x, j) => element(name, j >= numeric ? { class: "n" } : {}, x);
+  const t = element("table");
+  const cell = (name, x, j) => element(name, j >= numeric ? { class: "n" } : {}, x);
   for (const [k, row] of [columns, ...rows].entries()) {
     const tr = element("tr");
     tr.append(...row.map((x, j) => cell(k ? "td" : "th", x, j)));
@@ -172,10 +177,12 @@ function table(columns, rows, numeric) {
 }
 
 function metricRow(name, cell) {
-  const m = way().metrics[name], p = pair(), estimate = m.estimate ? [signed(m.estimate[cell])] : [];
+  const m = way().metrics[name], p = pair();
+  const estimate = m.estimate ? [signed(m.estimate[cell])] : [];
   if (p < 0) {
     const ci = m.low[cell] === null ? "–" : `${signed(m.low[cell])} … ${signed(m.high[cell])}`;
-    return [name, m.phrases[m.status[cell]], number(m.patched[cell]), signed(m.effect[cell]), ci, ...estimate];
+    return [name, m.phrases[m.status[cell]], number(m.patched[cell]), signed(m.effect[cell]), ci,
+      ...estimate];
   }
   const change = m.changes[p][cell], patched = change === null ? null : m.destination[p] + change;
   const effect = change === null || !m.span ? change : m.span[p] ? change / m.span[p] : null;
@@ -209,7 +216,8 @@ function drawDetections() {
   const m = way().metrics[metric()], rows = m.detections.slice(0, 100).map((cell) => {
     const [, status, patched, effect, interval] = metricRow(metric(), cell);
     const at = place(cell).position, t = component().tokens.all[at];
-    return [cellName(cell), `${component().positions[at]} ${quoted(t)}`, status, patched, effect, interval];
+    const where = `${component().positions[at]} ${quoted(t)}`;
+    return [cellName(cell), where, status, patched, effect, interval];
   });
   const more = m.detections.length - rows.length;
   $("detections").replaceChildren(element("p", { class: "note" }, `${component().name}, `
