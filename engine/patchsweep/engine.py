@@ -230,25 +230,14 @@ def carry_out(
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
         attrs["plan"] = taken(plan, attrs["backend"]).counts()
-        attrs |= {
-            "values": digest(values, plan, model.tokenizer),
-            "noise_scale": values.noise_scale,
-            "estimators": estimators,
-            "edges": attrs["spec"]["edges"],
-        }
+        attrs["values"] = digest(values, plan, model.tokenizer)
+        attrs["noise_scale"] = values.noise_scale
         if existing:
             _same_sweep(existing, attrs)
             for damage in withdraw(existing):
                 log.warning("done again: %s", damage)
-        if estimators and any(m.name == "callable" for m in settings.metrics):
-            # Only trying says whether a user's function has a gradient.
-            attribution.estimate_pairs(
-                forward, plan, range(1), estimators, settings.metrics, values, steps=1
-            )
-        if settings.edges and not existing:
-            # Nor does anything else say whether edges are all that a metric depends on.
-            few = min(2, settings.edges.steps)
-            attribution.score_edges(forward, plan, range(1), settings.metrics, values, few)
+        else:
+            attribution.tried(forward, plan, settings, values)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         if first:
@@ -259,23 +248,29 @@ def carry_out(
             _same_sweep(store, attrs)
         done = {name: store.done(name) for name in plan.grids}
         processes.tell("created", 1)
-        run = partial(run_wave, forward, values=values, carry=carry)
         if estimators:
             attribution.write_estimates(forward, plan, settings, values, store, processes)
-            processes.wait("estimated")
-            with processes.after_first("chosen"):
-                plan = attribution.chosen_cells(plan, settings, store)
-                if first:
-                    store.set_attrs(plan=plan.counts())
+            plan = _chosen(plan, settings, store, processes)
         if settings.edges:
             attribution.write_edges(forward, plan, settings, values, store, processes)
         launch = partial(launch_wave, forward, values=values, carry=carry)
         _run_waves(launch, forward.waves_in_flight, plan, settings, store, done, processes)
+        run = partial(run_wave, forward, values=values, carry=carry)
         with processes.after_first("finished"):
             if first:
                 store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
     processes.leave()
     return results_of.open(out)
+
+
+def _chosen(plan: Plan, settings: Sweep, store: Store, processes: Processes) -> Plan:
+    """The plan with only the chosen cells of what was estimated, chosen by the first process."""
+    processes.wait("estimated")
+    with processes.after_first("chosen"):
+        plan = attribution.chosen_cells(plan, settings, store)
+        if processes.first:
+            store.set_attrs(plan=plan.counts())
+    return plan
 
 
 def _joint(run: Run, plan: Plan, settings: Sweep, results: Results) -> dict[str, Any]:
@@ -437,10 +432,13 @@ def _site_columns(plan: Plan) -> dict[str, Any]:
 
 def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> dict[str, Any]:
     """What the results say about where they come from."""
+    spec = settings.model_dump(mode="json")
     packages = ("patchsweep", "torch", "transformers", "accelerate", "nnsight", "numpy", "zarr")
     device = model.device
     return {
-        "spec": settings.model_dump(mode="json"),
+        "spec": spec,
+        "estimators": attribution.chosen(settings),
+        "edges": spec["edges"],
         "plan_hash": plan.hash,
         "token_budget": plan.token_budget,
         "model": model.name,

@@ -26,7 +26,13 @@ from patchsweep.attribution.estimators import (
     not_on,
 )
 from patchsweep.attribution.runs import pair_ranges
-from patchsweep.attribution.sweep import chosen_cells, expected, write_edges, write_estimates
+from patchsweep.attribution.sweep import (
+    chosen_cells,
+    expected,
+    tried,
+    write_edges,
+    write_estimates,
+)
 
 __all__ = [
     "DEFAULT",
@@ -44,6 +50,7 @@ __all__ = [
     "not_on",
     "pair_ranges",
     "score_edges",
+    "tried",
     "write_edges",
     "write_estimates",
 ]

@@ -25,6 +25,16 @@ from patchsweep.values import Values
 log = logging.getLogger("patchsweep")
 
 
+def tried(forward: Forward, plan: Plan, settings: Sweep, values: Values) -> None:
+    """Estimate one pair where only trying says whether it can be done: BadInput for a user's
+    function without a gradient, and for a metric that depends on more than edges."""
+    estimators, metrics = chosen(settings), settings.metrics
+    if estimators and any(m.name == "callable" for m in metrics):
+        estimate_pairs(forward, plan, range(1), estimators, metrics, values, steps=1)
+    if settings.edges:
+        score_edges(forward, plan, range(1), metrics, values, min(2, settings.edges.steps))
+
+
 def write_estimates(
     forward: Forward,
     plan: Plan,

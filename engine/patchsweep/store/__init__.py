@@ -1,0 +1,53 @@
+"""Results on disk: a Zarr v3 group that xarray opens, one chunk per block.
+
+Layout under the results folder:
+
+- `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
+- `<component>/<metric>_estimate`, where the sweep estimates the component: the same dimensions and
+  chunks, without a status; its attribute `approximation` says how it was made.
+- `edges/<metric>`, where the sweep scores edges: [direction, source, sample, pair, sender,
+  receiver], NaN where there is no edge, with the nodes' texts as coordinates; its attribute
+  `approximation` says how it was made.
+- `completion/estimates`, `completion/edges` uint8 [source, sample, pair], chunks of one: whose
+  estimates, whose edges' scores are written.
+- `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
+  position]: what becomes of an estimated component's cells (`prefilter.Choice`);
+  `completion/choice` uint8 [1]: whether that is written.
+- `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
+- `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
+  it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
+  `site_position`, `site_source`.
+- `baseline/<metric>`, `baseline/<metric>_noise_floor`: [run, source, sample, pair], the runs
+  being clean and corrupt.
+- `prompts/`: `clean_tokens`, `corrupt_tokens` int32 [pair, position] (-1 = outside), their strings
+  in `clean_text`, `corrupt_text`; `align` [pair, position], the corrupt position of a clean one;
+  `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
+  `answer_text`, `wrong_text`: one entry per pair.
+- Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
+  the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
+  versions, host, device, threads, measured).
+
+Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
+
+A chunk is written to a temporary file and renamed, data before its record: what is marked done
+outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
+outlives a power cut. A zip file of such a folder (`pack`) can be read.
+"""
+
+from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED
+from patchsweep.store.files import job_folder, locked
+from patchsweep.store.store import SCHEMA, Store, pack, remove
+
+__all__ = [
+    "CHOSEN",
+    "EDGES",
+    "ESTIMATED",
+    "RUNS",
+    "SCHEMA",
+    "SCORED",
+    "Store",
+    "job_folder",
+    "locked",
+    "pack",
+    "remove",
+]

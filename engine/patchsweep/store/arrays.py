@@ -1,0 +1,184 @@
+"""The arrays of results, laid out empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import ZstdCodec
+
+from patchsweep.pairs import Pair
+from patchsweep.sites import DIMENSIONS, Grid, unit_name
+
+RUNS = ("clean", "corrupt")
+ESTIMATED = "completion/estimates"
+CHOSEN = "completion/choice"
+EDGES, SCORED = "edges", "completion/edges"
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    dims: Sequence[str],
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: Any,
+    fill: Any,
+) -> zarr.Array[Any]:
+    return group.create_array(
+        name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value=fill,
+        compressors=ZstdCodec(level=3, checksum=True),
+        dimension_names=list(dims),
+        config={"write_empty_chunks": True},
+    )
+
+
+def put(group: zarr.Group, name: str, dims: Sequence[str], data: Any) -> None:
+    """Create and fill a small array in one chunk; strings become Zarr's variable-length strings."""
+    data = np.asarray(data)
+    text = data.dtype.kind in "UO"
+    chunks = tuple(max(1, n) for n in data.shape)
+    array = create_array(
+        group, name, dims, data.shape, chunks, str if text else data.dtype, "" if text else 0
+    )
+    array[...] = data.astype(object) if text else data
+
+
+def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype: str) -> None:
+    group = root.create_group(grid.component, attributes={"unit_name": unit_name(grid.component)})
+    for metric in metrics:
+        create_array(group, metric, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
+        name = f"{metric}_status"
+        create_array(group, name, DIMENSIONS, grid.shape, grid.chunks, "uint8", 0)
+    coordinates = {
+        "direction": grid.directions,
+        "source": grid.sources,
+        "sample": np.arange(grid.samples),
+        "pair": np.arange(grid.pairs),
+        "layer": np.arange(grid.first_layer, grid.first_layer + grid.layers),
+        "unit": np.arange(grid.units),
+        "position": grid.positions,
+    }
+    for name, data in coordinates.items():
+        put(group, name, (name,), data)
+    completion = root.require_group("completion")
+    blocks = math.prod(grid.tiles)
+    create_array(completion, grid.component, ("block",), (blocks,), (1,), "uint8", 0)
+
+
+def create_estimates(
+    root: zarr.Group,
+    grids: Sequence[Grid],
+    metrics: Sequence[str],
+    dtype: str,
+    estimators: Mapping[str, str],
+) -> None:
+    if not estimators:
+        return
+    for grid in (g for g in grids if g.component in estimators):
+        how = f"attribution patching ({estimators[grid.component]})"
+        for metric in metrics:
+            name = f"{grid.component}/{metric}_estimate"
+            array = create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
+            array.update_attributes({"approximation": how})
+        for what in ("status", "stratum"):
+            name, cells = f"choice/{grid.component}_{what}", grid.shape[4:]
+            dims = ("direction", "source", "layer", "unit", "position")
+            shape = (len(grid.directions), len(grid.sources), *cells)
+            create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
+    create_marks(root, ESTIMATED, grids[0])
+    create_array(root, CHOSEN, ("choice",), (1,), (1,), "uint8", 0)
+
+
+def create_marks(root: zarr.Group, name: str, grid: Grid) -> None:
+    shape = (len(grid.sources), grid.samples, grid.pairs)
+    create_array(root, name, ("source", "sample", "pair"), shape, (1, 1, 1), "uint8", 0)
+
+
+def create_edges(
+    root: zarr.Group,
+    grid: Grid,
+    metrics: Sequence[str],
+    dtype: str,
+    how: str | Mapping[str, Mapping[str, int]],
+    nodes: tuple[Sequence[str], Sequence[str]],
+) -> None:
+    group = root.create_group(EDGES)
+    coordinates: dict[str, Any] = {
+        "direction": grid.directions,
+        "source": grid.sources,
+        "sample": np.arange(grid.samples),
+        "pair": np.arange(grid.pairs),
+        "sender": nodes[0],
+        "receiver": nodes[1],
+    }
+    sizes = tuple(map(len, coordinates.values()))
+    text = how if isinstance(how, str) else f"eap_ig, {how['eap_ig']['steps']} steps"
+    for metric in metrics:
+        chunks = (1, 1, 1, 1, *sizes[4:])
+        array = create_array(group, metric, tuple(coordinates), sizes, chunks, dtype, math.nan)
+        array.update_attributes({"approximation": f"edge attribution patching ({text})"})
+    for name, data in coordinates.items():
+        put(group, name, (name,), data)
+    create_marks(root, SCORED, grid)
+
+
+def create_baseline(
+    root: zarr.Group, grids: Sequence[Grid], metrics: Sequence[str], pairs: int, dtype: str
+) -> None:
+    group = root.create_group("baseline")
+    # The pairs of any block are then whole chunks.
+    chunks = (len(RUNS), 1, 1, math.gcd(*(grid.pair_tile for grid in grids)))
+    sources, samples = grids[0].sources, grids[0].samples
+    dims = ("run", "source", "sample", "pair")
+    for metric in metrics:
+        for name in (metric, f"{metric}_noise_floor"):
+            shape = (len(RUNS), len(sources), samples, pairs)
+            create_array(group, name, dims, shape, chunks, dtype, math.nan)
+    put(group, "run", ("run",), RUNS)
+    put(group, "source", ("source",), sources)
+    put(group, "sample", ("sample",), np.arange(samples))
+    put(group, "pair", ("pair",), np.arange(pairs))
+
+
+def create_prompts(
+    root: zarr.Group, pairs: Sequence[Pair], token_strings: Callable[[int], str]
+) -> None:
+    def texts(sets: Sequence[tuple[int, ...]]) -> list[list[str]]:
+        return [[token_strings(token) for token in tokens] for tokens in sets]
+
+    answer, wrong = [pair.answer for pair in pairs], [pair.wrong for pair in pairs]
+    group = root.create_group(
+        "prompts",
+        attributes={
+            "labels": [dict(pair.labels) for pair in pairs],
+            "answer": [list(tokens) for tokens in answer],
+            "wrong": [list(tokens) for tokens in wrong],
+            "answer_text": texts(answer),
+            "wrong_text": texts(wrong),
+            "aligned": [pair.align is not None for pair in pairs],
+            "others": [dict(pair.others) for pair in pairs],
+            "continuation": [list(pair.continuation) for pair in pairs],
+        },
+    )
+    width = max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))
+    dims = ("pair", "position")
+    for run in RUNS:
+        rows = [getattr(pair, run) for pair in pairs]
+        tokens = [[*row, *[-1] * (width - len(row))] for row in rows]
+        strings = [[*row, *[""] * (width - len(row))] for row in texts(rows)]
+        put(group, f"{run}_tokens", dims, np.array(tokens, dtype=np.int32))
+        put(group, f"{run}_text", dims, np.array(strings, dtype=object))
+    put(group, "length", ("pair",), np.array([len(pair) for pair in pairs], dtype=np.int32))
+    align = [[*pair.alignment.tolist(), *[-1] * (width - len(pair))] for pair in pairs]
+    put(group, "align", dims, np.array(align, dtype=np.int32))
+    put(group, "group", ("pair",), np.array([pair.group for pair in pairs], dtype=object))
+    put(group, "pair", ("pair",), np.arange(len(pairs)))
+    put(group, "position", ("position",), np.arange(width))
