@@ -98,7 +98,7 @@ class Ready:
             attribution.estimate_pairs(
                 self.forward, self.plan, pairs, how, self.given.metrics, self.values
             )
-            for pairs in attribution.pair_ranges(self.plan)
+            for pairs in attribution.pair_ranges(self.plan, range(len(self.plan.pairs)))
         ]
         return {
             name: Grid(np.concatenate([self._changes(part, name) for part in parts]))
