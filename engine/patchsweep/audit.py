@@ -23,9 +23,14 @@ Ints = NDArray[np.int64]
 def strata(score: NDArray[np.floating], count: int) -> Ints:
     """The stratum of every cell [cell], 0 the lowest magnitudes: quantiles, whose sizes differ by
     at most one. A score that is not a number counts as the highest."""
+    return ranks(np.abs(score)) * count // max(1, len(score))
+
+
+def ranks(score: NDArray[np.floating]) -> Ints:
+    """The rank of every score [cell], 0 the lowest; equal ones in order, NaN the highest."""
     rank = np.empty(len(score), np.int64)
-    rank[np.argsort(np.abs(score), kind="stable")] = np.arange(len(score))
-    return rank * count // max(1, len(score))
+    rank[np.argsort(score, kind="stable")] = np.arange(len(score))
+    return rank
 
 
 def draw(stratum: Ints, each: int, seed: int) -> Ints:

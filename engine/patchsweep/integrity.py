@@ -22,13 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
-from patchsweep.sites import Block, Grid, Status, blocks
+from patchsweep.sites import MEASURED, Block, Grid, Status, blocks
 from patchsweep.store import CHOSEN, EDGES, ESTIMATED, SCORED, Store
 
 Why = Literal["missing", "truncated", "checksum", "inconsistent"]
 Marks = NDArray[np.bool_]
-# The statuses whose values are finite.
-FINITE = (Status.EXACT, Status.STRUCTURAL, Status.AUDITED)
 
 
 @dataclass(frozen=True)
@@ -198,7 +196,7 @@ def _block(store: Store, grid: Grid, block: Block, done: bool, decode: bool) -> 
 def _consistent(values: NDArray[Any], status: NDArray[Any]) -> bool:
     """Nothing is left to do, and values are finite just where their status says so."""
     known = np.isin(status, [s for s in Status if s != Status.NOT_DONE]).all()
-    return bool(known and (np.isfinite(values) == np.isin(status, FINITE)).all())
+    return bool(known and (np.isfinite(values) == np.isin(status, MEASURED)).all())
 
 
 def _by_pairs(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.audit import Audit, Stratum, draw, strata
+from patchsweep.audit import Audit, Stratum, draw, ranks, strata
 from patchsweep.effect import Array
 from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
@@ -53,7 +53,7 @@ def choose(scores: Array, possible: Map, given: Prefilter | None) -> Choice:
         return Choice(status, stratum)
     cells = np.flatnonzero(possible)
     by_metric = np.abs(scores).reshape(len(scores), -1)[:, cells]
-    best = np.max([_ranks(row) for row in by_metric], axis=0)
+    best = np.max([np.where(np.isnan(row), -1, ranks(row)) for row in by_metric], axis=0)
     kept = np.zeros(len(cells), bool)
     if isinstance(given.keep, Mapping):
         kept[(by_metric >= given.keep["threshold"]).any(0)] = True
@@ -73,13 +73,6 @@ def how_many(keep: str | int, cells: int) -> int:
     if isinstance(keep, int):
         return min(keep, cells)
     return math.ceil(float(keep.rstrip("%")) / 100 * cells - 1e-9)
-
-
-def _ranks(score: Array) -> NDArray[np.int64]:
-    rank = np.empty(len(score), np.int64)
-    rank[np.argsort(score, kind="stable")] = np.arange(len(score))
-    rank[np.isnan(score)] = -1
-    return rank
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,17 @@ from patchsweep.errors import BadInput
 from patchsweep.integrity import Check, check, refuse_missing
 from patchsweep.prefilter import Choice, Verdict, judge
 from patchsweep.reader import Reader, one_of
-from patchsweep.sites import DIMENSIONS, SETS, WINDOWED, Grid, Status, unit_name, window_name
+from patchsweep.sites import (
+    DIMENSIONS,
+    MEASURED,
+    RUN,
+    SETS,
+    WINDOWED,
+    Grid,
+    Status,
+    unit_name,
+    window_name,
+)
 from patchsweep.spec import INNER, Prefilter
 from patchsweep.statistics import (
     Agreement,
@@ -46,11 +56,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-# The statuses whose values are those of a patched run.
-MEASURED = (Status.EXACT, Status.STRUCTURAL, Status.AUDITED)
 AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 UNSIGNED = "atp_star"  # an estimator of magnitudes
-RUN = (Status.EXACT, Status.AUDITED)
 
 
 @dataclass(frozen=True)

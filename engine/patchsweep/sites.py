@@ -72,6 +72,11 @@ class Status(IntEnum):
     NOT_FINITE = 6
 
 
+# The statuses of cells that were run, and of all whose value is that of a patched run.
+RUN = (Status.EXACT, Status.AUDITED)
+MEASURED = (*RUN, Status.STRUCTURAL)
+
+
 @dataclass(frozen=True)
 class Grid:
     """The result arrays of one component: their size and how they are cut into chunks.

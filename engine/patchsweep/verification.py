@@ -14,11 +14,11 @@ from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
 from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
-from patchsweep.plan import RUN, Ints, Plan, Wave
+from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.prepare import digest, files_of, prepare
 from patchsweep.results import Results
 from patchsweep.schedule import Schedule, make_schedule
-from patchsweep.sites import SETS
+from patchsweep.sites import RUN, SETS
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.stacked import only
 from patchsweep.wave import values_of_rows

@@ -11,7 +11,6 @@ and the token budget; where only chosen cells are run, of these as well.
 """
 
 from patchsweep.plan.costs import (
-    RUN,
     Choice,
     Ints,
     entries_of,
@@ -23,7 +22,6 @@ from patchsweep.plan.plan import Plan, arranged, make_plan, narrowed
 from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Wave
 
 __all__ = [
-    "RUN",
     "SCORES_ELEMENTS",
     "BudgetTooSmall",
     "Choice",

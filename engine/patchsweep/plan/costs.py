@@ -9,13 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.layout import OWN, Layout, Layouts, Variant
-from patchsweep.sites import Block, Status
+from patchsweep.sites import RUN, Block
 
 Ints = NDArray[np.int64]
 # Which cells of a component are run, and as what, where not all are: by component, direction and
 # source (their numbers), sites.Status [layer, unit, entry]. A cell is run in every pair or in none.
 Choice = Mapping[tuple[str, int, int], NDArray[np.uint8]]
-RUN = (Status.EXACT, Status.AUDITED)
 
 
 def entries_of(b: Block) -> tuple[slice, slice]:

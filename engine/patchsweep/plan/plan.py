@@ -16,7 +16,7 @@ from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
-from patchsweep.plan.costs import RUN, Choice, Costs, base_tokens, entries_of, variants
+from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
 from patchsweep.plan.waves import SCORES_ARRAYS, Wave, packed_waves, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
@@ -26,7 +26,7 @@ from patchsweep.reads import (
     whole_vocabulary,
 )
 from patchsweep.sae import TILE as FEATURES_TILE
-from patchsweep.sites import SETS, Block, Direction, Grid
+from patchsweep.sites import RUN, SETS, Block, Direction, Grid
 from patchsweep.sources import Source, resolve
 from patchsweep.spec import Sweep
 

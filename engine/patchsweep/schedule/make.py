@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from patchsweep.layout import CODES, OWN, Places, Variant, injected_tokens
-from patchsweep.plan import RUN, Ints, Plan, Wave, null_start
+from patchsweep.plan import Ints, Plan, Wave, null_start
 from patchsweep.schedule.steps import Bools, Edit, Embedding, Patched, Runs, Schedule, ragged
-from patchsweep.sites import SETS, Block
+from patchsweep.sites import RUN, SETS, Block
 
 NULL = -1  # the block of null patches, which belong to none
 
