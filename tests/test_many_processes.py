@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import yaml
 import zarr
 
 import patchsweep as ps
@@ -200,6 +201,24 @@ def _any_computed(folder: Path) -> bool:
 def test_thirty_kills(job: Job, tmp_path: Path) -> None:
     disturb(job, tmp_path / "r.zarr", [kill_one, kill_all] * 15, seed=1)
     assert start(TORCHRUN, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
+    check_equal(tmp_path / "r.zarr", job)
+
+
+@pytest.mark.slow
+def test_three_kills_of_a_real_model(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    said = {
+        "model": "smollm2-135m",
+        "device": "cpu",
+        "prompts": {"task": "ioi", "n": 4},
+        "components": ["head_z", "mlp_out"],
+        "token_budget": 512,
+    }
+    spec.write_text(yaml.safe_dump(said))
+    job = Job(spec, tmp_path / "whole.zarr")
+    assert start(TORCHRUN, 1, spec, "--out", job.whole).wait() == 0
+    disturb(job, tmp_path / "r.zarr", [kill_one, kill_all, kill_one], seed=2)
+    assert start(TORCHRUN, 2, spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
 
 
