@@ -153,6 +153,7 @@ def test_a_prompts_file_lies_beside_the_spec(tmp_path: Path) -> None:
         ({"corrupt": {"gaussian": {"sigma": 0}}}, ["gaussian: sigma: 0 is no number above 0"]),
         ({"corrupt": {"gaussian": {"sigma": [3, -1]}}}, ["sigma: -1 is no number above 0"]),
         ({"corrupt": {"gaussian": {"sigm": 3}}}, ["unknown key 'sigm'", "'sigma'"]),
+        ({"sae": {"file": "x", "lyer": 3}}, ["unknown key 'sae.lyer'", "'layer'"]),
         ({"corrupt": {"gaussian": {"samples": 0}}}, ["gaussian: samples: ", "is 0"]),
         ({"corrupt": {"gaussian": {"std": "all"}}}, ["gaussian: std: ", "'table'"]),
         ({"source": "mean"}, ["source: source mean needs the prompts", "{mean: {prompts: clean}}"]),

@@ -52,9 +52,10 @@ def _correct(model: Model | None, pairs: Iterable[Pair], n: int | None, least: i
         if answers_right(model, pair):
             found.append(pair)
     if len(found) < least:
+        mend = f"ask for {len(found)}, or leave only_correct out" if found else "leave it out"
         raise BadInput(
-            f"prompts: only_correct leaves {len(found)} pairs of {tried}, which {model.name} "
-            f"answers right, and {least} are asked for: ask for fewer, or leave only_correct out"
+            f"prompts: only_correct keeps {len(found)} of {tried} pairs, as many as {model.name} "
+            f"answers right, which is too few: {mend}"
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -191,5 +191,11 @@ def _validated(kind: type[S], data: Mapping[str, Any], where: str) -> S:
 
 
 def _owner(error: Any) -> type[BaseModel]:
-    """Whose keys a misspelt one is compared with."""
-    return Prompts if error["loc"][:1] == ("prompts",) and len(error["loc"]) > 1 else Spec
+    """Whose keys a misspelt one is compared with: those of the part of the spec that it is in."""
+    kind: type[BaseModel] = Spec
+    for key in error["loc"][:-1]:
+        field = kind.model_fields.get(str(key))
+        said = field.annotation if field else None
+        parts = [p for p in (said, *get_args(said)) if isinstance(p, type)]
+        kind = next((p for p in parts if issubclass(p, BaseModel)), kind)
+    return kind
