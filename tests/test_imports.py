@@ -40,7 +40,7 @@ LEVELS = (
     ("means", "selftest", "attribution"),
     ("prepare", "backends"),
     ("engine",),
-    ("demo", "verification"),
+    ("demo", "verification", "reproduce"),
     ("cli",),
     ("__main__",),
 )

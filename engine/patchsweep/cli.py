@@ -325,6 +325,57 @@ def export(results: Path, table: Path, /) -> None:
 
 
 @app.command
+def reproduce(
+    name: str | None = None,
+    /,
+    *,
+    model: str = "smollm2-135m",
+    n: int | None = None,
+    out: Path | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: Flag = False,
+) -> None:
+    """Run an experiment of the papers on a model, and report which of its findings hold there.
+
+    Given again, it goes on where it stopped.
+
+    Example: patchsweep reproduce best-practices-ioi --model gpt2
+
+    Parameters
+    ----------
+    name
+        The experiment; left out, they are listed.
+    model
+        A packaged model, a local folder, a .gguf file or a Hub id.
+    n
+        How many pairs of prompts; the experiment's own number if left out.
+    out
+        Folder for results, report.md, tables and figures; reproduce/NAME-MODEL if left out.
+    seed
+        Another seed draws other prompts and noise.
+    device
+        auto, cpu, cuda, cuda:1 or balanced.
+    overwrite
+        Replace results that are there.
+    """
+    from patchsweep.reproduce import EXPERIMENTS
+    from patchsweep.reproduce import reproduce as run_experiment
+
+    console = _console()
+    if name is None:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("name", "experiment", "from", "pairs"):
+            table.add_column(heading)
+        for each in EXPERIMENTS.values():
+            table.add_row(each.name, each.title, each.source, str(each.pairs))
+        console.print(table)
+        return
+    report = run_experiment(name, model, out, n, seed, device, overwrite=overwrite)
+    report.show(console)
+
+
+@app.command
 def tasks() -> None:
     """The prompt tasks that are built in, with an example of each.
 

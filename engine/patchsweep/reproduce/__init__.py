@@ -1,0 +1,54 @@
+"""Experiments of the papers on activation patching, one command each, on any model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from patchsweep import heatmaps
+from patchsweep.errors import BadInput
+from patchsweep.model import load_model
+from patchsweep.reproduce import greater_than, ioi
+from patchsweep.reproduce.experiment import Experiment, Report, Setting
+from patchsweep.tasks.task import nearest
+
+EXPERIMENTS: dict[str, Experiment] = {
+    experiment.name: experiment for experiment in (ioi.EXPERIMENT, greater_than.EXPERIMENT)
+}
+
+__all__ = ["EXPERIMENTS", "Experiment", "Report", "Setting", "find", "reproduce"]
+
+
+def find(name: str) -> Experiment:
+    """The experiment of this name; BadInput if there is none."""
+    if name not in EXPERIMENTS:
+        raise BadInput(f"unknown experiment '{name}': {nearest(name, EXPERIMENTS)}")
+    return EXPERIMENTS[name]
+
+
+def reproduce(
+    name: str,
+    model: str = "smollm2-135m",
+    out: str | Path | None = None,
+    n: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "float32",
+    *,
+    overwrite: bool = False,
+) -> Report:
+    """Run an experiment of the papers on a model, and write its results and report to `out`.
+
+    out: reproduce/<name>-<model> if left out. n: pairs of prompts, the experiment's own number if
+    left out. What an earlier run has finished is not done again, unless `overwrite` is set.
+    BadInput for an unknown experiment, and as `load_model` and `sweep` do.
+    """
+    experiment = find(name)
+    if n is not None and n < 1:
+        raise BadInput(f"n is {n}: ask for at least 1 pair")
+    heatmaps.needed()
+    folder = Path(out) if out is not None else Path("reproduce") / f"{name}-{Path(model).name}"
+    loaded = load_model(model, dtype, device)
+    setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)
+    report = experiment.run(setting)
+    report.write(folder)
+    return report
