@@ -45,6 +45,7 @@ from test_sweep import (
 )
 
 COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify", "check")
+COMMANDS += ("reproduce",)
 
 
 @dataclass(frozen=True)

@@ -82,11 +82,12 @@ def _status(arguments: list[str]) -> int:
 
 
 def _go_on(arguments: list[str]) -> str:
-    """How to go on after an interrupted run."""
-    if arguments[:1] != ["run"]:
+    """How to go on after an interrupted run, or experiment."""
+    if arguments[:1] not in (["run"], ["reproduce"]):
         return ""
     kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    command = shlex.join([*_launched_by(arguments), *kept, "--resume"])
+    resume = ["--resume"] if arguments[0] == "run" else []
+    command = shlex.join([*_launched_by(arguments), *kept, *resume])
     return f"; what was finished is kept, go on with: {command}"
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from patchsweep.engine import sweep
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import counted
+from patchsweep.heatmaps import LONGEST_MODEL, counted
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
@@ -52,7 +52,8 @@ class Setting:
         """The model, its size, and how many pairs from which seed, in one line."""
         d, dtype = self.model.dimensions, str(self.model.hf_model.dtype).removeprefix("torch.")
         heads = f"{d.layers} layers of {d.heads} heads ({d.kv_heads} for keys and values)"
-        return f"{self.model.name}, {heads}, {dtype}; {counted(self.n)}, seed {self.seed}"
+        name = self.model.name[-LONGEST_MODEL:]
+        return f"{name}, {heads}, {dtype}; {counted(self.n)}, seed {self.seed}"
 
     def pairs(self, task: str, *, only_correct: bool = False, **options: str) -> list[Pair]:
         """`n` pairs of a built-in task; BadInput as for the prompts of a spec."""

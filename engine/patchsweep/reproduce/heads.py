@@ -138,11 +138,17 @@ def figure(title: Sequence[str], found: Sequence[Heads]) -> Figure:
         for here in own:
             axes = grid[corruptions.index(here.corruption)][column]
             _draw(axes, here, limit)
-        unit = f"{NAMES[metric]}\n({UNITS[metric]})"
+        grid[0][column].set_title(NAMES[metric], fontsize=9)
         bar = drawn.colorbar(
-            axes.images[0], ax=list(grid[:, column]), location="bottom", ticks=MaxNLocator(5)
+            axes.images[0],
+            ax=list(grid[:, column]),
+            location="bottom",
+            ticks=MaxNLocator(5),
+            aspect=30,
+            fraction=0.05,
+            pad=0.02,
         )
-        bar.set_label(unit, fontsize=8)
+        bar.set_label(f"effect ({UNITS[metric]})", fontsize=8)
         bar.ax.tick_params(labelsize=7)
     for row, corruption in enumerate(corruptions):
         grid[row][0].set_ylabel(f"{corruption}\nlayer", fontsize=8)

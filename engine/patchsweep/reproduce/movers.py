@@ -23,6 +23,25 @@ from patchsweep.results import Results
 MOST = 3  # name movers
 NAMES = ("IO", "S1", "S2")
 VALUES, OUTPUTS = "values", "outputs"
+SHARE = "logit difference recovered"
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The logit of IO in the unpatched runs and in the patched one, means over pairs."""
+
+    clean: float
+    corrupt: float
+    restored: float
+
+    @property
+    def share(self) -> float:
+        """How much of what the corruption takes from it is recovered; NaN where it takes none."""
+        lost = self.clean - self.corrupt
+        return (self.restored - self.corrupt) / lost if lost > 0 else float("nan")
+
+    def __str__(self) -> str:
+        return f"{self.corrupt:.2f} to {self.restored:.2f} (clean {self.clean:.2f})"
 
 
 @dataclass(frozen=True)
@@ -36,11 +55,17 @@ class Circuit:
     @property
     def line(self) -> str:
         """Which heads they are."""
+        shared = (
+            f" Values are those of the key-value heads that they read, shared by {self.grouped} "
+            "query heads each."
+            if self.grouped > 1
+            else ""
+        )
         return (
             "Name movers (the largest positive ones by logit difference in the later half of the "
             f"layers, S1 and IO replaced): {text(self.movers)}. S-inhibition heads (positive in "
             "earlier layers, S2 replaced, and attending from END to S2 most): "
-            f"{text(self.inhibition)}."
+            f"{text(self.inhibition)}.{shared}"
         )
 
     def sweep(self, setting: Setting, name: str, pairs: Sequence[Pair], corrupt: Any) -> Results:
@@ -86,18 +111,25 @@ def attention(circuit: Circuit, results: Mapping[str, Results]) -> tuple[Table, 
     return Table(title, ("run", "head", *NAMES), tuple(rows)), shares
 
 
-def recovered(results: Mapping[str, Results]) -> tuple[Table, dict[str, float]]:
-    """The effect of restoring the S-inhibition heads (0 = corrupt, 1 = clean), and that of their
-    values on the logit of IO, by corruption."""
+def recovered(results: Mapping[str, Results]) -> tuple[Table, dict[str, Gain]]:
+    """What restoring the S-inhibition heads does, by corruption: all of it as a table, and what
+    their values alone do to the logit of IO."""
     rows, gains = [], {}
     for name, found in results.items():
-        by = {m: found.effect("sets", m, "denoise")[0, 0] for m in ("logit", "logit_diff")}
-        for i, which in enumerate(found.grid("sets").positions):
-            rows.append((name, str(which), *(f"{effect[i]:.3f}" for effect in by.values())))
+        clean, corrupt = found.baseline("logit")[:, 0].mean((1, 2))
+        moved = found.changes("sets", "logit", "denoise")[0].mean(0)[0, 0]
+        shares = found.effect("sets", "logit_diff", "denoise")[0, 0]
+        for which, change, share in zip(found.grid("sets").positions, moved, shares, strict=True):
+            gain = Gain(float(clean), float(corrupt), float(corrupt + change))
+            numbers = (f"{gain.clean:.3f}", f"{gain.corrupt:.3f}", f"{gain.restored:.3f}")
+            rows.append((name, str(which), *numbers, f"{share:.3f}"))
             if which == VALUES:
-                gains[name] = float(by["logit"][i])
-    columns = ("corruption", "restored", "logit of IO", "logit difference")
-    return Table("S-inhibition heads restored, S2 corrupted", columns, tuple(rows)), gains
+                gains[name] = gain
+    runs = ("clean", "corrupt", "restored")
+    columns = ("corruption", "what", *(f"IO {run}" for run in runs), SHARE)
+    return Table(
+        "S-inhibition heads restored, S2 corrupted: the logit of IO", columns, tuple(rows)
+    ), gains
 
 
 def _attending_to_s2(setting: Setting, candidates: Sequence[str]) -> list[str]:

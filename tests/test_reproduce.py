@@ -1,0 +1,285 @@
+"""The papers' experiments: their frame and what is compared, on tiny models and planted effects;
+one short run of each on SmolLM2-135M."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+import patchsweep as ps
+from made_tokenizers import byte_level
+from patchsweep.errors import BadInput
+from patchsweep.model import empty_model
+from patchsweep.reproduce import EXPERIMENTS, claims, heads, movers, published, reproduce
+from patchsweep.reproduce.experiment import Finding, Report, Setting, Table
+from patchsweep.reproduce.heads import Heads
+
+IOI, GREATER_THAN = "best-practices-ioi", "best-practices-greater-than"
+PLANTED = {"9.6": 0.8, "9.9": 0.9, "10.7": -0.7}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> ps.Model:
+    """A Llama with shared key-value heads and random weights that do something."""
+    tokenizer = byte_level()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    return ps.wrap(LlamaForCausalLM(config), tokenizer, "tiny")
+
+
+@pytest.fixture(scope="module")
+def folder(tiny: ps.Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, saved."""
+    path = tmp_path_factory.mktemp("model")
+    tiny.hf_model.save_pretrained(path)
+    tiny.tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def setting(tiny: ps.Model, tmp_path: Path) -> Setting:
+    return Setting(tiny, 3, 0, tmp_path / "out")
+
+
+def planted(corruption: str = "STR", metric: str = "logit_diff", **changed: float) -> Heads:
+    """Effects of 12 × 12 heads: small noise, and some large ones."""
+    effect = np.random.default_rng(0).normal(0, 0.01, (12, 12))
+    for head, value in (PLANTED | {k.replace("_", "."): v for k, v in changed.items()}).items():
+        layer, number = map(int, head.split("."))
+        effect[layer, number] = value
+    return Heads(corruption, metric, effect)
+
+
+def sized(config: GPT2Config) -> ps.Model:
+    return ps.Model(empty_model(config, "float32"), None, "some folder")
+
+
+def test_the_papers_models_are_known_by_their_size() -> None:
+    small = sized(GPT2Config())
+    assert published.model_of(small) == "gpt2-small"
+    said, line = published.applies(IOI, small)
+    assert len(said) == 12
+    assert "GPT-2 small" in line
+    xl = sized(GPT2Config(n_layer=48, n_head=25, n_embd=1600))
+    assert published.model_of(xl) == "gpt2-xl"
+    for other in (xl, sized(GPT2Config(n_layer=6)), sized(GPT2Config(vocab_size=50258))):
+        assert published.applies(IOI, other) == (
+            [],
+            "No published list applies to this model (they hold for GPT-2 small).",
+        )
+
+
+def test_the_published_lists() -> None:
+    ioi = published.lists(IOI, "gpt2-small")
+    [found] = [said for said in ioi if (said.corrupted, said.corruption) == ("s1_io", "STR")][1:2]
+    assert (found.where, found.metric) == ("Table 4", "prob")
+    assert found.heads == {"+9.9"}
+    assert [said.reading for said in published.lists("best-practices-docstring")].count(True) == 3
+    for name in (IOI, GREATER_THAN):
+        for said in published.lists(name):
+            assert said.positive
+            assert not said.positive & said.negative
+            for head in said.positive | said.negative:
+                assert all(0 <= int(number) < 12 for number in head.split("."))
+
+
+def test_heads_are_compared_with_their_sign() -> None:
+    said = published.List("T", "s2", "STR", "kl", frozenset({"9.9", "2.0"}), frozenset({"10.7"}))
+    found = published.compare(said, ("10.7", "9.9", "11.2"), ())
+    assert found == published.Comparison(("+9.9",), ("+2.0", "−10.7"), ("+10.7", "+11.2"))
+    unsigned = replace(said, positive=frozenset({"9.9"}), signed=False)
+    found = published.compare(unsigned, ("9.9",), ())
+    assert found == published.Comparison(("9.9",), (), ())
+
+
+def test_planted_heads_are_detected_and_compared() -> None:
+    here = planted()
+    assert here.positive == ("9.6", "9.9")
+    assert here.negative == ("10.7",)
+    table4 = [said for said in published.lists(IOI) if said.corrupted == "s1_io"]
+    rows = heads.against(table4, [here], "Against Table 4").rows
+    assert rows == (
+        ("Table 4", "STR", "logit difference", "+9.6 +9.9 −10.7", "+10.0 −11.10", "none"),
+    )
+
+
+def test_the_claims_can_hold_and_fail() -> None:
+    three = [planted("STR", metric) for metric in heads.METRICS]
+    other = planted("GN", "kl", **{"0_3": -0.8, "1_4": 0.8})
+    noisy = [planted("GN", "logit_diff"), planted("GN", "prob"), other]
+    paper = [said for said in published.lists(IOI) if said.corrupted == "s2"]
+    agree = claims.metrics_agree([*three, *noisy], paper, "Table 5")
+    # Table 5 by hand: STR (6/7 + 7/7 + 6/7) / 3; GN (6/9 + 5/9 + 6/7) / 3.
+    assert "0.90 against 0.69" in agree.claim
+    assert (agree.measured, agree.holds) == ("1.00 against 0.73", True)
+    swapped = [Heads({"STR": "GN", "GN": "STR"}[h.corruption], h.metric, h.effect) for h in noisy]
+    same = [Heads("GN", h.metric, h.effect) for h in three]
+    assert claims.metrics_agree([*swapped, *same], paper, "Table 5").holds is False
+    more = claims.only_by_noise([*three, *noisy], paper, "logit_diff", "Table 5")
+    assert "+3.0" in more.claim
+    assert more.holds is False
+    more = claims.only_by_noise([*three, *noisy], paper, "kl", "Table 5")
+    assert (more.measured, more.holds) == ("−0.3 +1.4", True)
+
+
+def test_effects_as_the_paper_has_them(setting: Setting) -> None:
+    """From the raw arrays: a ratio of means, and differences that are positive towards clean."""
+    pairs = setting.pairs("ioi")
+    cells = {"components": ["head_z"], "positions": "all", "metrics": list(heads.METRICS)}
+    results = setting.sweep("s2", pairs, corrupt=setting.gaussian(["S2"]), **cells)
+    for metric in heads.METRICS:
+        found = heads.effects(results, "GN", metric)
+        patched = results.store.read(f"head_z/{metric}")[0, 0, 0, ..., 0].astype(float)
+        clean, corrupt = results.baseline(metric)[:, 0, 0]
+        moved = patched.mean(0) - corrupt.mean()
+        by_hand = {"prob": moved, "kl": -moved}.get(metric, moved / (clean - corrupt).mean())
+        assert np.ptp(by_hand) > 1e-5
+        np.testing.assert_allclose(found.effect, by_hand, rtol=0, atol=1e-4 * np.ptp(by_hand))
+        assert found.effect.shape == (4, 4)
+        cells_ = results.detections("head_z", metric, "denoise")
+        assert {f"{c.layer}.{c.unit}" for c in cells_} == {*found.positive, *found.negative}
+
+
+def test_the_circuit_is_measured_as_the_model_attends(setting: Setting) -> None:
+    """Attention and restored logits against the model's own forwards, one pair at a time."""
+    circuit = movers.Circuit(("3.1", "2.3"), ("0.1", "1.2"), 2)
+    pairs = setting.pairs("ioi", corruption="s2")
+    results = {"STR": circuit.sweep(setting, "STR", pairs, "pairs")}
+    table, shares = movers.attention(circuit, results)
+    hf = setting.model.hf_model
+    hf.set_attn_implementation("eager")
+    for run, tokens in (("clean", [p.clean for p in pairs]), ("STR", [p.corrupt for p in pairs])):
+        seen = []
+        for pair, ids in zip(pairs, tokens, strict=True):
+            with torch.no_grad():
+                patterns = hf(torch.tensor([ids]), output_attentions=True).attentions
+            at = [pair.labels[name] for name in movers.NAMES]
+            seen.append([patterns[i][0, h, -1, at].tolist() for i, h in ((3, 1), (2, 3))])
+        means = np.mean(seen, 0)
+        rows = [row[2:] for row in table.rows if row[0] == run]
+        np.testing.assert_allclose(np.array(rows, float), means, atol=6e-4)
+        assert shares[run] == pytest.approx(means[:, 0].sum() / means[:, :2].sum(), abs=1e-5)
+    _, gains = movers.recovered(results)
+    gain = gains["STR"]
+    for end, ids in ((gain.clean, "clean"), (gain.corrupt, "corrupt")):
+        with torch.no_grad():
+            logits = [hf(torch.tensor([getattr(p, ids)])).logits[0, -1, p.answer[0]] for p in pairs]
+        assert end == pytest.approx(float(np.mean(logits)), abs=1e-5)
+    # Heads 0.1 and 1.2 read the key-value heads 0.0 and 1.1.
+    sites = ["head_v.0.0", "head_v.1.1"]
+    again = setting.sweep("again", pairs, sets={"x": sites}, metrics=["logit"])
+    patched = again.store.read("sets/logit")[..., 0].mean()
+    assert gain.restored == pytest.approx(float(patched), abs=1e-5)
+    assert abs(gain.restored - gain.corrupt) > 1e-3
+
+
+def test_a_share_of_nothing_lost_is_not_decided() -> None:
+    assert movers.Gain(2.0, 1.0, 1.75).share == pytest.approx(0.75)
+    assert np.isnan(movers.Gain(1.0, 2.0, 1.75).share)
+
+
+def test_what_is_done_is_used_again(setting: Setting) -> None:
+    cells = {"components": ["head_z"], "positions": "all"}
+    first = setting.sweep("s2", setting.pairs("ioi"), **cells)
+    again = setting.sweep("s2", setting.pairs("ioi"), **cells)
+    assert again.attrs["measured"] == first.attrs["measured"]
+    more = replace(setting, n=2)
+    with pytest.raises(BadInput, match="results of another sweep"):
+        more.sweep("s2", more.pairs("ioi"), **cells)
+    fresh = replace(more, overwrite=True)
+    assert fresh.sweep("s2", fresh.pairs("ioi"), **cells).grid("head_z").pairs == 2
+
+
+def test_a_report_is_written_and_shown(tmp_path: Path) -> None:
+    report = Report(
+        "A title",
+        ("how it was run [sic]",),
+        (Table("Heads, found", ("a", "b|c"), (("1", "x|y"), ("2", ""))),),
+        {"heads": heads.figure(("planted", "12 × 12"), [planted(), planted("GN", "prob")])},
+        (Finding("it is so", "§1", "0.5", True), Finding("it is not", "§2", "0.1", None)),
+    )
+    text = report.write(tmp_path / "out").read_text(encoding="utf-8")
+    assert "| it is so | §1 | 0.5 | holds |" in text
+    assert "| it is not | §2 | 0.1 | not decided |" in text
+    assert "| 1 | x\\|y |" in text
+    assert "![heads](heads.png)" in text
+    with (tmp_path / "out" / "heads-found.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["a", "b|c"], ["1", "x|y"], ["2", ""]]
+    for suffix in ("png", "svg"):
+        assert (tmp_path / "out" / f"heads.{suffix}").stat().st_size > 5000
+    console = Console(width=80, record=True)
+    report.show(console)
+    assert "how it was run [sic]" in console.export_text()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match="choose another --out"):
+        report.write(tmp_path / "file")
+
+
+def test_ioi_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
+    report = reproduce(IOI, str(folder), tmp_path / "out", n=2, device="cpu")
+    said = "4 layers of 4 heads (2 for keys and values), float32; 2 pairs, seed 0"
+    assert said in report.lines[0]
+    assert any("No published list applies to this model" in line for line in report.lines)
+    assert [t.title for t in report.tables[:2]] == [
+        "Unpatched runs",
+        "Detected heads, S2 corrupted",
+    ]
+    assert len(report.tables[0].rows) == len(report.tables[1].rows) == 6
+    assert {*report.figures} == {"heads-s2", "heads-s1_io", "heads-abc"}
+    assert len(report.findings) >= 6
+
+
+def test_an_experiment_goes_on(folder: Path, tmp_path: Path) -> None:
+    """A second run computes nothing and says the same."""
+    once, again = (
+        reproduce(GREATER_THAN, str(folder), tmp_path / "out", n=2, device="cpu") for _ in range(2)
+    )
+    for part in ("lines", "tables", "findings"):
+        assert getattr(once, part) == getattr(again, part)
+    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert text.startswith(f"# {once.title}")
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=f"did you mean '{IOI}'"):
+        reproduce("best-practice-ioi", out=tmp_path)
+    with pytest.raises(BadInput, match="n is 0"):
+        reproduce(IOI, out=tmp_path, n=0)
+
+
+def test_every_experiment_says_what_it_is() -> None:
+    for name, experiment in EXPERIMENTS.items():
+        assert name == experiment.name
+        assert experiment.source
+        assert experiment.pairs > 0
+
+
+def test_greater_than_on_smollm2(tmp_path: Path) -> None:
+    report = reproduce(GREATER_THAN, out=tmp_path, n=1)
+    [detected] = [t for t in report.tables if t.title.startswith("Detected")]
+    assert len(detected.rows) == 6
+    assert "20.8" in detected.rows[0][3].split()
+
+
+@pytest.mark.slow
+def test_ioi_on_smollm2(tmp_path: Path) -> None:
+    report = reproduce(IOI, out=tmp_path, n=2)
+    holds = {f.claim.split(":")[0]: f.holds for f in report.findings}
+    assert holds["S2, STR"]
+    assert len(report.figures) == 3
