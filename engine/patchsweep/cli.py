@@ -152,7 +152,7 @@ def run(
     spec: Path,
     /,
     *,
-    out: Path | None = None,
+    out: str | None = None,
     overrides: Overrides = None,
     resume: Flag = False,
     overwrite: Flag = False,
@@ -167,7 +167,7 @@ def run(
     spec
         A .yaml or .toml file.
     out
-        Results folder, in place of the spec's.
+        Results folder, or a URL such as s3://bucket/ioi.zarr, in place of the spec's.
     overrides
         key.key=value, in place of what the spec says; may be given several times.
     resume
@@ -207,7 +207,7 @@ def plan(spec: Path, /, *, overrides: Overrides = None) -> None:
 
 
 @app.command
-def show(results: Path, /) -> None:
+def show(results: str, /) -> None:
     """Top cells, detections, warnings and provenance, in the terminal.
 
     Example: patchsweep show ioi.zarr
@@ -215,7 +215,7 @@ def show(results: Path, /) -> None:
     Parameters
     ----------
     results
-        A results folder.
+        A results folder, or a URL: s3://..., gs://..., az://..., file://...
     """
     from patchsweep.report.show import show as print_results
     from patchsweep.results import open as open_results
@@ -224,7 +224,7 @@ def show(results: Path, /) -> None:
 
 
 @app.command
-def verify(results: Path, /, *, cells: int = 20, seed: int = 0) -> None:
+def verify(results: str, /, *, cells: int = 20, seed: int = 0) -> None:
     """Run some random cells again as full forwards through nnsight, and compare.
 
     Status 1 if a difference is larger than the results' dtype allows.
@@ -234,7 +234,7 @@ def verify(results: Path, /, *, cells: int = 20, seed: int = 0) -> None:
     Parameters
     ----------
     results
-        A results folder.
+        A results folder, or a URL: s3://..., gs://..., az://..., file://...
     cells
         How many cells; structural ones are not drawn.
     seed
@@ -254,7 +254,7 @@ def verify(results: Path, /, *, cells: int = 20, seed: int = 0) -> None:
 
 
 @app.command
-def check(results: Path, /) -> None:
+def check(results: str, /) -> None:
     """Verify a results folder: every finished chunk is there, and as it was written.
 
     Status 1, and what must be redone, if one is not. Nobody may be writing to it meanwhile.
@@ -264,7 +264,7 @@ def check(results: Path, /) -> None:
     Parameters
     ----------
     results
-        A results folder.
+        A results folder, or a URL: s3://..., gs://..., az://..., file://...
     """
     from patchsweep.integrity import check as check_results
 
@@ -277,7 +277,7 @@ def check(results: Path, /) -> None:
 
 
 @app.command
-def plot(results: Path, /, *, out: Path | None = None) -> None:
+def plot(results: str, /, *, out: Path | None = None) -> None:
     """Draw heatmaps as PNG and SVG, and one self-contained HTML page to look closer.
 
     Example: patchsweep plot ioi.zarr --out figures
@@ -285,23 +285,24 @@ def plot(results: Path, /, *, out: Path | None = None) -> None:
     Parameters
     ----------
     results
-        A results folder.
+        A results folder, or a URL: s3://..., gs://..., az://..., file://...
     out
-        Folder for the figures and report.html; beside the results if left out.
+        Folder for the figures and report.html; beside the results if left out, of a URL here.
     """
     from patchsweep.report.figures import plot as draw
     from patchsweep.report.page import write_page
     from patchsweep.results import open as open_results
+    from patchsweep.store import beside
 
-    folder = out or results.with_name(f"{results.stem}-figures")
     found = open_results(results)
+    folder = out or beside(results, f"{Path(found.store.name).stem}-figures")
     for path in draw(found, folder):
         print(path)
     print(write_page(found, folder / "report.html"))
 
 
 @app.command
-def export(results: Path, table: Path, /) -> None:
+def export(results: str, table: Path, /) -> None:
     """Write one row per patching experiment, one column per metric, as Parquet; or, to a .zip, the
     results as they are, in one file that show, plot, export and ps.open read.
 
@@ -310,7 +311,7 @@ def export(results: Path, table: Path, /) -> None:
     Parameters
     ----------
     results
-        A results folder.
+        A results folder, or a URL: s3://..., gs://..., az://..., file://...
     table
         The Parquet or .zip file to write.
     """
@@ -424,11 +425,12 @@ def models() -> None:
     console.print(HOW)
 
 
-def _spec(path: Path, overrides: list[str] | None, out: Path | None) -> Spec:
+def _spec(path: Path, overrides: list[str] | None, out: str | None) -> Spec:
     from patchsweep.spec import load_spec
+    from patchsweep.store import path_or_url
 
     spec = load_spec(path, overrides or [])
-    return spec if out is None else spec.model_copy(update={"out": out})
+    return spec if out is None else spec.model_copy(update={"out": path_or_url(out)})
 
 
 def _console() -> Console:

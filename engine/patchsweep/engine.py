@@ -45,7 +45,7 @@ from patchsweep.results import CellEffect, Results
 from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Spec, Sweep, parse_settings
-from patchsweep.store import Store, remove
+from patchsweep.store import Store, exists, remove
 from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
 from patchsweep.writer import background
 
@@ -103,7 +103,7 @@ def sweep(
     overwrite: bool = False,
     **settings: Any,
 ) -> Results:
-    """Patch every cell that `settings` ask for, and write the results to `out`.
+    """Patch every cell that `settings` ask for, and write the results to `out`, a path or a URL.
 
     settings are those of a spec: components, metrics, direction, positions, token_budget. With
     `resume` a sweep that was interrupted goes on; with `overwrite` earlier results are replaced.
@@ -111,7 +111,7 @@ def sweep(
     self-test refuses. Cells whose metric is not finite are marked and counted, not an error.
     """
     said = parse_settings(settings)
-    return carry_out(model, pairs, said, Path(out), resume=resume, overwrite=overwrite)
+    return carry_out(model, pairs, said, out, resume=resume, overwrite=overwrite)
 
 
 def plan_sweep(
@@ -191,7 +191,7 @@ def carry_out(
     model: Model,
     pairs: Sequence[Pair],
     settings: Sweep,
-    out: Path,
+    out: str | Path,
     *,
     resume: bool,
     overwrite: bool,
@@ -204,7 +204,7 @@ def carry_out(
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
     found = None
-    if first and (resume or overwrite) and out.exists():
+    if first and (resume or overwrite) and exists(out):
         found = Store.open(out, "r+", settings.fsync)
     existing = None if overwrite else found
     budget = existing.attrs["token_budget"] if existing else None
@@ -212,7 +212,7 @@ def carry_out(
         budget = processes.told("token_budget")
     sae = load_autoencoder(settings)
     plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae, model.offload)
-    if first and out.exists() and not found:
+    if first and exists(out) and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
     processes.tell("token_budget", plan.token_budget)
 
@@ -394,7 +394,9 @@ def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
     yield from taken
 
 
-def _create(out: Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[str, Any]) -> Store:
+def _create(
+    out: str | Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[str, Any]
+) -> Store:
     double = model.hf_model.dtype == torch.float64
     return Store.create(
         out,

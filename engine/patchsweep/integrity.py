@@ -68,7 +68,7 @@ class Damage:
 class Check:
     """What was found in results; nobody may be writing to them meanwhile."""
 
-    path: Path
+    path: Path | str
     done: int
     blocks: int
     damages: tuple[Damage, ...]
@@ -87,7 +87,7 @@ class Check:
 
 def check(path: str | Path) -> Check:
     """Decode every chunk that results hold; BadInput if `path` holds none."""
-    store = Store.open(Path(path))
+    store = Store.open(path)
     found = tuple(damages(store))
     marks = [_marks(store, f"completion/{name}")[0] for name in store.grids]
     return Check(store.path, sum(int(m.sum()) for m in marks), sum(m.size for m in marks), found)
@@ -95,7 +95,7 @@ def check(path: str | Path) -> Check:
 
 def refuse_missing(store: Store) -> None:
     """BadInput if a chunk that is marked done is not there: it would read as nothing found."""
-    for damage in _progress(store, decode=False):
+    for damage in _progress(store.listed(), decode=False):
         raise BadInput(
             f"{store.path} is damaged, {damage}; "
             f"'patchsweep check {store.path}' says what must be redone"
@@ -119,6 +119,7 @@ def withdraw(store: Store) -> list[Damage]:
 
 def damages(store: Store) -> Iterator[Damage]:
     """All of them."""
+    store = store.listed()
     written = {name for names in _written_later(store).values() for name in names}
     for name in store.arrays():
         if name not in written and not name.startswith("completion/"):

@@ -14,7 +14,7 @@ from typing import Self
 
 from tqdm import tqdm
 
-from patchsweep.distributed import Ended, Processes
+from patchsweep.distributed import Ended, Processes, restarted
 from patchsweep.store import job_folder, locked
 
 log = logging.getLogger("patchsweep")
@@ -22,17 +22,18 @@ EVERY = 1.0  # seconds between two writes of progress.json, at least
 
 
 @contextmanager
-def job(out: Path, processes: Processes) -> Iterator[None]:
+def job(out: Path | str, processes: Processes) -> Iterator[None]:
     """Inside, these processes alone write the results, and log what they do. BadInput if others
     write there."""
-    with locked(out) if processes.first else nullcontext(), _logged(out, processes.rank):
+    lock = locked(out, again=restarted()) if processes.first else nullcontext()
+    with lock, _logged(out, processes.rank):
         log.info("process %d of %d begins", processes.rank, processes.count)
         yield
         log.info("done")
 
 
 @contextmanager
-def _logged(out: Path, rank: int) -> Iterator[None]:
+def _logged(out: Path | str, rank: int) -> Iterator[None]:
     """What this process does inside is in `rank-<rank>.log`, one line per unit of work."""
     folder = job_folder(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,7 +65,7 @@ class Progress:
     cells: of the sweep; before: those that were settled when this job began.
     """
 
-    def __init__(self, processes: Processes, out: Path, cells: int, before: int) -> None:
+    def __init__(self, processes: Processes, out: Path | str, cells: int, before: int) -> None:
         self._processes = processes
         self._file = job_folder(out) / "progress.json"
         self._cells, self._before = cells, before

@@ -23,8 +23,8 @@ class Reader:
     store: Store
 
     @property
-    def path(self) -> Path:
-        """The results folder."""
+    def path(self) -> Path | str:
+        """The results folder, or its URL."""
         return self.store.path
 
     @property

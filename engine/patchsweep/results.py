@@ -89,7 +89,7 @@ class Results(Reader):
         "sets" has the dimension `set`, with the sets' names, in place of the last three.
         """
         grid = self.grid(component)
-        ds = xr.open_zarr(self.store.storage, group=component, consolidated=False, chunks=None)
+        ds = self.store.opened(component)
         for metric in self.metrics:
             effect = _LazyEffect(
                 self.store, f"{component}/{metric}", grid, *self.ends(metric, grid)
@@ -581,9 +581,10 @@ def _partly(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def open(path: str | Path) -> Results:
-    """The results in a folder, or in a zip file of one; BadInput if it is none, or if chunks that
-    are marked done are missing. Other damage is noticed when it is read, or by `check`."""
-    store = Store.open(Path(path))
+    """The results in a folder, in a zip file of one, or at a URL; BadInput if there are none, or if
+    chunks that are marked done are missing. Other damage is noticed when it is read, or by
+    `check`."""
+    store = Store.open(path)
     refuse_missing(store)
     return Results(store)
 

@@ -105,7 +105,7 @@ def _download(results: Results) -> str:
         text = results.to_frame().to_csv(index=False, float_format="%.7g", lineterminator="\n")
         packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
         if len(packed) <= TABLE_BYTES:
-            name = escape(f"{results.path.stem}.csv.gz")
+            name = escape(f"{Path(results.store.name).stem}.csv.gz")
             href = f"data:application/gzip;base64,{packed}"
             return f'<a download="{name}" href="{href}">The tidy table</a>: a row per experiment'
     return f"The tidy table ({rows:,} rows): {_code('patchsweep export RESULTS TABLE.parquet')}"

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictStr
 
 from patchsweep.errors import BadInput
+from patchsweep.store import path_or_url
+
+
+def _path_or_url(value: object) -> object:
+    return path_or_url(value) if isinstance(value, str) else value
+
+
+PathOrUrl = Annotated[Path | StrictStr, BeforeValidator(_path_or_url)]  # text: a URL
 
 
 class Data(BaseModel):

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictS
 
 from patchsweep.errors import BadInput
 from patchsweep.sites import Direction, Site, parse_site
-from patchsweep.spec.data import Data, explain, list_of
+from patchsweep.spec.data import Data, PathOrUrl, explain, list_of
 
 
 def _site(value: object) -> Site:
@@ -61,7 +61,7 @@ Sites = Annotated[tuple[Site, ...] | Complement, BeforeValidator(_set), PlainSer
 class FromResults(Data):
     """A ranking of the cells of earlier results, largest absolute effect first."""
 
-    results: Path
+    results: PathOrUrl
     component: StrictStr
     metric: StrictStr
     direction: Direction = "denoise"

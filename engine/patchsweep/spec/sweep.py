@@ -20,7 +20,7 @@ from pydantic import (
 from patchsweep.errors import BadInput
 from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
-from patchsweep.spec.data import Data, explain, list_of
+from patchsweep.spec.data import Data, PathOrUrl, explain, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
@@ -146,7 +146,7 @@ class Spec(Sweep):
     max_memory: dict[int | str, int | str] | None = None
     offload_folder: Path | None = None
     prompts: Prompts
-    out: Path | None = None
+    out: PathOrUrl | None = None
 
     @field_validator("device")
     @classmethod

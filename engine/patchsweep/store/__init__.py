@@ -35,7 +35,7 @@ outlives a power cut. A zip file of such a folder (`pack`) can be read.
 """
 
 from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED
-from patchsweep.store.files import job_folder, locked
+from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url
 from patchsweep.store.store import SCHEMA, Store, pack, remove
 
 __all__ = [
@@ -46,8 +46,11 @@ __all__ = [
     "SCHEMA",
     "SCORED",
     "Store",
+    "beside",
+    "exists",
     "job_folder",
     "locked",
     "pack",
+    "path_or_url",
     "remove",
 ]

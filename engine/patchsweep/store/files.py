@@ -1,23 +1,20 @@
-"""Results as files: what refuses to be written, locks, names that hide, folders and zip files."""
+"""Results as files: what refuses to be written, names that hide, folders and zip files."""
 
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
-import shutil
 import uuid
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from patchsweep.errors import BadInput
 
-MARK = "patchsweep_schema"
+ROOT = "zarr.json"
+MARK = "patchsweep_schema"  # of results, in the attributes of the root
 
 # Causes that a user can mend: what is wrong, and the mend.
 _CAUSES = {
@@ -45,11 +42,11 @@ def writing(path: Path, then: str) -> Iterator[None]:
         raise BadInput(f"cannot write {path}: {cause}; {mend} and {then}") from exc
 
 
-def schema_of(path: Path) -> int | None:
-    """The schema version of a results folder, None for anything else."""
+def marked(root: bytes) -> int | None:
+    """The schema version that a root `zarr.json` says, None where it says none."""
     try:
-        schema = json.loads((files_of(path) / "zarr.json").read_text())["attributes"][MARK]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        schema = json.loads(root)["attributes"][MARK]
+    except (ValueError, KeyError, TypeError):
         return None
     return schema if isinstance(schema, int) else None
 
@@ -59,7 +56,7 @@ def files_of(path: Path) -> Path | zipfile.Path:
     return zipfile.Path(path) if path.is_file() and zipfile.is_zipfile(path) else path
 
 
-_ANY = "[0-9a-f]" * 12
+ANY = "[0-9a-f]" * 12
 
 
 def hidden(path: Path) -> Path:
@@ -69,41 +66,6 @@ def hidden(path: Path) -> Path:
 
 def hidden_name(name: str, number: str) -> str:
     return f".{name}.{number}.partial"
-
-
-def job_folder(path: Path) -> Path:
-    """Where the lock, the logs and the progress of what writes these results are: beside them, as
-    Zarr takes every file within for an array and warns."""
-    target = path.resolve()
-    return target.with_name(f".{target.name}.job")
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Nobody else writes these results inside. BadInput if somebody does; who is killed lets go.
-
-    Results are laid out and deleted inside, so hidden folders that are there before are what killed
-    processes have left: they are deleted.
-    """
-    with writing(path, "run again"):
-        job_folder(path).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(job_folder(path) / "lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise BadInput(
-                f"{path} is being written by another run: wait until that ends, or choose "
-                "another --out"
-            ) from None
-    try:
-        target = path.resolve()
-        for left in target.parent.glob(hidden_name(glob.escape(target.name), _ANY)):
-            shutil.rmtree(left, ignore_errors=True)
-        yield
-    finally:
-        if not path.exists():  # a sweep that was refused leaves nothing
-            shutil.rmtree(job_folder(path), ignore_errors=True)
-        lock.release()
 
 
 def settle(files: Iterable[Path], root: Path) -> None:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
@@ -32,24 +31,36 @@ from patchsweep.store.arrays import (
     create_prompts,
     put,
 )
-from patchsweep.store.files import MARK, files_of, hidden, schema_of, settle, writing
+from patchsweep.store.files import MARK, writing
+from patchsweep.store.place import Place, place_of, schema_of
 
 SCHEMA = 2
 
 
 class Store:
-    """The arrays of one sweep in a folder. Writing needs `create` or `open(..., "r+")`."""
+    """The arrays of one sweep in a folder or at a URL. Writing needs `create` or `open(..., "r+")`.
 
-    def __init__(self, path: Path, group: zarr.Group, fsync: bool = False) -> None:
-        self.path = path
+    path: of the folder, or the URL. `here` holds the names of the files that are there.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        group: zarr.Group,
+        fsync: bool = False,
+        here: Container[str] | None = None,
+    ) -> None:
+        self.path = place.at
+        self._place = place
         self._group = group
         self._fsync = fsync
+        self._here = place if here is None else here
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
     @classmethod
     def create(
         cls,
-        path: Path,
+        path: str | Path,
         grids: Sequence[Grid],
         metrics: Sequence[str],
         pairs: Sequence[Pair],
@@ -60,71 +71,61 @@ class Store:
         nodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
         fsync: bool = False,
     ) -> Store:
-        """Lay out an empty results folder, whole or not at all.
+        """Lay out an empty results folder, whole or not at all: its attributes are the last thing.
 
-        It is built beside `path` and renamed when its attributes, the last thing, are written.
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
         The attribute `estimators`, by component, says which have estimates; the attribute `edges`
         whether there are any, between `nodes`, the senders and receivers. BadInput if `path` exists
         or the disk refuses.
         """
-        if path.exists():
+        place = place_of(path)
+        if place.exists():
             mend = "choose another --out"
-            if schema_of(path) is not None:
+            if schema_of(place) is not None:
                 mend = "use --resume to continue it or --overwrite to replace it"
-            raise BadInput(f"{path} exists already: {mend}")
-        target = path.resolve()
-        partial = hidden(target)
-        try:
-            with writing(path, "run again"):
-                partial.parent.mkdir(parents=True, exist_ok=True)
-                root = zarr.create_group(partial, zarr_format=3)
-                for grid in grids:
-                    create_component(root, grid, metrics, dtype)
-                create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
-                if attrs.get(EDGES):
-                    create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
-                create_baseline(root, grids, metrics, len(pairs), dtype)
-                create_prompts(root, pairs, token_strings)
-                for name, column in (sites or {}).items():
-                    put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
-                root.update_attributes(
-                    {
-                        "metrics": [{"name": name} for name in metrics],
-                        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                        **attrs,
-                        "components": [grid.component for grid in grids],
-                        "dtype": dtype,
-                        MARK: SCHEMA,
-                    }
-                )
-                if fsync:
-                    settle((p for p in partial.rglob("*") if p.is_file()), partial)
-                partial.rename(target)
-                if fsync:
-                    settle((), target.parent)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+            raise BadInput(f"{place.at} exists already: {mend}")
+        with place.writing("run again"), place.laid_out(fsync) as root:
+            for grid in grids:
+                create_component(root, grid, metrics, dtype)
+            create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
+            if attrs.get(EDGES):
+                create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
+            create_baseline(root, grids, metrics, len(pairs), dtype)
+            create_prompts(root, pairs, token_strings)
+            for name, column in (sites or {}).items():
+                put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
+            root.update_attributes(
+                {
+                    "metrics": [{"name": name} for name in metrics],
+                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                    **attrs,
+                    "components": [grid.component for grid in grids],
+                    "dtype": dtype,
+                    MARK: SCHEMA,
+                }
+            )
         return cls.open(path, "r+", fsync)
 
     @classmethod
-    def open(cls, path: Path, mode: Literal["r", "r+"] = "r", fsync: bool = False) -> Store:
+    def open(cls, path: str | Path, mode: Literal["r", "r+"] = "r", fsync: bool = False) -> Store:
         """Open a results folder; BadInput if it is missing, foreign, half-created or newer."""
-        if not path.exists():
-            raise BadInput(f"no results at {path}: check the path")
-        schema = schema_of(path)
+        place = place_of(path)
+        if not place.exists():
+            raise BadInput(f"no results at {place.at}: check the path")
+        schema = schema_of(place)
         if schema is None:
-            raise BadInput(f"{path} is not a results folder of patchsweep: check the path")
+            raise BadInput(f"{place.at} is not a results folder of patchsweep: check the path")
         if schema != SCHEMA:
             mend = "update it" if schema > SCHEMA else "run the sweep again with --overwrite"
-            raise BadInput(f"{path} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}")
-        packed = isinstance(files_of(path), zipfile.Path)
-        if packed and mode == "r+":
-            raise BadInput(f"{path} is a zip file, only to be read: unpack it")
-        place = ZipStore(path, mode="r") if packed else path
-        group = zarr.open_group(place, mode=mode, zarr_format=3, use_consolidated=False)
-        return cls(path, group, fsync)
+            raise BadInput(
+                f"{place.at} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}"
+            )
+        return cls(place, place.group(mode), fsync)
+
+    def listed(self) -> Store:
+        """The same, but `has` answers as of now: to ask after every file one by one takes long
+        where they are far away."""
+        return Store(self._place, self._group, self._fsync, self._place.listed())
 
     @property
     def attrs(self) -> dict[str, Any]:
@@ -261,12 +262,12 @@ class Store:
 
     def _write(self, arrays: Mapping[str, NDArray[Any]], region: tuple[slice, ...]) -> None:
         """Write one region of some arrays; on the disk when this returns, if so asked."""
-        with writing(self.path, "continue with --resume"):
+        with self._place.writing("continue with --resume"):
             for name, found in arrays.items():
                 self._array(name)[region] = found
             if self._fsync:
                 keys = [key for name in arrays for key in self.keys(name, region)]
-                settle((self.path / key for key in keys), self.path)
+                self._place.settle(keys)
 
     def _mark(self, name: str, region: tuple[slice, ...]) -> None:
         """Record that what was written before is done."""
@@ -275,19 +276,15 @@ class Store:
 
     def set_attrs(self, **attrs: Any) -> None:
         """Add or replace root attributes. One process only."""
-        with writing(self.path, "continue with --resume"):
+        with self._place.writing("continue with --resume"):
             self._group.update_attributes(attrs)
             if self._fsync:
-                settle([self.path / "zarr.json"], self.path)
+                self._place.settle(["zarr.json"])
 
     def remove(self, keys: Iterable[str]) -> None:
         """Delete chunks, in order: what they held is not done any more."""
-        with writing(self.path, "continue with --resume"):
-            for key in keys:
-                file = self.path / key
-                file.unlink(missing_ok=True)
-                if self._fsync and file.parent.exists():
-                    settle((), file.parent)
+        with self._place.writing("continue with --resume"):
+            self._place.remove(keys, self._fsync)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The sizes of an array."""
@@ -313,16 +310,19 @@ class Store:
 
     def has(self, key: str) -> bool:
         """Whether a file is there."""
-        return (self._files / key).exists()
-
-    @cached_property
-    def _files(self) -> Path | zipfile.Path:
-        return files_of(self.path)
+        return key in self._here
 
     @property
-    def storage(self) -> Any:
-        """What zarr and xarray open."""
-        return self._group.store
+    def name(self) -> str:
+        """The last part of the path."""
+        return self._place.name
+
+    def opened(self, group: str) -> xr.Dataset:
+        """A group as xarray opens it, lazily."""
+        within = f"{self._group.path}/{group}".lstrip("/")
+        files = self._group.store
+        found: xr.Dataset = xr.open_zarr(files, group=within, consolidated=False, chunks=None)
+        return found
 
     def arrays(self) -> list[str]:
         """The names of all arrays."""
@@ -344,7 +344,7 @@ class Store:
         except (RuntimeError, ValueError, OSError) as exc:
             cause = " ".join(str(exc).split())
             raise BadInput(
-                f"cannot read {self.path / name}: {cause}; "
+                f"cannot read {self.path}/{name}: {cause}; "
                 f"'patchsweep check {self.path}' says what must be redone"
             ) from exc
 
@@ -411,32 +411,28 @@ class Store:
         )
 
 
-def remove(path: Path) -> None:
-    """Delete a results folder; BadInput if `path` is anything else."""
-    if schema_of(path) is None:
+def remove(path: str | Path) -> None:
+    """Delete results; BadInput if `path` is anything else."""
+    place = place_of(path)
+    if schema_of(place) is None:
         Store.open(path)  # says what is wrong
-    target = path.resolve()
-    doomed = hidden(target)
-    with writing(path, "run again"):
-        target.rename(doomed)  # a kill halfway then leaves no half-deleted results
-        shutil.rmtree(doomed)
+    with place.writing("run again"):
+        place.delete()
 
 
-def pack(path: Path, target: Path) -> None:
-    """Put a results folder into one zip file, whole or not at all; BadInput if the disk refuses.
+def pack(path: str | Path, target: Path) -> None:
+    """Put results into one zip file, whole or not at all; BadInput if the disk refuses.
 
     Chunks are compressed already. `target` is replaced.
     """
     Store.open(path)  # says what is wrong
-    if isinstance(files_of(path), zipfile.Path):
-        raise BadInput(f"{path} is a zip file already: copy it")
+    place = place_of(path)
     partial = target.with_name(f".{target.name}.partial")
     with writing(target, "run again"):
         try:
             with zipfile.ZipFile(partial, "w") as packed:
-                for file in sorted(p for p in path.rglob("*") if p.is_file()):
-                    if file.suffix != ".partial":  # left by a kill
-                        packed.write(file, file.relative_to(path))
+                for key in place.files():
+                    packed.writestr(key, place.get(key))
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

@@ -1,0 +1,239 @@
+"""Results at a URL: in a bucket (s3, gs, az), in this process's memory, or in files.
+
+One PUT is whole or not at all, and that is all there is: no rename, no locks. So the mark of
+results, in the root `zarr.json`, is PUT last, and until then it says 0, half laid out; deleting
+begins by putting that 0. The lock is an object, `.NAME.job/lock` beside the results, made by a PUT
+that fails where it is already.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import zarr
+from zarr.storage import ObjectStore
+
+from patchsweep.errors import BadInput
+from patchsweep.store.files import MARK, ROOT, marked
+
+SCHEMES = ("s3", "gs", "az", "memory", "file")
+_UNFINISHED = {"zarr_format": 3, "node_type": "group", "attributes": {MARK: 0}}
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """See `Place`. Credentials come from the environment."""
+
+    at: str
+
+    def __post_init__(self) -> None:
+        scheme, host, prefix = self._parts
+        if scheme not in SCHEMES:
+            known = ", ".join(f"{name}://" for name in SCHEMES)
+            raise BadInput(f"{self.at}: unknown kind of URL: use one of {known}, or a path")
+        if scheme == "file" and host:
+            raise BadInput(f"{self.at}: '{host}' would be a host: write file:///absolute/path")
+        if not prefix or {"", ".", ".."} & set(prefix.split("/")):
+            raise BadInput(f"{self.at} names no results: write e.g. {scheme}://bucket/ioi.zarr")
+        _connected(scheme, host)
+
+    def __str__(self) -> str:
+        return self.at
+
+    @property
+    def name(self) -> str:
+        return self._parts[2].rpartition("/")[2]
+
+    @property
+    def job(self) -> Path:
+        return Path(f".{self.name}.job").absolute()
+
+    def beside(self, name: str) -> Path:
+        return Path(name)
+
+    def exists(self) -> bool:
+        try:
+            return marked(self.get(ROOT)) != 0
+        except FileNotFoundError:
+            return any(True for _ in self.files())
+
+    def get(self, key: str) -> bytes:
+        import obstore
+
+        with self._reading():
+            return bytes(obstore.get(self._objects, self._key(key)).bytes())
+
+    def files(self) -> Iterator[str]:
+        import obstore
+
+        start = len(self._key(""))
+        with self._reading(FileNotFoundError):
+            for some in obstore.list(self._objects, self._parts[2]):
+                yield from (found["path"][start:] for found in some)
+
+    def __contains__(self, key: object) -> bool:
+        import obstore
+
+        try:
+            with self._reading():
+                obstore.head(self._objects, self._key(str(key)))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def listed(self) -> Container[str]:
+        return frozenset(self.files())
+
+    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
+        files = ObjectStore(self._objects, read_only=mode == "r")
+        path = self._parts[2]
+        with self._reading():
+            return zarr.open_group(
+                files, path=path, mode=mode, zarr_format=3, use_consolidated=False
+            )
+
+    @contextmanager
+    def writing(self, then: str) -> Iterator[None]:
+        from obstore.exceptions import BaseError
+
+        try:
+            yield
+        except (BaseError, FileNotFoundError) as exc:
+            mend = f"check the URL and the credentials, and {then}"
+            raise BadInput(f"cannot write {self}: {_cause(exc)}; {mend}") from exc
+
+    @contextmanager
+    def laid_out(self, fsync: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
+        self.delete()  # what a kill has left
+        try:
+            self._put_unfinished()
+            yield self.group("r+")
+        except BaseException:
+            with suppress(BadInput), self.writing("run again"):
+                self.delete()
+            raise
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """What a bucket has taken it keeps."""
+
+    def remove(self, keys: Iterable[str], fsync: bool) -> None:  # noqa: ARG002
+        import obstore
+
+        for key in keys:
+            with suppress(FileNotFoundError):
+                obstore.delete(self._objects, self._key(key))
+
+    def delete(self) -> None:
+        import obstore
+
+        rest = [self._key(key) for key in self.files() if key != ROOT]
+        if rest:
+            self._put_unfinished()
+            obstore.delete(self._objects, rest)
+        self.remove([ROOT], False)
+
+    @contextmanager
+    def locked(self, again: bool) -> Iterator[None]:
+        """Who is killed does not let go: a lock that is left is deleted by the user, who alone
+        knows that its run has ended; but a process that a launcher has started `again` takes over
+        what the same launcher's process had."""
+        import obstore
+
+        folder = self._parts[2].rpartition("/")[0]
+        key = "/".join(filter(None, (folder, f".{self.name}.job", "lock")))
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "launcher": os.getppid(),
+            "since": datetime.now(UTC).isoformat(),
+        }
+        with self.writing("run again"):
+            try:
+                obstore.put(self._objects, key, json.dumps(mine).encode(), mode="create")
+            except obstore.exceptions.AlreadyExistsError:
+                held = json.loads(bytes(obstore.get(self._objects, key).bytes()))
+                ours = all(held[part] == mine[part] for part in ("host", "launcher"))
+                # A PUT whose answer was lost is repeated, and meets itself.
+                if held != mine and not (again and ours):
+                    raise BadInput(self._taken(key, held)) from None
+                obstore.put(self._objects, key, json.dumps(mine).encode())
+        try:
+            yield
+        finally:
+            # What cannot be deleted now is named by the next run.
+            with suppress(BadInput, FileNotFoundError), self.writing("run again"):
+                if not self.exists():  # a sweep that was refused leaves nothing
+                    shutil.rmtree(self.job, ignore_errors=True)
+                obstore.delete(self._objects, key)
+
+    def _taken(self, key: str, held: dict[str, Any]) -> str:
+        scheme, host, _ = self._parts
+        who = f"process {held['pid']} on {held['host']} since {held['since'][:19]} UTC"
+        return (
+            f"{self} is being written by another run ({who}): wait until that ends, or, if it was "
+            f"killed, delete the object {scheme}://{host}/{key}"
+        )
+
+    def _put_unfinished(self) -> None:
+        import obstore
+
+        obstore.put(self._objects, self._key(ROOT), json.dumps(_UNFINISHED).encode())
+
+    @contextmanager
+    def _reading(self, *more: type[Exception]) -> Iterator[None]:
+        """Turns what is refused inside into BadInput, and `more`."""
+        from obstore.exceptions import BaseError
+
+        refusals: tuple[type[Exception], ...] = (BaseError, *more)
+        try:
+            yield
+        except refusals as exc:
+            mend = "check the URL and the credentials"
+            raise BadInput(f"cannot read {self}: {_cause(exc)}; {mend}") from exc
+
+    @cached_property
+    def _parts(self) -> tuple[str, str, str]:
+        """Scheme, bucket, and the key of the results in it; memory has no buckets."""
+        scheme, _, rest = self.at.partition("://")
+        host, _, path = ("", "", rest) if scheme == "memory" else rest.partition("/")
+        return scheme, host, unquote(path).strip("/")
+
+    @property
+    def _objects(self) -> Any:
+        scheme, host, _ = self._parts
+        return _connected(scheme, host)
+
+    def _key(self, key: str) -> str:
+        return f"{self._parts[2]}/{key}"
+
+
+@cache
+def _connected(scheme: str, host: str) -> Any:
+    """All objects of a bucket; those in memory are kept by this, as long as the process lives."""
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import MemoryStore, from_url
+    except ImportError:
+        raise BadInput(
+            "results at a URL need the package obstore: pip install 'patchsweep[cloud]'"
+        ) from None
+    try:
+        return MemoryStore() if scheme == "memory" else from_url(f"{scheme}://{host}/")
+    except BaseError as exc:
+        raise BadInput(f"{scheme}://{host}: {_cause(exc)}; set it in the environment") from exc
+
+
+def _cause(exc: Exception) -> str:
+    """What obstore says before it goes into details."""
+    return str(exc).partition("\n")[0]

@@ -1,0 +1,114 @@
+"""Where results lie: in a folder (or a zip file of one), or at a URL. Nothing else asks which."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Literal, Protocol
+from zipfile import BadZipFile
+
+import zarr
+
+from patchsweep.store.bucket import Bucket
+from patchsweep.store.files import ROOT, marked
+from patchsweep.store.folder import Folder
+
+
+class Place(Protocol):
+    """What a place can do. Keys are names of files, with slashes, below the results. BadInput, one
+    line, where a place refuses."""
+
+    @property
+    def at(self) -> Path | str:
+        """A folder's path, or a URL."""
+
+    @property
+    def name(self) -> str:
+        """The last part of it."""
+
+    @property
+    def job(self) -> Path:
+        """The local folder of the logs and the progress of what writes here, and of a folder's
+        lock: beside it, as Zarr takes every file within for an array and warns; of a URL in the
+        working folder."""
+
+    def beside(self, name: str) -> Path:
+        """A local path beside a folder; of a URL in the working folder."""
+
+    def exists(self) -> bool:
+        """Whether anything is there but results that a kill has left half laid out."""
+
+    def get(self, key: str) -> bytes:
+        """The content of a file; FileNotFoundError if it is not there."""
+
+    def files(self) -> Iterable[str]:
+        """The files that are there."""
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a file is there."""
+
+    def listed(self) -> Container[str]:
+        """The files that are there, for one who asks after many."""
+
+    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
+        """The root group of results."""
+
+    def writing(self, then: str) -> AbstractContextManager[None]:
+        """Turns what is refused inside into BadInput; `then` is what to do after the mend."""
+
+    def laid_out(self, fsync: bool) -> AbstractContextManager[zarr.Group]:
+        """A new root group, results once its attributes are complete, the last thing: all of it or
+        nothing."""
+
+    def settle(self, keys: Iterable[str]) -> None:
+        """Wait until files outlive a power cut."""
+
+    def remove(self, keys: Iterable[str], fsync: bool) -> None:
+        """Delete files, in order."""
+
+    def delete(self) -> None:
+        """Delete the results, which are none any more from the first moment on."""
+
+    def locked(self, again: bool) -> AbstractContextManager[None]:
+        """Nobody else writes these results inside. BadInput if somebody does. `again`: a launcher
+        has started this process again after an end of it."""
+
+
+def place_of(at: str | Path) -> Place:
+    """The place that a path or a URL names. BadInput for a URL that cannot be."""
+    given = path_or_url(at)
+    return Folder(given) if isinstance(given, Path) else Bucket(given)
+
+
+def path_or_url(at: str | Path) -> Path | str:
+    """Text is a path unless it is a URL, scheme://..."""
+    return at if isinstance(at, str) and "://" in at else Path(at)
+
+
+def job_folder(at: str | Path) -> Path:
+    """See `Place.job`."""
+    return place_of(at).job
+
+
+def beside(at: str | Path, name: str) -> Path:
+    """See `Place.beside`."""
+    return place_of(at).beside(name)
+
+
+def locked(at: str | Path, again: bool = False) -> AbstractContextManager[None]:
+    """See `Place.locked`."""
+    return place_of(at).locked(again)
+
+
+def exists(at: str | Path) -> bool:
+    """See `Place.exists`."""
+    return place_of(at).exists()
+
+
+def schema_of(place: Place) -> int | None:
+    """The schema version of results, None for anything else."""
+    try:
+        return marked(place.get(ROOT))
+    except (OSError, KeyError, BadZipFile):
+        return None
