@@ -131,6 +131,17 @@ def test_help(command: Command) -> None:
     assert set(COMMANDS) == {name for name in app if not name.startswith("-")}
 
 
+def test_reproduce(command: Command, model: Path, tmp_path: Path) -> None:
+    listed = command("reproduce")
+    assert (listed.status, listed.err) == (0, "")
+    assert "best-practices-ioi" in listed.out
+    known = "did you mean 'best-practices-ioi'?"
+    refused(command("reproduce", "best-practice-ioi"), "'best-practice-ioi'", known)
+    asked = ("reproduce", "best-practices-ioi", "--model", model, "--out", tmp_path / "out")
+    refused(command(*asked), "task 'ioi'", "this tokenizer")
+    assert not (tmp_path / "out").exists()
+
+
 def test_help_does_not_wait_for_torch() -> None:
     script = """
 import sys

@@ -15,10 +15,11 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import patchsweep as ps
 from made_tokenizers import byte_level
+from patchsweep.cli import _status
 from patchsweep.errors import BadInput
 from patchsweep.model import empty_model
 from patchsweep.reproduce import EXPERIMENTS, claims, heads, movers, published, reproduce
-from patchsweep.reproduce.experiment import Finding, Report, Setting, Table
+from patchsweep.reproduce.experiment import Finding, Report, Setting, Table, markdown
 from patchsweep.reproduce.heads import Heads
 
 IOI, GREATER_THAN = "best-practices-ioi", "best-practices-greater-than"
@@ -245,15 +246,20 @@ def test_ioi_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
     assert len(report.findings) >= 6
 
 
-def test_an_experiment_goes_on(folder: Path, tmp_path: Path) -> None:
-    """A second run computes nothing and says the same."""
-    once, again = (
-        reproduce(GREATER_THAN, str(folder), tmp_path / "out", n=2, device="cpu") for _ in range(2)
-    )
-    for part in ("lines", "tables", "findings"):
-        assert getattr(once, part) == getattr(again, part)
-    text = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert text.startswith(f"# {once.title}")
+def test_the_command_and_the_library_say_the_same(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second run is the same sweep: it goes on where the first stopped, at its end."""
+    out = tmp_path / "out"
+    asked = ["reproduce", GREATER_THAN, "--model", str(folder), "--n", "2", "--out", str(out)]
+    assert _status([*asked, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    text = (out / "report.md").read_text(encoding="utf-8")
+    report = reproduce(GREATER_THAN, str(folder), out, n=2, device="cpu")
+    assert markdown(report) == text
+    assert text.startswith(f"# {report.title}")
+    assert report.title in printed
+    assert printed.endswith(f"{out / 'report.md'}\n")
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -361,7 +361,7 @@ def reproduce(
     overwrite
         Replace results that are there.
     """
-    from patchsweep.reproduce import EXPERIMENTS
+    from patchsweep.reproduce import EXPERIMENTS, default_folder
     from patchsweep.reproduce import reproduce as run_experiment
 
     console = _console()
@@ -375,6 +375,7 @@ def reproduce(
         return
     report = run_experiment(name, model, out, n, seed, device, overwrite=overwrite)
     report.show(console)
+    print((out or default_folder(name, model)) / "report.md")
 
 
 @app.command

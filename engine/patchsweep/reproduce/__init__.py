@@ -25,6 +25,11 @@ def find(name: str) -> Experiment:
     return EXPERIMENTS[name]
 
 
+def default_folder(name: str, model: str) -> Path:
+    """Where an experiment's results go if nothing else is said."""
+    return Path("reproduce") / f"{name}-{Path(model).name}"
+
+
 def reproduce(
     name: str,
     model: str = "smollm2-135m",
@@ -46,7 +51,7 @@ def reproduce(
     if n is not None and n < 1:
         raise BadInput(f"n is {n}: ask for at least 1 pair")
     heatmaps.needed()
-    folder = Path(out) if out is not None else Path("reproduce") / f"{name}-{Path(model).name}"
+    folder = Path(out) if out is not None else default_folder(name, model)
     loaded = load_model(model, dtype, device)
     setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)
     report = experiment.run(setting)

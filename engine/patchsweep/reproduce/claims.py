@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from patchsweep.reproduce.experiment import Finding
 from patchsweep.reproduce.heads import NAMES, Heads, overlap, text
 from patchsweep.reproduce.published import List, ordered
@@ -19,7 +21,7 @@ def metrics_agree(found: Sequence[Heads], lists: Sequence[List], where: str) -> 
         f"/ heads in either: {paper[0]:.2f} against {paper[1]:.2f})",
         f"{where}, our reading",
         f"{here[0]:.2f} against {here[1]:.2f}",
-        here[0] > here[1],
+        None if np.isnan(here).any() else here[0] > here[1],
     )
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 from rich.text import Text
 
+from patchsweep import diagnostics
 from patchsweep.engine import sweep
 from patchsweep.errors import BadInput
 from patchsweep.heatmaps import LONGEST_MODEL, counted
@@ -159,6 +160,15 @@ def answered(results: Results) -> str:
     clean = results.baseline("logit_diff")[0, 0, 0]
     right = int((clean > 0).sum())
     return f"The clean run's logit difference is above 0 in {right} of {counted(len(clean))}."
+
+
+def saturated(by_name: Mapping[str, Results]) -> list[str]:
+    """A line per sweep whose corrupt run leaves a probability nowhere to go."""
+    return [
+        f"{name}: {line}."
+        for name, results in by_name.items()
+        for line in diagnostics.saturated("prob", results.baseline("prob")[1], "denoise")
+    ]
 
 
 def baselines(by_name: Mapping[str, Results], metrics: Sequence[str]) -> Table:

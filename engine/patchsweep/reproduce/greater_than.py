@@ -10,6 +10,7 @@ from patchsweep.reproduce.experiment import (
     Setting,
     answered,
     baselines,
+    saturated,
 )
 
 NAME = "best-practices-greater-than"
@@ -52,6 +53,7 @@ def run(setting: Setting) -> Report:
             "tokens): logits are means over them, probabilities sums.",
             answered(results["STR"]),
             applies,
+            *saturated(results),
         ),
         tuple(tables),
         {"heads": heads.figure((title, setting.subject), found)},

@@ -17,6 +17,7 @@ from patchsweep.reproduce.experiment import (
     Table,
     answered,
     baselines,
+    saturated,
 )
 from patchsweep.reproduce.heads import Heads
 from patchsweep.reproduce.movers import Circuit, Gain, attention, recovered, roles
@@ -59,6 +60,7 @@ def run(setting: Setting) -> Report:
             answered(sweeps["s2"]["STR"]),
             applies,
             circuit.line,
+            *saturated(by_name),
         ),
         (baselines(by_name, heads.METRICS), *tables, *more),
         figures,
@@ -91,6 +93,7 @@ def _table_findings(found: Mapping[str, Sequence[Heads]]) -> list[Finding]:
         claims.only_by_noise(found["s2"], table5, "logit_diff", "Table 5"),
         _first_layer(found["s2"]),
         _no_negative(found["s1_io"], "S1 and IO", "Table 4"),
+        _same_by_noise(found["s1_io"]),
         _no_negative(found["abc"], "all three names", "§4.2, App. H.3"),
     ]
 
@@ -118,6 +121,17 @@ def _no_negative(found: Sequence[Heads], called: str, where: str) -> Finding:
         where,
         "; ".join(f"{heads.NAMES[m]}: {heads.text(h)}" for m, h in negative.items()),
         bool(negative["logit_diff"]) and not negative["prob"],
+    )
+
+
+def _same_by_noise(found: Sequence[Heads]) -> Finding:
+    """Under noise on S1 and IO all metrics detect the same heads."""
+    by = {m: claims.one(found, "GN", m).heads for m in heads.METRICS}
+    return Finding(
+        "S1 and IO, GN: all three metrics detect the same heads, negative ones among them",
+        "Table 4",
+        "; ".join(f"{heads.NAMES[m]}: {heads.text([*h])}" for m, h in by.items()),
+        len(set(by.values())) == 1 and any("−" in head for head in by["prob"]),
     )
 
 
