@@ -66,6 +66,12 @@ class Setting:
         options = {"sigma": [SIGMA], "tokens": list(tokens), "samples": SAMPLES, "seed": self.seed}
         return {"gaussian": options}
 
+    @property
+    def noise(self) -> str:
+        """How `gaussian` noises tokens, in words."""
+        deviations = f"{SIGMA:g} standard deviations of these embeddings"
+        return f"Gaussian noise of {deviations} (samples a pair: {SAMPLES})"
+
     def sweep(self, name: str, pairs: Sequence[Pair], **settings: Any) -> Results:
         """A sweep into `out`/`name`.zarr, with the settings of a spec. What is done already is not
         done again; BadInput if the folder holds another sweep and `overwrite` is not set."""

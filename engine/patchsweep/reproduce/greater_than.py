@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from patchsweep.reproduce import claims, heads, published
 from patchsweep.reproduce.experiment import (
-    SIGMA,
     Experiment,
     Report,
     Setting,
@@ -47,7 +46,7 @@ def run(setting: Setting) -> Report:
             f"Model: {setting.subject}.",
             "Every head patched at all positions at once, clean into corrupt.",
             "STR: the first year's last two digits become 01. "
-            f"GN: noise of {SIGMA:g} standard deviations on their embeddings.",
+            f"GN: their embeddings get {setting.noise}.",
             f"{heads.SCALES} {heads.RULE}",
             "Answers are the two-digit years above the first (or their tens, where digits are "
             "tokens): logits are means over them, probabilities sums.",

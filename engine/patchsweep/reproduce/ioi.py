@@ -9,7 +9,6 @@ import numpy as np
 
 from patchsweep.reproduce import claims, heads, published
 from patchsweep.reproduce.experiment import (
-    SIGMA,
     Experiment,
     Finding,
     Report,
@@ -55,7 +54,7 @@ def run(setting: Setting) -> Report:
             f"Model: {setting.subject}.",
             "Every head patched at all positions at once, clean into corrupt.",
             "STR: S2 becomes IO; or S1 and IO, or all three names, become random ones. "
-            f"GN: noise of {SIGMA:g} standard deviations on the embeddings of the same names.",
+            f"GN: the same names' embeddings get {setting.noise}.",
             f"{heads.SCALES} {heads.RULE}",
             answered(sweeps["s2"]["STR"]),
             applies,
