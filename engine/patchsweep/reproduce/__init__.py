@@ -7,12 +7,29 @@ from pathlib import Path
 from patchsweep import heatmaps
 from patchsweep.errors import BadInput
 from patchsweep.model import load_model
-from patchsweep.reproduce import greater_than, ioi
+from patchsweep.reproduce import (
+    arithmetic,
+    docstring,
+    facts,
+    greater_than,
+    how_to,
+    ioi,
+    windows,
+)
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
 from patchsweep.tasks.task import nearest
 
 EXPERIMENTS: dict[str, Experiment] = {
-    experiment.name: experiment for experiment in (ioi.EXPERIMENT, greater_than.EXPERIMENT)
+    experiment.name: experiment
+    for experiment in (
+        ioi.EXPERIMENT,
+        greater_than.EXPERIMENT,
+        docstring.EXPERIMENT,
+        facts.EXPERIMENT,
+        windows.EXPERIMENT,
+        arithmetic.EXPERIMENT,
+        how_to.EXPERIMENT,
+    )
 }
 
 __all__ = ["EXPERIMENTS", "Experiment", "Report", "Setting", "find", "reproduce"]

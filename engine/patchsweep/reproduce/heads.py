@@ -13,6 +13,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchsweep import heatmaps
 from patchsweep.effect import Array
@@ -37,11 +38,21 @@ RULE = "A head is detected when its effect is more than 2 standard deviations fr
 
 @dataclass(frozen=True)
 class Heads:
-    """The effects [layer, head] of one corruption on one metric."""
+    """The effects [layer, head] of one corruption on one metric.
+
+    far [layer, head]: which are beyond 2 standard deviations of the mean, where other cells count
+    in these too; None: over `effect` alone.
+    """
 
     corruption: str
     metric: str
     effect: Array
+    far: NDArray[np.bool_] | None = None
+
+    @property
+    def detected(self) -> NDArray[np.bool_]:
+        """Which heads are detected, [layer, head]."""
+        return beyond_sd(self.effect) if self.far is None else self.far
 
     @property
     def positive(self) -> tuple[str, ...]:
@@ -64,20 +75,21 @@ class Heads:
         return float(self.effect[layer, number])
 
     def _detected(self, sign: int) -> tuple[str, ...]:
-        found = np.argwhere(beyond_sd(self.effect) & (np.sign(self.effect) == sign))
+        found = np.argwhere(self.detected & (np.sign(self.effect) == sign))
         return tuple(f"{layer}.{head}" for layer, head in found)
 
 
 def effects(
     results: Results, corruption: str, metric: str, position: int = 0, source: str | None = None
 ) -> Heads:
-    """The effects of all heads at one entry of the results' positions, over all pairs."""
+    """The effects of all heads at one entry of the results' positions, over all pairs; detected are
+    those far from the mean over all entries."""
     if metric == "logit_diff":
         effect = results.effect("head_z", metric, "denoise", source)
     else:
         moved = results.changes("head_z", metric, "denoise", source)[0]
         effect = np.nanmean(moved, axis=0) * (-1 if metric == "kl" else 1)
-    return Heads(corruption, metric, effect[..., position])
+    return Heads(corruption, metric, effect[..., position], beyond_sd(effect)[..., position])
 
 
 def all_effects(by_corruption: Mapping[str, Results], position: int = 0) -> list[Heads]:
@@ -172,7 +184,7 @@ def _draw(axes: object, here: Heads, limit: float) -> None:
         origin="lower",
         interpolation="nearest",
     )
-    for layer, head in np.argwhere(beyond_sd(here.effect)):
+    for layer, head in np.argwhere(here.detected):
         axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, linewidth=0.7))
     layers, heads = here.effect.shape
     axes.set_xticks(range(0, heads, max(1, heads // 12)))

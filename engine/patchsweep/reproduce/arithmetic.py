@@ -1,0 +1,169 @@
+"""Two-shot arithmetic: MLPs at the last token by corruption, and what dominates the metric of
+Stolfo et al. (App. C)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from patchsweep.reproduce import mlps
+from patchsweep.reproduce.experiment import (
+    SIGMA,
+    Experiment,
+    Finding,
+    Report,
+    Setting,
+    Table,
+    baselines,
+)
+from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
+from patchsweep.results import Results
+from patchsweep.tasks.arithmetic import OPERATIONS
+
+NAME = "best-practices-arithmetic"
+RELATIVE = "relative_prob"
+SHARPER = 1.1  # a peak is sharper that stands out so many times more
+DOMINANT = 0.9  # of the metric
+
+
+def run(setting: Setting) -> Report:
+    """MLPs at the last token, restored under STR and GN, for three operations."""
+    found = {operation: _sweeps(setting, operation) for operation in OPERATIONS}
+    terms = {operation: _terms(by["STR"]) for operation, by in found.items()}
+    title = "Arithmetic: MLPs at the last token by corruption"
+    curves = {
+        (corruption, metric): [
+            mlps.Curve(operation, mlps.by_window(by[corruption], metric, 1)[0], 1)
+            for operation, by in found.items()
+        ]
+        for corruption in ("STR", "GN")
+        for metric in METRICS
+    }
+    by_name = {f"{op}, {c}": results for op, by in found.items() for c, results in by.items()}
+    under = "mlp_out restored at the last token"
+    return Report(
+        title,
+        (
+            f"Model: {setting.subject}, of each operation.",
+            "Two-shot problems whose result the model puts above that of the corrupt problem.",
+            "Single MLP outputs restored at the last token, clean into corrupt.",
+            "STR: another last problem. "
+            f"GN: noise of {SIGMA:g} standard deviations on the embeddings of its operands.",
+            SCALES,
+            "Sharpness of a peak: how many standard deviations it lies above the mean over layers.",
+        ),
+        (baselines(by_name, METRICS), _peak_table(found), _term_table(terms)),
+        {"layers": mlps.figure((title, setting.subject, under), curves)},
+        (*_peak_findings(found), _term_finding(terms)),
+    )
+
+
+def _sweeps(setting: Setting, operation: str) -> dict[str, Results]:
+    pairs = setting.pairs("arithmetic", only_correct=True, operation=operation)
+    labels = dict.fromkeys(name for pair in pairs for name in pair.labels)
+    return mlps.sweeps(
+        setting,
+        operation,
+        pairs,
+        [name for name in labels if name != "END"],
+        positions=["END"],
+        metrics=[*METRICS, RELATIVE],
+    )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The metric of Stolfo et al. at the layer of its largest mean effect, mean over pairs: half of
+    P(answer) / P*(answer) − 1, half of P*(wrong) / P(wrong) − 1, the first term's share of both
+    (sizes, mean over pairs), and the median of P*(answer), the corrupt run's."""
+
+    layer: int
+    answer: float
+    wrong: float
+    share: float
+    corrupt: float
+
+
+def _terms(results: Results) -> Terms:
+    whole = results.changes("mlp_out", RELATIVE, "denoise")[0][:, :, 0, 0]  # [pair, layer]
+    corrupt = results.baseline("prob")[1, 0, 0]
+    gain = results.changes("mlp_out", "prob", "denoise")[0][:, :, 0, 0] / corrupt[:, None]
+    layer = int(whole.mean(0).argmax())
+    first = gain[:, layer] / 2
+    second = whole[:, layer] - first
+    sizes = [float(np.abs(term).mean()) for term in (first, second)]
+    return Terms(
+        layer,
+        float(first.mean()),
+        float(second.mean()),
+        sizes[0] / sum(sizes),
+        float(np.median(corrupt)),
+    )
+
+
+def _peak_table(found: Mapping[str, Mapping[str, Results]]) -> Table:
+    rows = []
+    for metric in METRICS:
+        for operation, by in found.items():
+            for corruption, results in by.items():
+                peak = mlps.peaks(results, metric, 1)[0]
+                sharp = f"{peak.deviations:.2f}"
+                rows.append((NAMES[metric], operation, corruption, str(peak), sharp))
+    columns = ("metric", "operation", "corruption", "peak at layer", "SD above the mean")
+    return Table("Peaks at the last token", columns, tuple(rows))
+
+
+def _peak_findings(found: Mapping[str, Mapping[str, Results]]) -> Iterator[Finding]:
+    for operation, by in found.items():
+        sharp = {c: mlps.peaks(r, "logit_diff", 1)[0].deviations for c, r in by.items()}
+        times = sharp["STR"] / sharp["GN"] if sharp["GN"] else float("inf")
+        equal = operation == "multiplication"
+        yield Finding(
+            f"{operation}: STR is {'as sharp as' if equal else 'sharper than'} GN (here: the peak "
+            f"stands out {'up to' if equal else 'more than'} {SHARPER:g} times as far)",
+            "App. C",
+            f"logit difference: STR {sharp['STR']:.2f} SD, GN {sharp['GN']:.2f} SD above the mean "
+            "over layers",
+            1 / SHARPER <= times <= SHARPER if equal else times > SHARPER,
+        )
+
+
+def _term_table(terms: Mapping[str, Terms]) -> Table:
+    rows = tuple(
+        (
+            operation,
+            str(t.layer),
+            f"{t.answer:.4g}",
+            f"{t.wrong:.4g}",
+            f"{t.share:.1%}",
+            f"{t.corrupt:.2g}",
+        )
+        for operation, t in terms.items()
+    )
+    columns = ("operation", "layer", "term of the answer", "term of the wrong result")
+    more = ("share of the first", "median P*(answer)")
+    return Table(
+        "The metric of Stolfo et al. under STR, where it is largest", (*columns, *more), rows
+    )
+
+
+def _term_finding(terms: Mapping[str, Terms]) -> Finding:
+    said = (f"{op} {t.share:.1%} (P* {t.corrupt:.2g})" for op, t in terms.items())
+    return Finding(
+        "the metric of Stolfo et al. is dominated by its first term, as the corrupt run's "
+        f"probability of the answer is tiny (here: more than {DOMINANT:.0%} of both)",
+        "App. C, equation 2",
+        "share of the first term, and the median probability: " + "; ".join(said),
+        all(t.share > DOMINANT for t in terms.values()),
+    )
+
+
+EXPERIMENT = Experiment(
+    NAME,
+    "arithmetic: MLPs at the last token by corruption",
+    "Zhang & Nanda 2023, App. C",
+    16,
+    run,
+)

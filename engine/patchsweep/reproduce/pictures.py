@@ -1,0 +1,79 @@
+"""Heatmaps side by side: rows and columns of [layer, column] pictures in one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from patchsweep import heatmaps
+from patchsweep.effect import Array
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Values [layer, column], what they count in, and which of them are framed, if any."""
+
+    title: str
+    values: Array
+    unit: str
+    columns: tuple[str, ...]
+    framed: NDArray[np.bool_] | None = None
+
+
+def figure(title: Sequence[str], rows: Sequence[Sequence[Picture]]) -> Figure:
+    """Pictures [row][column], each with its own scale, centred at 0; grey: no value."""
+    heatmaps.needed()
+    from matplotlib.figure import Figure
+
+    layers, columns = rows[0][0].values.shape
+    width = float(np.clip(0.16 * columns + 1.0, 2.2, 5)) * len(rows[0]) + 0.6
+    named = 0.06 * max(len(name) for picture in rows[0] for name in picture.columns)
+    height = (float(np.clip(0.1 * layers, 1.6, 6)) + named + 0.9) * len(rows) + 0.6
+    drawn = Figure(figsize=(width, height), layout="constrained")
+    grid = drawn.subplots(len(rows), len(rows[0]), sharey=True, squeeze=False)
+    for row, axes_row in zip(rows, grid, strict=True):
+        for picture, axes in zip(row, axes_row, strict=True):
+            _draw(axes, picture)
+        axes_row[0].set_ylabel("layer", fontsize=8)
+    drawn.suptitle("\n".join(title), fontsize=9)
+    return drawn
+
+
+def _draw(axes: Axes, picture: Picture) -> None:
+    from matplotlib.patches import Rectangle
+
+    known = np.abs(picture.values[np.isfinite(picture.values)])
+    limit = float(known.max(initial=0.0)) or 1.0
+    axes.set_facecolor("0.8")
+    image = axes.imshow(
+        np.ma.masked_invalid(picture.values),
+        cmap=heatmaps.COLOURS,
+        vmin=-limit,
+        vmax=limit,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+    )
+    if picture.framed is not None:
+        for layer, column in np.argwhere(picture.framed):
+            frame = Rectangle((column - 0.5, layer - 0.5), 1, 1, fill=False, linewidth=0.7)
+            axes.add_patch(frame)
+    axes.set_title(picture.title, fontsize=8)
+    step = max(1, len(picture.columns) // 12)
+    turned = 90 if max(map(len, picture.columns)) > 2 else 0
+    axes.set_xticks(range(0, len(picture.columns), step), picture.columns[::step], rotation=turned)
+    axes.tick_params(labelsize=7)
+    parent = axes.get_figure()
+    assert parent is not None
+    bar = parent.colorbar(image, ax=axes, location="bottom", ticks=[-limit, 0, limit])
+    bar.ax.set_xticklabels([f"{-limit:.2g}", "0", f"{limit:.2g}"])
+    bar.ax.tick_params(labelsize=7)
+    bar.set_label(picture.unit, fontsize=7)

@@ -1,0 +1,225 @@
+"""Reproductions over layers: every number against full forwards with plain hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import patchsweep as ps
+from oracle import oracle
+from oracle.families import FAMILIES
+from patchsweep.loading import load_tokenizer
+from patchsweep.reproduce import arithmetic, facts, mlps, places, windows
+from patchsweep.reproduce.experiment import Report, Setting
+
+LAYERS = 6
+LLAMA = FAMILIES["llama"]
+
+
+def known_model() -> ps.Model:
+    """A small random model in float64 that reads the packaged tokenizer's texts."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,
+    )
+    hf_model = LlamaForCausalLM(config).to(torch.float64).eval()
+    return ps.wrap(hf_model, load_tokenizer("smollm2-135m"), "tiny")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    return Setting(known_model(), 3, 0, tmp_path_factory.mktemp("reproduce"))
+
+
+@pytest.fixture(scope="module")
+def report(setting: Setting) -> Report:
+    return facts.run(setting)
+
+
+def logits(setting: Setting, pair: ps.Pair, layers: range, positions: list[int]) -> Any:
+    """The corrupt run with the MLPs' clean outputs at some layers and positions."""
+    sites = [("mlp_out", layer, None, positions) for layer in layers]
+    return oracle.run_set(setting.model.hf_model, LLAMA, pair.corrupt, pair.clean, sites)
+
+
+def metric(name: str, pair: ps.Pair, of: Any) -> float:
+    if name == "prob":
+        return float(oracle.prob(of, pair.answer))
+    return float(oracle.logit_diff(of, pair.answer, pair.wrong))
+
+
+def ends(setting: Setting, pair: ps.Pair, name: str) -> tuple[float, float]:
+    clean, corrupt = (
+        metric(name, pair, oracle.baseline(setting.model.hf_model, ids))
+        for ids in (pair.clean, pair.corrupt)
+    )
+    return clean, corrupt
+
+
+def expected(setting: Setting, pairs: list[ps.Pair], name: str, size: int) -> np.ndarray:
+    """The joint effect of every window at the last subject token under STR."""
+    base = [ends(setting, pair, name) for pair in pairs]
+    span = np.mean([clean - corrupt for clean, corrupt in base])
+    moved = [
+        np.mean(
+            [
+                metric(name, pair, logits(setting, pair, range(i, i + size), at)) - corrupt
+                for pair, (_, corrupt) in zip(pairs, base, strict=True)
+                for at in [[pair.labels["SUBJECT_LAST"]]]
+            ]
+        )
+        for i in range(LAYERS - size + 1)
+    ]
+    return np.array(moved) / (span if name == "logit_diff" else 1)
+
+
+def table(report: Report, title: str) -> list[dict[str, str]]:
+    found = next(t for t in report.tables if t.title == title)
+    return [dict(zip(found.columns, row, strict=True)) for row in found.rows]
+
+
+@pytest.mark.parametrize("name", ["logit_diff", "prob"])
+def test_windows_do_what_full_forwards_do(setting: Setting, report: Report, name: str) -> None:
+    pairs, _ = facts.long_subjects(setting)
+    results = facts.subject_sweeps(setting, pairs)["STR"]
+    single = expected(setting, pairs, name, 1)
+    sums = np.convolve(single, np.ones(3), "valid")
+    joint, total = mlps.by_window(results, name, 3)
+    np.testing.assert_allclose(joint, expected(setting, pairs, name, 3), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(total, sums, rtol=1e-7, atol=1e-9)
+    shown = [
+        row["peak at layers"]
+        for row in table(report, "Peaks at the last subject token")
+        if (row["metric"], row["corruption"]) == (mlps.NAMES[name], "STR")
+    ]
+    first = int(joint.argmax())
+    assert shown[0] == f"{single.max():+.3f} at {single.argmax()}"
+    assert shown[1] == f"{joint.max():+.3f} at {first}–{first + 2}"
+
+
+@pytest.mark.usefixtures("report")
+def test_a_joint_effect_is_set_against_the_sum(setting: Setting) -> None:
+    found = windows.run(setting)  # on the sweeps that are there
+    pairs, _ = facts.long_subjects(setting)
+    for name in ("logit_diff", "prob"):
+        single = expected(setting, pairs, name, 1)
+        holds = all(
+            expected(setting, pairs, name, size).max()
+            > np.convolve(single, np.ones(size), "valid").max()
+            for size in (3, 5)
+        )
+        claim = f"STR, {mlps.NAMES[name]}: a window's joint effect"
+        (finding,) = [f for f in found.findings if f.claim.startswith(claim)]
+        assert finding.holds == holds
+
+
+def test_facts_are_known_and_have_long_subjects(setting: Setting) -> None:
+    pairs, tried = facts.long_subjects(setting)
+    drawn = [p for p in facts.facts.stream(setting.tokenizer, 0) if "SUBJECT_3" in p.labels]
+    known = [
+        p
+        for p in drawn[:tried]
+        if metric("logit_diff", p, oracle.baseline(setting.model.hf_model, p.clean)) > 0
+    ]
+    assert pairs == known
+    assert len(pairs) == 3 < tried
+
+
+def test_too_few_known_facts_are_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, _ = facts.long_subjects(setting)
+    monkeypatch.setattr(facts.facts, "stream", lambda *_: iter(pairs[:2]))
+    with pytest.raises(ps.BadInput, match=r"knows 2 of 2 facts .*, 3 are asked for: ask for fewer"):
+        facts.long_subjects(setting)
+
+
+@pytest.mark.usefixtures("report")
+def test_places_are_means_over_their_tokens(setting: Setting) -> None:
+    pairs, _ = facts.long_subjects(setting)
+    results = mlps.sweeps(
+        setting, "positions", pairs, facts.subject_labels(pairs), metrics=facts.SHOWN
+    )["STR"]
+    found = places.effects(results, "logit_diff", pairs)
+    base = [ends(setting, pair, "logit_diff") for pair in pairs]
+    for place in ("middle subject", "last"):
+        moved = [
+            np.mean(
+                [
+                    metric("logit_diff", pair, logits(setting, pair, range(2, 3), [at])) - corrupt
+                    for at in places.tokens(pair)[place]
+                ]
+            )
+            for pair, (_, corrupt) in zip(pairs, base, strict=True)
+        ]
+        wanted = np.mean(moved) / np.mean([clean - corrupt for clean, corrupt in base])
+        assert found[2, places.PLACES.index(place)] == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("subject", "length", "wanted"),
+    [
+        ((1, 4), 8, [[1], [2, 3], [4], [5], [6], [7]]),
+        ((1, 3), 5, [[1], [2], [3], [], [], [4]]),
+        ((0, 2), 3, [[0], [1], [2], [], [], []]),
+    ],
+)
+def test_places_of_a_prompt(subject: tuple[int, int], length: int, wanted: list[list[int]]) -> None:
+    first, last = subject
+    labels = {"SUBJECT_1": first, "SUBJECT_LAST": last}
+    pair = ps.Pair(tuple(range(length)), (), (99,), labels=labels)
+    assert list(places.tokens(pair).values()) == wanted
+
+
+def test_a_place_that_no_fact_has_is_empty() -> None:
+    values = np.array([[0.1, 0.2, 0.4, np.nan, 0.0, 0.3], [0.0, 0.1, 0.2, np.nan, -0.1, 0.5]])
+    (row,) = places.table({("STR", "prob"): values}).rows
+    assert row[2:] == ("+0.100", "+0.200", "+0.400", "", "+0.000", "+0.500", "2.00")
+
+
+def test_peak() -> None:
+    found = mlps.peak(np.array([3.0, 0.0, 1.0, 0.0]), 5)
+    assert str(found) == "+3.000 at 0–4"
+    assert found.past_first == 1
+    assert found.deviations == pytest.approx(2 / np.std([3, 0, 1, 0]))
+
+
+def test_the_terms_of_the_metric_of_stolfo(setting: Setting, tmp_path: Path) -> None:
+    own = Setting(setting.model, 2, 0, tmp_path)
+    pairs = own.pairs("arithmetic", only_correct=True, operation="addition")
+    terms = arithmetic._terms(arithmetic._sweeps(own, "addition")["STR"])
+
+    def halves(pair: ps.Pair, layer: int) -> tuple[float, float]:
+        patched = logits(own, pair, range(layer, layer + 1), [len(pair) - 1])
+        corrupt = oracle.baseline(own.model.hf_model, pair.corrupt)
+        of = oracle.prob
+        gain = of(patched, pair.answer) / of(corrupt, pair.answer) - 1
+        loss = of(corrupt, pair.wrong) / of(patched, pair.wrong) - 1
+        return float(gain) / 2, float(loss) / 2
+
+    wanted = np.array([[halves(pair, layer) for pair in pairs] for layer in range(LAYERS)])
+    layer = int(wanted.sum(2).mean(1).argmax())
+    sizes = np.abs(wanted[layer]).mean(0)
+    assert terms.layer == layer
+    assert [terms.answer, terms.wrong] == pytest.approx(wanted[layer].mean(0).tolist(), rel=1e-6)
+    assert terms.share == pytest.approx(sizes[0] / sizes.sum(), rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [facts.run, windows.run, arithmetic.run])
+def test_on_a_trained_model(run: Any, tmp_path: Path) -> None:
+    setting = Setting(ps.load_model("smollm2-135m"), 4, 0, tmp_path)
+    report = run(setting)
+    report.write(tmp_path / "report")
+    assert all(finding.holds is not None for finding in report.findings)
+    assert (tmp_path / "report" / "report.md").exists()
