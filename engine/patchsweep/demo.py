@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from patchsweep import tasks
-from patchsweep.engine import sweep
+from patchsweep.engine import carry_out
 from patchsweep.model import Model, load_model
 from patchsweep.pairs import Pair
+from patchsweep.prompts import build_pairs
 from patchsweep.report.figures import plot
 from patchsweep.report.page import write_page
 from patchsweep.report.show import top_table
 from patchsweep.results import Results
 from patchsweep.sites import Status
+from patchsweep.spec import parse_spec
 
 MODEL = "smollm2-135m"
 PAIRS = 8
@@ -32,7 +33,16 @@ def demo(out: Path, console: Console) -> None:
     console.print(f"Loading {MODEL} (the first time it is unpacked into the cache: some 20 s)")
     model = load_model(MODEL)
     for task, title in (("ioi", "indirect object identification"), ("facts", "facts")):
-        pairs = tasks.TASKS[task](model.tokenizer, PAIRS)
+        spec = parse_spec(
+            {
+                "model": MODEL,
+                "prompts": {"task": task, "n": PAIRS},
+                "components": COMPONENTS,
+                "metrics": METRICS,
+                "direction": "denoise",
+            }
+        )
+        pairs = build_pairs(spec.prompts, model.tokenizer)
         console.rule(f"{PAIRS} pairs: {title}")
         console.print(
             f"clean    {model.tokenizer.decode(pairs[0].clean)}\n"
@@ -42,15 +52,8 @@ def demo(out: Path, console: Console) -> None:
             f"{', '.join(COMPONENTS)} x every position, denoise; {', '.join(METRICS)}",
             highlight=False,
         )
-        results = sweep(
-            model,
-            pairs,
-            components=list(COMPONENTS),
-            metrics=list(METRICS),
-            direction="denoise",
-            out=out / f"{task}.zarr",
-            overwrite=True,
-        )
+        store = out / f"{task}.zarr"
+        results = carry_out(model, pairs, spec, store, resume=False, overwrite=True)
         figures = plot(results, out / f"{task}-figures", formats=("png",))
         console.print(top_table(results, COMPONENTS[0], "logit_diff", "denoise"))
         _report(results, full_forwards(model, sorted(pairs, key=len)[PAIRS // 2]), console)

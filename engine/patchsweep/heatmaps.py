@@ -48,7 +48,9 @@ def views(results: Reader, component: str, effect: Array) -> list[Heatmap]:
     layers = tuple(str(layer + grid.first_layer) for layer in range(grid.layers))
     out = []
     if unit:
-        note = "" if grid.positions == ("all",) else "max-|effect| over positions"
+        note = "max-|effect| over positions"
+        if len(grid.positions) == 1:
+            note = f"position: {grid.positions[0]}"
         units, axes = tuple(map(str, range(grid.units))), ("layer", unit)
         out.append(Heatmap(f"layer_{unit}", largest(effect, 2), layers, units, axes, note))
     if not unit or grid.positions != ("all",):
@@ -146,7 +148,8 @@ def draw(
     axes.set_ylabel(heatmap.axes[0])
     axes.set_yticks(*_ticks(heatmap.rows, height / 0.17), fontsize=8)
     axes.set_xlabel(heatmap.axes[1])
-    rotated = max(map(len, heatmap.columns)) > 2
+    room = (width - 1.8) / columns / 0.08  # characters that fit beside one another
+    rotated = max(map(len, heatmap.columns)) > max(2, room)
     axes.set_xticks(
         *_ticks(heatmap.columns, (width - 1.8) / 0.16),
         fontsize=8,

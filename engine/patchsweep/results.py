@@ -182,7 +182,9 @@ class Results(Reader):
         BadInput for what the results do not have, and without matplotlib.
         """
         heatmaps.needed()
-        import matplotlib.pyplot  # noqa: F401  (notebooks show figures once it is imported)
+        from matplotlib import pyplot
+
+        pyplot.install_repl_displayhook()  # else a notebook shows a figure's name only
 
         component = component or self.components[0]
         metric = metric or self.metrics[0]
