@@ -39,6 +39,7 @@ LEVELS = (
     ("wave", "interventions"),
     ("means", "selftest", "attribution"),
     ("prepare", "backends"),
+    ("append",),
     ("engine",),
     ("demo", "verification", "reproduce"),
     ("cli",),

@@ -85,9 +85,11 @@ def _go_on(arguments: list[str]) -> str:
     """How to go on after an interrupted run, or experiment."""
     if arguments[:1] not in (["run"], ["reproduce"]):
         return ""
-    kept = [a for a in arguments if a not in ("--overwrite", "--resume")]
-    resume = ["--resume"] if arguments[0] == "run" else []
-    command = shlex.join([*_launched_by(arguments), *kept, *resume])
+    # Before the larger results are there only --append goes on, after that either does.
+    how = "--append" if "--append" in arguments else "--resume"
+    kept = [a for a in arguments if a not in ("--overwrite", "--resume", "--append")]
+    more = [how] if arguments[0] == "run" else []
+    command = shlex.join([*_launched_by(arguments), *kept, *more])
     return f"; what was finished is kept, go on with: {command}"
 
 
@@ -155,6 +157,7 @@ def run(
     out: str | None = None,
     overrides: Overrides = None,
     resume: Flag = False,
+    append: Flag = False,
     overwrite: Flag = False,
 ) -> None:
     """Run the sweep that a spec file says.
@@ -172,6 +175,9 @@ def run(
         key.key=value, in place of what the spec says; may be given several times.
     resume
         Go on where an interrupted run stopped.
+    append
+        Add the pairs, after those that are there, or the metrics that the spec has more than the
+        results; everything else must be equal.
     overwrite
         Replace results that are there.
     """
@@ -180,9 +186,12 @@ def run(
     from patchsweep.report.show import show as print_results
 
     launched()
-    if resume and overwrite:
-        raise BadInput("--resume and --overwrite exclude each other: give one")
-    results = run_spec(_spec(spec, overrides, out), resume=resume, overwrite=overwrite)
+    flags = {"--resume": resume, "--append": append, "--overwrite": overwrite}
+    if len(given := [name for name, said in flags.items() if said]) > 1:
+        raise BadInput(f"{' and '.join(given)} exclude each other: give one")
+    results = run_spec(
+        _spec(spec, overrides, out), resume=resume, overwrite=overwrite, append=append
+    )
     if os.environ.get("RANK", "0") == "0":
         print_results(results, _console())
 

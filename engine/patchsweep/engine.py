@@ -21,6 +21,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from patchsweep import append as appending
 from patchsweep import attribution
 from patchsweep import results as results_of
 from patchsweep.backends import opened, taken
@@ -38,14 +39,14 @@ from patchsweep.model import Model, dimensions_of, empty_model, load_model
 from patchsweep.offload import unreachable
 from patchsweep.pairs import Pair
 from patchsweep.placement import device_map, foreseen
-from patchsweep.plan import BudgetTooSmall, Plan, Wave, make_plan
+from patchsweep.plan import BudgetTooSmall, Cut, Plan, Wave, make_plan
 from patchsweep.prepare import digest, prepare
 from patchsweep.prompts import build_pairs
 from patchsweep.results import CellEffect, Results
 from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Metric, Spec, Sweep, parse_settings
-from patchsweep.store import Store, exists, remove
+from patchsweep.store import Store, exists, put_back, remove
 from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
 from patchsweep.writer import background
 
@@ -58,7 +59,9 @@ JOINT = 10  # cells that are patched together once a sweep is done
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
 
-def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results:
+def run(
+    spec: Spec, *, resume: bool = False, overwrite: bool = False, append: bool = False
+) -> Results:
     """Do what a spec says, together with all processes that a launcher has started for it; every
     one returns when all is done. BadInput if `out` is missing from it, and as `sweep` does."""
     if spec.out is None:
@@ -77,7 +80,14 @@ def run(spec: Spec, *, resume: bool = False, overwrite: bool = False) -> Results
         pairs = build_pairs(spec.prompts, model.tokenizer, model)
     resume = resume or (restarted() and not overwrite)
     return carry_out(
-        model, pairs, spec, spec.out, resume=resume, overwrite=overwrite, processes=processes
+        model,
+        pairs,
+        spec,
+        spec.out,
+        resume=resume,
+        overwrite=overwrite,
+        append=append,
+        processes=processes,
     )
 
 
@@ -101,17 +111,19 @@ def sweep(
     out: str | Path,
     resume: bool = False,
     overwrite: bool = False,
+    append: bool = False,
     **settings: Any,
 ) -> Results:
     """Patch every cell that `settings` ask for, and write the results to `out`, a path or a URL.
 
     settings are those of a spec: components, metrics, direction, positions, token_budget. With
-    `resume` a sweep that was interrupted goes on; with `overwrite` earlier results are replaced.
+    `resume` a sweep that was interrupted goes on; with `overwrite` earlier results are replaced;
+    with `append` they get the further pairs, after those that they have, or metrics.
     BadInput for wrong settings, for results that belong to another sweep, and for a model that the
     self-test refuses. Cells whose metric is not finite are marked and counted, not an error.
     """
     said = parse_settings(settings)
-    return carry_out(model, pairs, said, out, resume=resume, overwrite=overwrite)
+    return carry_out(model, pairs, said, out, resume=resume, overwrite=overwrite, append=append)
 
 
 def plan_sweep(
@@ -122,8 +134,10 @@ def plan_sweep(
     token_budget: int | None = None,
     sae: SAE | None = None,
     offload: Offload = WHOLE,
+    cut: Cut | None = None,
 ) -> Plan:
-    """The plan of a sweep; `token_budget` is that of results to go on with, if there are any."""
+    """The plan of a sweep; `token_budget` and `cut` are those of results to go on with, if there
+    are any."""
     if not pairs:
         raise BadInput("there are no prompt pairs: give at least one")
     attribution.chosen(settings)
@@ -143,16 +157,17 @@ def plan_sweep(
         d = dimensions
         sae.check_width(d.heads * d.d_head if sae.at == "head_z" else d.d_model)
         features = Features(sae.layer, sae.at, sae.features, sae.width)
-    chosen = token_budget or settings.token_budget
-    usual, most = (
-        auto_budget(dimensions, device, offload.held) if chosen == "auto" else (chosen, chosen)
-    )
+    if settings.token_budget == "auto":
+        usual, most = auto_budget(dimensions, device, offload.held)
+        usual = token_budget or usual
+    else:
+        usual = most = token_budget or settings.token_budget
     try:
-        plan = make_plan(pairs, settings, dimensions, usual, features)
+        plan = make_plan(pairs, settings, dimensions, usual, features, cut)
     except BudgetTooSmall as error:
         if error.least > most:
             raise
-        plan = make_plan(pairs, settings, dimensions, error.least, features)
+        plan = make_plan(pairs, settings, dimensions, error.least, features, cut)
     return replace(plan, offload=offload)
 
 
@@ -195,6 +210,7 @@ def carry_out(
     *,
     resume: bool,
     overwrite: bool,
+    append: bool = False,
     processes: Processes | None = None,
 ) -> Results:
     """Run the waves whose blocks are not done yet, or are damaged. The first of the processes says
@@ -204,17 +220,29 @@ def carry_out(
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
     found = None
-    if first and (resume or overwrite) and exists(out):
+    if first:
+        put_back(out)
+    if first and (resume or overwrite or append) and exists(out):
         found = Store.open(out, "r+", settings.fsync)
     existing = None if overwrite else found
-    budget = existing.attrs["token_budget"] if existing else None
+    budget, cut = None, None
+    if existing:
+        cut = appending.cut(existing, len(pairs))
+        if not append or settings.token_budget == "auto":
+            budget = existing.attrs["token_budget"]
     if not first:
         budget = processes.told("token_budget")
+        cut = Cut(processes.told("most"), processes.told("apart"))
     sae = load_autoencoder(settings)
-    plan = plan_sweep(model.dimensions, pairs, settings, model.device, budget, sae, model.offload)
+    plan = plan_sweep(
+        model.dimensions, pairs, settings, model.device, budget, sae, model.offload, cut
+    )
     if first and exists(out) and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
     processes.tell("token_budget", plan.token_budget)
+    cut = cut or Cut(max(grid.pair_tile for grid in plan.grids.values()))
+    processes.tell("most", cut.most)
+    processes.tell("apart", cut.apart)
 
     fingerprint = model.fingerprint
     with (
@@ -232,16 +260,22 @@ def carry_out(
         attrs["plan"] = taken(plan, attrs["backend"]).counts()
         attrs["values"] = digest(values, plan, model.tokenizer)
         attrs["noise_scale"] = values.noise_scale
+        fill = None
+        if existing and (what := _difference(existing, attrs)):
+            refused = appending.refusal(existing, plan, settings, attrs, values, model.tokenizer)
+            _check_append(existing, what, refused, append)
+            attrs |= appending.described(existing)
+            fill = partial(appending.copy, existing)
         if existing:
-            _same_sweep(existing, attrs)
             for damage in withdraw(existing):
                 log.warning("done again: %s", damage)
-        else:
+        if fill or not existing:
             attribution.tried(forward, plan, settings, values)
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         if first:
-            store = existing or _create(out, plan, settings, model, attrs)
+            created = fill or not existing
+            store = _create(out, plan, settings, model, attrs, fill) if created else existing
         else:
             processes.told("created")
             store = Store.open(out, "r+", settings.fsync)
@@ -379,9 +413,10 @@ def _run_waves(
 def _write(store: Store, wave: Wave, result: WaveResult) -> None:
     if wave.owner:
         at = (wave.source, wave.sample, wave.pairs)
-        store.write_baseline(*at, result.baseline, result.noise_floor)
+        measured = result.baseline, result.noise_floor
+        store.write_baseline(*at, *appending.kept_baseline(store, *at, *measured))
     for block, found, status in result.blocks:
-        store.write_block(block, found, status)
+        store.write_block(block, *appending.kept(store, block, found, status))
 
 
 def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
@@ -395,7 +430,12 @@ def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
 
 
 def _create(
-    out: str | Path, plan: Plan, settings: Sweep, model: Model, attrs: dict[str, Any]
+    out: str | Path,
+    plan: Plan,
+    settings: Sweep,
+    model: Model,
+    attrs: dict[str, Any],
+    fill: Callable[[Store], None] | None = None,
 ) -> Store:
     double = model.hf_model.dtype == torch.float64
     return Store.create(
@@ -409,6 +449,7 @@ def _create(
         _site_columns(plan),
         (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
         settings.fsync,
+        fill,
     )
 
 
@@ -473,19 +514,37 @@ IDENTITY = {
 
 def _same_sweep(store: Store, attrs: dict[str, Any]) -> None:
     """BadInput unless the results in `store` are those of this very sweep."""
+    if what := _difference(store, attrs):
+        raise _another(store, what)
+
+
+def _difference(store: Store, attrs: dict[str, Any]) -> str | None:
+    """What makes the results in `store` those of another sweep; None if they are of this one."""
     spec = store.attrs["spec"]
     said = {key: spec.get(key) for key in ("metrics", "prefilter", "edges")}
     before = {**store.attrs, **said, "estimators": store.estimators}
     now = {**attrs, **{key: attrs["spec"][key] for key in said}}
     for key, what in IDENTITY.items():
         if before.get(key) != now[key]:
-            raise _another(store, what)
+            return what
+    return None
 
 
-def _another(store: Store, what: str) -> BadInput:
+def _check_append(store: Store, what: str, refusal: str | None, append: bool) -> None:
+    """BadInput where results of another sweep cannot be appended to, or were not asked to be."""
+    if append and refusal:
+        raise BadInput(
+            f"{store.path}: pairs and metrics can be added, nothing else, and {refusal}: "
+            "choose another --out, or --overwrite to replace it"
+        )
+    if not append:
+        raise _another(store, what, "" if refusal else "--append to add to it, ")
+
+
+def _another(store: Store, what: str, mend: str = "") -> BadInput:
     return BadInput(
         f"{store.path} holds the results of another sweep ({what}): "
-        "choose another --out, or --overwrite to replace it"
+        f"{mend}choose another --out, or --overwrite to replace it"
     )
 
 

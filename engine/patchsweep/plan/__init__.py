@@ -19,12 +19,13 @@ from patchsweep.plan.costs import (
     variants,
 )
 from patchsweep.plan.plan import Plan, arranged, make_plan, narrowed
-from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Wave
+from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Cut, Wave
 
 __all__ = [
     "SCORES_ELEMENTS",
     "BudgetTooSmall",
     "Choice",
+    "Cut",
     "Ints",
     "Plan",
     "Wave",

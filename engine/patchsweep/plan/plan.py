@@ -17,7 +17,7 @@ from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
-from patchsweep.plan.waves import SCORES_ARRAYS, Wave, packed_waves, tiled
+from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_waves, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -41,6 +41,7 @@ class Plan:
     waves: tuple[Wave, ...]
     metric_count: int
     tail_weights: int  # vocabulary rows that multiply one read token
+    cut: Cut | None = None
     offload: Offload = WHOLE
     choice: Choice = field(default_factory=dict)
 
@@ -168,9 +169,10 @@ def make_plan(
     dimensions: Dimensions,
     token_budget: int,
     features: Features | None = None,
+    cut: Cut | None = None,
 ) -> Plan:
-    """Plan a sweep; `features` are those of its autoencoder. BadInput for what the pairs or the
-    model do not have."""
+    """Plan a sweep; `features` are those of its autoencoder, `cut` that of results that go on.
+    BadInput for what the pairs or the model do not have."""
     sources = resolve(settings, pairs)
     longest = max(
         len(tokens)
@@ -185,24 +187,29 @@ def make_plan(
     layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
     names = [*settings.components, *([SETS] if layouts.table else [])]
     tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
-    return arranged(layouts, names, token_budget, len(settings.metrics), tail_weights)
+    return arranged(layouts, names, token_budget, len(settings.metrics), tail_weights, cut)
 
 
 def arranged(
-    layouts: Layouts, names: Sequence[str], token_budget: int, metric_count: int, tail_weights: int
+    layouts: Layouts,
+    names: Sequence[str],
+    token_budget: int,
+    metric_count: int,
+    tail_weights: int,
+    cut: Cut | None = None,
 ) -> Plan:
     """The blocks and waves of some components under a budget."""
     whole = {name: layouts.grid(name) for name in names}
     costs = Costs(layouts)
-    grids = tiled(whole, costs, token_budget)
-    waves = packed_waves(grids, costs, token_budget, tail_weights)
-    return Plan(layouts, token_budget, grids, waves, metric_count, tail_weights)
+    grids = tiled(whole, costs, token_budget, cut)
+    waves = packed_waves(grids, costs, token_budget, tail_weights, cut)
+    return Plan(layouts, token_budget, grids, waves, metric_count, tail_weights, cut)
 
 
 def narrowed(plan: Plan, choice: Choice) -> Plan:
     """The same blocks with only chosen cells run, packed into waves anew."""
     costs = Costs(plan.layouts, choice)
-    waves = packed_waves(plan.grids, costs, plan.token_budget, plan.tail_weights)
+    waves = packed_waves(plan.grids, costs, plan.token_budget, plan.tail_weights, plan.cut)
     return replace(plan, waves=waves, choice=choice)
 
 

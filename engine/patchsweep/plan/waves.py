@@ -48,7 +48,18 @@ class Wave:
     scores: int = SCORES_ELEMENTS
 
 
-def tiled(whole: dict[str, Grid], costs: Costs, budget: int) -> dict[str, Grid]:
+@dataclass(frozen=True)
+class Cut:
+    """How pairs are cut where a sweep goes on: blocks have `most` pairs at most, and no wave joins
+    blocks of the first `apart` pairs with others."""
+
+    most: int
+    apart: int = 0
+
+
+def tiled(
+    whole: dict[str, Grid], costs: Costs, budget: int, cut: Cut | None = None
+) -> dict[str, Grid]:
     """Blocks as large as the budget allows: fewer pairs first, then positions, then units."""
     layouts = costs.layouts
     pairs = len(layouts.pairs)
@@ -71,7 +82,8 @@ def tiled(whole: dict[str, Grid], costs: Costs, budget: int) -> dict[str, Grid]:
             most = max(most, int((together * grid.unit_tile + least).max()))
         return most
 
-    grids = dict(whole)
+    widest = min(cut.most, pairs) if cut else pairs
+    grids = {name: replace(grid, pair_tile=widest) for name, grid in whole.items()}
     for tile in ("pair_tile", "position_tile", "unit_tile"):
         for name in grids:
             while peak(grids[name]) > budget and getattr(grids[name], tile) > 1:
@@ -100,7 +112,7 @@ class _Load:
 
 
 def packed_waves(
-    grids: dict[str, Grid], costs: Costs, budget: int, tail_weights: int
+    grids: dict[str, Grid], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
 ) -> tuple[Wave, ...]:
     """All blocks as waves, in order of their cost."""
     together: dict[tuple[int, int, range], list[Block]] = {}
@@ -110,7 +122,7 @@ def packed_waves(
     loads: list[_Load] = []
     for (source, sample, pairs), members in together.items():
         loads += _packed(pairs, source, sample, members, costs, budget)
-    waves = [_wave(load, costs, tail_weights) for load in _joined(loads, budget)]
+    waves = [_wave(load, costs, tail_weights) for load in _joined(loads, budget, cut)]
     waves.sort(key=lambda w: -w.flops)
     owned: set[tuple[range, int, int]] = set()
     for i, wave in enumerate(waves):
@@ -139,8 +151,9 @@ def _packed(
     return loads
 
 
-def _joined(loads: Sequence[_Load], budget: int) -> list[_Load]:
+def _joined(loads: Sequence[_Load], budget: int, cut: Cut | None) -> list[_Load]:
     """Pairs that follow one another, each with all their blocks in one load, put together."""
+    apart = cut.apart if cut else 0
     alone = Counter((x.source, x.sample, x.pairs) for x in loads)
     out: list[_Load] = []
     for load in sorted(loads, key=lambda x: (x.source, x.sample, x.pairs.start)):
@@ -151,6 +164,7 @@ def _joined(loads: Sequence[_Load], budget: int) -> list[_Load]:
             == (load.source, load.sample, load.pairs.start)
             and alone[load.source, load.sample, load.pairs] == 1
             and alone[last.source, last.sample, last.blocks[-1].pairs] == 1
+            and (last.pairs.stop <= apart) == (load.pairs.stop <= apart)
             and last.takes(load.part, budget)
         ):
             pairs = range(last.pairs.start, load.pairs.stop)

@@ -25,7 +25,8 @@ Layout under the results folder:
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
-  versions, host, device, threads, measured).
+  versions, host, device, threads, measured; `appended`: what the results held each time that
+  pairs or metrics were added, their number of `pairs`, their `metrics`, and `when`).
 
 Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
 
@@ -35,7 +36,7 @@ outlives a power cut. A zip file of such a folder (`pack`) can be read.
 """
 
 from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED
-from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url
+from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url, put_back
 from patchsweep.store.store import SCHEMA, Store, pack, remove
 
 __all__ = [
@@ -52,5 +53,6 @@ __all__ = [
     "locked",
     "pack",
     "path_or_url",
+    "put_back",
     "remove",
 ]

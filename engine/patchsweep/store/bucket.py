@@ -114,7 +114,12 @@ class Bucket:
             raise BadInput(f"cannot write {self}: {_cause(exc)}; {mend}") from exc
 
     @contextmanager
-    def laid_out(self, fsync: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
+    def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
+        if instead:
+            raise BadInput(
+                f"{self}: at a URL nothing takes the place of results as a whole: append to a copy "
+                "in a folder, or choose another --out"
+            )
         self.delete()  # what a kill has left
         try:
             self._put_unfinished()
@@ -123,6 +128,9 @@ class Bucket:
             with suppress(BadInput), self.writing("run again"):
                 self.delete()
             raise
+
+    def put_back(self) -> None:
+        """Nothing takes the place of results here."""
 
     def settle(self, keys: Iterable[str]) -> None:
         """What a bucket has taken it keeps."""

@@ -72,7 +72,7 @@ class Folder:
         return writing(self.at, then)
 
     @contextmanager
-    def laid_out(self, fsync: bool) -> Iterator[zarr.Group]:
+    def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:
         target = self.at.resolve()
         partial = hidden(target)
         try:
@@ -80,12 +80,27 @@ class Folder:
             yield zarr.create_group(partial, zarr_format=3)
             if fsync:
                 settle((p for p in partial.rglob("*") if p.is_file()), partial)
+            if instead:
+                target.rename(self._aside)
             partial.rename(target)
             if fsync:
                 settle((), target.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        if instead:
+            shutil.rmtree(self._aside)
+
+    def put_back(self) -> None:
+        if not self.exists() and self._aside.exists():
+            with self.locked(again=False):  # does it
+                pass
+
+    @property
+    def _aside(self) -> Path:
+        """Where results lie while others take their place."""
+        target = self.at.resolve()
+        return target.with_name(f".{target.name}.replaced")
 
     def settle(self, keys: Iterable[str]) -> None:
         settle((self.at / key for key in keys), self.at)
@@ -108,7 +123,7 @@ class Folder:
         """Who is killed lets go.
 
         Results are laid out and deleted inside, so hidden folders that are there before are what
-        killed processes have left: they are deleted.
+        killed processes have left: they are deleted, but for results that others were to replace.
         """
         target = self.at.resolve()
         with self.writing("run again"):
@@ -124,6 +139,10 @@ class Folder:
         try:
             for left in target.parent.glob(hidden_name(glob.escape(target.name), ANY)):
                 shutil.rmtree(left, ignore_errors=True)
+            if self.exists():
+                shutil.rmtree(self._aside, ignore_errors=True)
+            elif self._aside.exists():
+                self._aside.rename(target)
             yield
         finally:
             if not self.exists():  # a sweep that was refused leaves nothing

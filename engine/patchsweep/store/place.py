@@ -57,9 +57,13 @@ class Place(Protocol):
     def writing(self, then: str) -> AbstractContextManager[None]:
         """Turns what is refused inside into BadInput; `then` is what to do after the mend."""
 
-    def laid_out(self, fsync: bool) -> AbstractContextManager[zarr.Group]:
+    def laid_out(self, fsync: bool, instead: bool) -> AbstractContextManager[zarr.Group]:
         """A new root group, results once its attributes are complete, the last thing: all of it or
-        nothing."""
+        nothing. `instead`: it then takes the place of the results that are there, so more can be
+        written to it before."""
+
+    def put_back(self) -> None:
+        """Results that a kill has caught while others took their place are there again."""
 
     def settle(self, keys: Iterable[str]) -> None:
         """Wait until files outlive a power cut."""
@@ -99,6 +103,11 @@ def beside(at: str | Path, name: str) -> Path:
 def locked(at: str | Path, again: bool = False) -> AbstractContextManager[None]:
     """See `Place.locked`."""
     return place_of(at).locked(again)
+
+
+def put_back(at: str | Path) -> None:
+    """See `Place.put_back`."""
+    place_of(at).put_back()
 
 
 def exists(at: str | Path) -> bool:

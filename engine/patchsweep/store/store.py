@@ -70,21 +70,23 @@ class Store:
         sites: Mapping[str, NDArray[Any]] | None = None,
         nodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
         fsync: bool = False,
+        fill: Callable[[Store], None] | None = None,
     ) -> Store:
         """Lay out an empty results folder, whole or not at all: its attributes are the last thing.
 
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
         The attribute `estimators`, by component, says which have estimates; the attribute `edges`
-        whether there are any, between `nodes`, the senders and receivers. BadInput if `path` exists
-        or the disk refuses.
+        whether there are any, between `nodes`, the senders and receivers. With `fill`, which writes
+        what earlier results at `path` hold, these are replaced. BadInput if else `path` exists, or
+        the disk refuses.
         """
         place = place_of(path)
-        if place.exists():
+        if place.exists() and not fill:
             mend = "choose another --out"
             if schema_of(place) is not None:
                 mend = "use --resume to continue it or --overwrite to replace it"
             raise BadInput(f"{place.at} exists already: {mend}")
-        with place.writing("run again"), place.laid_out(fsync) as root:
+        with place.writing("run again"), place.laid_out(fsync, instead=bool(fill)) as root:
             for grid in grids:
                 create_component(root, grid, metrics, dtype)
             create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
@@ -104,6 +106,8 @@ class Store:
                     MARK: SCHEMA,
                 }
             )
+            if fill:
+                fill(cls(place, root))
         return cls.open(path, "r+", fsync)
 
     @classmethod
@@ -157,16 +161,26 @@ class Store:
 
         The arrays have the 7-D shape of `block.region`. BadInput if the disk refuses.
         """
+        assert {*values} >= {*self.metrics}
+        self.write_cells(block, values, status)
+        self._mark(f"completion/{block.component}", (slice(block.index, block.index + 1),))
+
+    def write_cells(
+        self,
+        block: Block,
+        values: Mapping[str, NDArray[Any]],
+        status: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Write one block of some metrics, as `write_block` does; it is not marked done."""
         region = block.region(self.grids[block.component])
         shape = tuple(part.stop - part.start for part in region)
         arrays: dict[str, NDArray[Any]] = {}
-        for metric in self.metrics:
+        for metric in values:
             arrays[f"{block.component}/{metric}"] = values[metric]
             arrays[f"{block.component}/{metric}_status"] = status[metric]
         for name, array in arrays.items():
             assert array.shape == shape, (name, array.shape, shape)
         self._write(arrays, region)
-        self._mark(f"completion/{block.component}", (slice(block.index, block.index + 1),))
 
     def done(self, component: str) -> NDArray[np.bool_]:
         """Which blocks of a component are done, bool [block]."""
@@ -243,16 +257,27 @@ class Store:
         values: Mapping[str, NDArray[Any]],
         noise_floor: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Write the unpatched metrics and the noise floor of some pairs, [run, pair] each.
+        """Write unpatched metrics and the noise floor of some pairs, [run, pair] each.
 
         The noise floor is the distance of a null patch (the destination patched with its own
         activation) from that destination's baseline. `pairs` are those of whole blocks.
         """
         arrays: dict[str, NDArray[Any]] = {}
-        for metric in self.metrics:
+        for metric in values:
             arrays[f"baseline/{metric}"] = values[metric][:, None, None]
             arrays[f"baseline/{metric}_noise_floor"] = noise_floor[metric][:, None, None]
         self._write(arrays, _baseline_of(source, sample, pairs))
+
+    def baseline(
+        self, source: int, sample: int, pairs: range, metrics: Iterable[str]
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, NDArray[Any]]]:
+        """What `write_baseline` has written of some metrics; NaN where nothing is."""
+        region = _baseline_of(source, sample, pairs)
+        values, floor = (
+            {m: self.read(f"baseline/{m}{kind}", region)[:, 0, 0] for m in metrics}
+            for kind in ("", "_noise_floor")
+        )
+        return values, floor
 
     def has_baseline(self, source: int, sample: int, pairs: range) -> bool:
         """Whether the baselines and noise floors of some pairs are there."""
