@@ -34,6 +34,7 @@ from patchsweep.integrity import withdraw
 from patchsweep.job import Progress, job, log
 from patchsweep.layout import NAMES, Features
 from patchsweep.loading import load_config, load_tokenizer, resolve_device
+from patchsweep.memory import enough_memory
 from patchsweep.metrics import check as check_metrics
 from patchsweep.model import Model, dimensions_of, empty_model, load_model
 from patchsweep.offload import unreachable
@@ -45,16 +46,15 @@ from patchsweep.prompts import build_pairs
 from patchsweep.results import CellEffect, Results
 from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
-from patchsweep.spec import Metric, Spec, Sweep, parse_settings
+from patchsweep.spec import Spec, Sweep, parse_settings
+from patchsweep.splitting import Launch, Splitting
 from patchsweep.store import Store, exists, put_back, remove
-from patchsweep.wave import Launched, WaveResult, launch_wave, run_wave, wavefront
+from patchsweep.wave import WaveResult, launch_wave, wavefront
 from patchsweep.writer import background
 
 T = TypeVar("T")
 # A larger wave no longer fills the device better; on CPU its activations also leave the caches.
 MOST_TOKENS = {"cpu": 4096, "cuda": 65536}
-Run = Callable[[Plan, Wave, Sequence[Metric]], WaveResult]
-Launch = Callable[[Plan, Wave, Sequence[Metric]], Launched]
 JOINT = 10  # cells that are patched together once a sweep is done
 MEMORY_SHARE = 0.5  # of the memory that is free, for a wave
 
@@ -248,13 +248,14 @@ def carry_out(
     with (
         job(out, processes),
         exactly(model.device),
+        enough_memory(),
         opened(model, plan, settings, sae, fingerprint) as backend,
     ):
         forward, carry = backend.forward, backend.carry
         estimators = attribution.chosen(settings)
         if (estimators or settings.edges) and carry is not wavefront:
-            what = () if estimators else attribution.EDGES
-            raise attribution.not_on(backend.record["backend_reason"], *what)
+            names = () if estimators else attribution.EDGES
+            raise attribution.not_on(backend.record["backend_reason"], *names)
         values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
         attrs = provenance(model, plan, settings, fingerprint) | backend.record
         attrs["plan"] = taken(plan, attrs["backend"]).counts()
@@ -274,8 +275,8 @@ def carry_out(
         if overwrite and found:
             remove(out)  # only now can nothing be refused any more
         if first:
-            created = fill or not existing
-            store = _create(out, plan, settings, model, attrs, fill) if created else existing
+            goes_on = existing if not fill else None
+            store = goes_on or _create(out, plan, settings, model, attrs, fill)
         else:
             processes.told("created")
             store = Store.open(out, "r+", settings.fsync)
@@ -289,10 +290,9 @@ def carry_out(
             attribution.write_edges(forward, plan, settings, values, store, processes)
         launch = partial(launch_wave, forward, values=values, carry=carry)
         _run_waves(launch, forward.waves_in_flight, plan, settings, store, done, processes)
-        run = partial(run_wave, forward, values=values, carry=carry)
         with processes.after_first("finished"):
             if first:
-                store.set_attrs(joint=_joint(run, plan, settings, results_of.open(out)))
+                store.set_attrs(joint=_joint(launch, plan, settings, results_of.open(out)))
     processes.leave()
     return results_of.open(out)
 
@@ -307,7 +307,7 @@ def _chosen(plan: Plan, settings: Sweep, store: Store, processes: Processes) -> 
     return plan
 
 
-def _joint(run: Run, plan: Plan, settings: Sweep, results: Results) -> dict[str, Any]:
+def _joint(launch: Launch, plan: Plan, settings: Sweep, results: Results) -> dict[str, Any]:
     """Per component and direction, one run more: the cells of largest effect patched together, by
     the first metric and source; its effect beside theirs alone."""
     found: dict[str, Any] = {}
@@ -321,7 +321,7 @@ def _joint(run: Run, plan: Plan, settings: Sweep, results: Results) -> dict[str,
             if len(top) < 2:
                 continue
             sites = [_site_of(name, cell) for cell in top]
-            effect = _effect_of_set(run, plan, settings, sites, direction)
+            effect = _effect_of_set(launch, plan, settings, sites, direction)
             singles = [cell.effect for cell in top]
             if not math.isfinite(effect):
                 continue
@@ -339,7 +339,7 @@ def _site_of(component: str, cell: CellEffect) -> Site:
 
 
 def _effect_of_set(
-    run: Run, plan: Plan, settings: Sweep, sites: Sequence[Site], direction: Direction
+    launch: Launch, plan: Plan, settings: Sweep, sites: Sequence[Site], direction: Direction
 ) -> float:
     """The effect over all pairs of patching some sites together: of the first metric and source."""
     alone = settings.model_copy(
@@ -354,10 +354,12 @@ def _effect_of_set(
     )
     one = make_plan(plan.pairs, alone, plan.dimensions, plan.token_budget, plan.layouts.features)
     moved = span = 0.0
+    # How a wave of these is split is not kept: they are done in one go, after all others.
+    splitting = Splitting(launch, one, alone.metrics, lambda _: 0, lambda *_: None)
     for wave in one.waves:
         if wave.source or wave.sample:
             continue
-        result = run(one, wave, alone.metrics)
+        result = splitting.begin(wave)()
         [(column, (clean, corrupt))] = result.baseline.items()
         destination, source = (corrupt, clean) if direction == "denoise" else (clean, corrupt)
         moved += sum(float(found[column].sum()) for _, found, _ in result.blocks)
@@ -397,11 +399,20 @@ def _run_waves(
     cells = sum(map(plan.cells_of, plan.waves))
     before = sum(plan.cells_of(w) for w in plan.waves if written(w))
     todo = (wave for unit in processes.claim("waves", units) for wave in missing(unit))
-    coming = ((wave, launch(plan, wave, settings.metrics)) for wave in todo)
     with Progress(processes, store.path, cells, before) as progress:
+
+        def split(wave: Wave, depth: int) -> None:
+            store.write_split(wave.index, depth)
+            progress.split()
+            log.warning("wave %d of %d: out of memory, again in parts", wave.index, len(plan.waves))
+
+        splitting = Splitting(
+            launch, plan, settings.metrics, lambda wave: store.split(wave.index), split
+        )
+        coming = ((wave, splitting.begin(wave)) for wave in todo)
         with background(partial(_write, store)) as write:
-            for wave, launched in _ahead(coming, in_flight - 1):
-                write(wave, launched.result())
+            for wave, result in _ahead(coming, in_flight - 1):
+                write(wave, result())
                 progress.settled(plan.cells_of(wave))
                 log.info("wave %d of %d: computed", wave.index, len(plan.waves))
         processes.wait("written", progress.show)

@@ -8,6 +8,7 @@ again, with the same bits. What goes with what:
   wave of these pairs writes the baseline, estimates come before it);
 - scores of edges: those of their source, sample and pairs;
 - the prefilter's choice: all estimates and all blocks;
+- how a wave was split: it alone, as other parts differ in rounding only;
 - anything else (prompts, coordinates, sites) is written once: `--overwrite`.
 """
 
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
 from patchsweep.sites import MEASURED, Block, Grid, Status, blocks
-from patchsweep.store import CHOSEN, EDGES, ESTIMATED, SCORED, Store
+from patchsweep.store import CHOSEN, EDGES, ESTIMATED, SCORED, SPLITS, Store
 
 Why = Literal["missing", "truncated", "checksum", "inconsistent"]
 Marks = NDArray[np.bool_]
@@ -46,8 +47,8 @@ class Span:
 @dataclass(frozen=True)
 class Damage:
     """A chunk, the file `key`, that is not what its record says. `what`: a component's block or
-    record, "baseline", "estimates" or "edges" of some pairs, "choice", or the name of an array that
-    is written once."""
+    record, "baseline", "estimates" or "edges" of some pairs, "choice", "splits", or the name of
+    an array that is written once."""
 
     what: str
     where: Block | Span | None
@@ -129,7 +130,7 @@ def damages(store: Store) -> Iterator[Damage]:
 
 
 def _is_fixed(damage: Damage) -> bool:
-    return damage.where is None and damage.what != "choice"
+    return damage.where is None and damage.what not in ("choice", "splits")
 
 
 def _written_later(store: Store) -> dict[str, list[str]]:
@@ -171,6 +172,9 @@ def _progress(store: Store, *, decode: bool) -> Iterator[Damage]:
             yield from _by_pairs(store, what, arrays[what], done, decode)
             needed |= done if what == "estimates" else False
     yield from _by_pairs(store, "baseline", arrays["baseline"], needed, decode)
+    if store.has_splits:
+        for why, key in _marks(store, SPLITS)[1].values():
+            yield Damage("splits", None, why, key)
     if arrays["choice"]:
         done, bad = _marks(store, CHOSEN)
         for why, key in bad.values():
@@ -257,6 +261,8 @@ def _marks(store: Store, name: str) -> tuple[Marks, dict[int, tuple[Why, str]]]:
 def _records(store: Store, damage: Damage) -> Iterator[str]:
     """The records that do not hold any more."""
     where = damage.where
+    if damage.what == "splits":
+        return
     if isinstance(where, Block):
         yield from _key_of(store, f"completion/{damage.what}", (where.index,))
         return

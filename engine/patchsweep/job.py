@@ -89,6 +89,10 @@ class Progress:
         self._processes.add("cells", cells)
         self.show()
 
+    def split(self) -> None:
+        """This process has split a wave, or split it further."""
+        self._processes.add("split", 1)
+
     def show(self) -> None:
         """Show what all processes have done; in the first one only, and once a second."""
         if self._processes.first and self.seconds - self._written >= EVERY:
@@ -112,6 +116,9 @@ class Progress:
         settled = self._processes.add("cells", 0)
         done = min(self._cells, self._before + settled)
         rate = settled / self.seconds
+        split, failed = (self._processes.add(name, 0) for name in ("split", "failed"))
+        trouble = {"split": split, "failed": failed}
+        self._bar.set_postfix({k: n for k, n in trouble.items() if n}, refresh=False)
         self._bar.update(done - self._bar.n)
         self._written = self.seconds
         said = {
@@ -120,7 +127,8 @@ class Progress:
             "cells_per_second": rate,
             "seconds_left": (self._cells - done) / rate if rate else None,
             "processes": self._processes.count,
-            "waves_failed": self._processes.add("failed", 0),
+            "waves_split": split,
+            "waves_failed": failed,
         }
         unfinished = self._file.with_suffix(".tmp")
         with suppress(OSError):  # a full disk is for those to say who write results

@@ -17,7 +17,7 @@ from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
-from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_waves, tiled
+from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_waves, split_wave, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -117,6 +117,14 @@ class Plan:
         """[pair, layer, entry] of a block: where a patch can change what is read."""
         pairs, entries = entries_of(b)
         return self.layout(b).exists[pairs, :, entries]
+
+    def split(self, wave: Wave, depth: int) -> tuple[Wave, ...]:
+        """A wave of this plan in parts (`waves.split_wave`)."""
+        return split_wave(wave, depth, self._costs, self.tail_weights)
+
+    @cached_property
+    def _costs(self) -> Costs:
+        return Costs(self.layouts, self.choice)
 
     @property
     def peak_bytes(self) -> int:

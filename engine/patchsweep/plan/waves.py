@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -115,10 +115,55 @@ def packed_waves(
     grids: dict[str, Grid], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
 ) -> tuple[Wave, ...]:
     """All blocks as waves, in order of their cost."""
+    every = (block for grid in grids.values() for block in blocks(grid))
+    return _packed_waves(every, costs, budget, tail_weights, cut)
+
+
+def split_wave(wave: Wave, depth: int, costs: Costs, tail_weights: int) -> tuple[Wave, ...]:
+    """The same as several waves, each with 1/2^depth of its tokens or with one cell. Their blocks
+    are pieces of the wave's, of the same index: they have fewer pairs first, then positions, then
+    units."""
+    budget = wave.tokens >> depth
+    beside = costs.beside(wave.source, wave.sample)
+
+    def fits(b: Block) -> bool:
+        part = beside.part(b.pairs, range(1), 1) + costs.of_block(b)
+        return int(part.tokens.max()) <= budget
+
+    pieces = (piece for block in wave.blocks for piece in _pieces(block, fits))
+    return _packed_waves(pieces, costs, budget, tail_weights)
+
+
+def _pieces(block: Block, fits: Callable[[Block], bool]) -> Iterator[Block]:
+    """A block halved until its pieces fit, or are one cell."""
+    halves = _halves(block)
+    if not halves or fits(block):
+        yield block
+        return
+    for half in halves:
+        yield from _pieces(half, fits)
+
+
+def _halves(b: Block) -> list[Block]:
+    if len(b.pairs) > 1:
+        return [replace(b, pairs=half) for half in _halved(b.pairs)]
+    if len(b.positions) > 1:
+        return [replace(b, positions=half) for half in _halved(b.positions)]
+    if len(b.units) > 1:
+        return [replace(b, units=half) for half in _halved(b.units)]
+    return []
+
+
+def _halved(whole: range) -> tuple[range, range]:
+    return whole[: len(whole) // 2], whole[len(whole) // 2 :]
+
+
+def _packed_waves(
+    every: Iterable[Block], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
+) -> tuple[Wave, ...]:
     together: dict[tuple[int, int, range], list[Block]] = {}
-    for grid in grids.values():
-        for block in blocks(grid):
-            together.setdefault((block.source, block.sample, block.pairs), []).append(block)
+    for block in every:
+        together.setdefault((block.source, block.sample, block.pairs), []).append(block)
     loads: list[_Load] = []
     for (source, sample, pairs), members in together.items():
         loads += _packed(pairs, source, sample, members, costs, budget)

@@ -269,6 +269,8 @@ def provenance(results: Results) -> dict[str, str]:
     )
     attrs = {key: value for key, value in results.attrs.items() if key not in skip}
     rows = {key.replace("_", " "): _flat(value) for key, value in sorted(attrs.items())}
+    if split := int((results.store.splits() > 0).sum()):
+        rows["waves split"] = f"{split}, they ran out of memory"
     return {**rows, "schema": str(results.attrs["patchsweep_schema"]), "path": str(results.path)}
 
 

@@ -14,6 +14,8 @@ Layout under the results folder:
   position]: what becomes of an estimated component's cells (`prefilter.Choice`);
   `completion/choice` uint8 [1]: whether that is written.
 - `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
+- `completion/splits` uint8 [wave], chunks of one, as long as if every block were a wave: the depth
+  that a wave is split to because it ran out of memory (`splitting.py`).
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
   `site_position`, `site_source`.
@@ -35,7 +37,7 @@ outlives a killed process. With `fsync` files and folders reach the disk in that
 outlives a power cut. A zip file of such a folder (`pack`) can be read.
 """
 
-from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED
+from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED, SPLITS
 from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url, put_back
 from patchsweep.store.store import SCHEMA, Store, pack, remove
 
@@ -46,6 +48,7 @@ __all__ = [
     "RUNS",
     "SCHEMA",
     "SCORED",
+    "SPLITS",
     "Store",
     "beside",
     "exists",

@@ -17,6 +17,7 @@ RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
 CHOSEN = "completion/choice"
 EDGES, SCORED = "edges", "completion/edges"
+SPLITS = "completion/splits"
 
 
 def create_array(
@@ -71,6 +72,11 @@ def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype
     completion = root.require_group("completion")
     blocks = math.prod(grid.tiles)
     create_array(completion, grid.component, ("block",), (blocks,), (1,), "uint8", 0)
+
+
+def create_splits(root: zarr.Group, blocks: int) -> None:
+    """Of as many waves as there can be: of one block each."""
+    create_array(root, SPLITS, ("wave",), (blocks,), (1,), "uint8", 0)
 
 
 def create_estimates(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zipfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,11 +25,13 @@ from patchsweep.store.arrays import (
     EDGES,
     ESTIMATED,
     SCORED,
+    SPLITS,
     create_baseline,
     create_component,
     create_edges,
     create_estimates,
     create_prompts,
+    create_splits,
     put,
 )
 from patchsweep.store.files import MARK, writing
@@ -93,6 +96,7 @@ class Store:
             if attrs.get(EDGES):
                 create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
             create_baseline(root, grids, metrics, len(pairs), dtype)
+            create_splits(root, sum(math.prod(grid.tiles) for grid in grids))
             create_prompts(root, pairs, token_strings)
             for name, column in (sites or {}).items():
                 put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
@@ -124,7 +128,10 @@ class Store:
             raise BadInput(
                 f"{place.at} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}"
             )
-        return cls(place, place.group(mode), fsync)
+        store = cls(place, place.group(mode), fsync)
+        if mode == "r+" and not store.has_splits:  # older results
+            create_splits(store._group, sum(math.prod(g.tiles) for g in store.grids.values()))
+        return store
 
     def listed(self) -> Store:
         """The same, but `has` answers as of now: to ask after every file one by one takes long
@@ -185,6 +192,26 @@ class Store:
     def done(self, component: str) -> NDArray[np.bool_]:
         """Which blocks of a component are done, bool [block]."""
         return self.read(f"completion/{component}").astype(np.bool_)
+
+    def write_split(self, wave: int, depth: int) -> None:
+        """Record the depth that a wave is split to from now on. BadInput if the disk refuses."""
+        at = (slice(wave, wave + 1),)
+        self._write({SPLITS: np.array([depth], np.uint8)}, at)
+
+    def split(self, wave: int) -> int:
+        """The depth that a wave is split to, 0 for not at all."""
+        at = (slice(wave, wave + 1),)
+        [key] = self.keys(SPLITS, at)
+        return int(self.read(SPLITS, at)[0]) if self.has(key) else 0
+
+    def splits(self) -> NDArray[np.uint8]:
+        """Those of all waves, [wave]; none in older results."""
+        return self.read(SPLITS) if self.has_splits else np.zeros(0, np.uint8)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether there is a record of them."""
+        return self.has(f"{SPLITS}/zarr.json")
 
     def write_estimates(
         self,
