@@ -14,7 +14,9 @@ from patchsweep.store import path_or_url
 
 
 def _path_or_url(value: object) -> object:
-    return path_or_url(value) if isinstance(value, str) else value
+    if not isinstance(value, str | Path):
+        raise ValueError(f"should be a path or a URL, and is {value!r}")
+    return path_or_url(value)
 
 
 PathOrUrl = Annotated[Path | StrictStr, BeforeValidator(_path_or_url)]  # text: a URL

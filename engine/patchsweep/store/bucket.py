@@ -37,17 +37,6 @@ class Bucket:
 
     at: str
 
-    def __post_init__(self) -> None:
-        scheme, host, prefix = self._parts
-        if scheme not in SCHEMES:
-            known = ", ".join(f"{name}://" for name in SCHEMES)
-            raise BadInput(f"{self.at}: unknown kind of URL: use one of {known}, or a path")
-        if scheme == "file" and host:
-            raise BadInput(f"{self.at}: '{host}' would be a host: write file:///absolute/path")
-        if not prefix or {"", ".", ".."} & set(prefix.split("/")):
-            raise BadInput(f"{self.at} names no results: write e.g. {scheme}://bucket/ioi.zarr")
-        _connected(scheme, host)
-
     def __str__(self) -> str:
         return self.at
 
@@ -145,11 +134,13 @@ class Bucket:
     def delete(self) -> None:
         import obstore
 
-        rest = [self._key(key) for key in self.files() if key != ROOT]
-        if rest:
-            self._put_unfinished()
+        found = list(self.files())
+        if not found:
+            return
+        self._put_unfinished()
+        if rest := [self._key(key) for key in found if key != ROOT]:
             obstore.delete(self._objects, rest)
-        self.remove([ROOT], False)
+        obstore.delete(self._objects, self._key(ROOT))
 
     @contextmanager
     def locked(self, again: bool) -> Iterator[None]:
@@ -212,10 +203,7 @@ class Bucket:
 
     @cached_property
     def _parts(self) -> tuple[str, str, str]:
-        """Scheme, bucket, and the key of the results in it; memory has no buckets."""
-        scheme, _, rest = self.at.partition("://")
-        host, _, path = ("", "", rest) if scheme == "memory" else rest.partition("/")
-        return scheme, host, unquote(path).strip("/")
+        return parts_of(self.at)
 
     @property
     def _objects(self) -> Any:
@@ -224,6 +212,22 @@ class Bucket:
 
     def _key(self, key: str) -> str:
         return f"{self._parts[2]}/{key}"
+
+
+def parts_of(url: str) -> tuple[str, str, str]:
+    """Scheme, bucket, and the key of the results in it; memory has no buckets. BadInput for a URL
+    that cannot be."""
+    scheme, _, rest = url.partition("://")
+    host, _, path = ("", "", rest) if scheme == "memory" else rest.partition("/")
+    prefix = unquote(path).strip("/")
+    if scheme not in SCHEMES:
+        known = ", ".join(f"{name}://" for name in SCHEMES)
+        raise BadInput(f"{url}: unknown kind of URL: use one of {known}, or a path")
+    if scheme == "file" and host:
+        raise BadInput(f"{url}: '{host}' would be a host: write file:///absolute/path")
+    if not prefix or {"", ".", ".."} & set(prefix.split("/")):
+        raise BadInput(f"{url} names no results: write e.g. {scheme}://bucket/ioi.zarr")
+    return scheme, host, prefix
 
 
 @cache

@@ -10,7 +10,7 @@ from zipfile import BadZipFile
 
 import zarr
 
-from patchsweep.store.bucket import Bucket
+from patchsweep.store.bucket import Bucket, parts_of
 from patchsweep.store.files import ROOT, marked
 from patchsweep.store.folder import Folder
 
@@ -86,8 +86,11 @@ def place_of(at: str | Path) -> Place:
 
 
 def path_or_url(at: str | Path) -> Path | str:
-    """Text is a path unless it is a URL, scheme://..."""
-    return at if isinstance(at, str) and "://" in at else Path(at)
+    """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be."""
+    if isinstance(at, Path) or "://" not in at:
+        return Path(at)
+    parts_of(at)
+    return at
 
 
 def job_folder(at: str | Path) -> Path:

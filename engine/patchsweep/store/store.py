@@ -466,7 +466,7 @@ class Store:
 def remove(path: str | Path) -> None:
     """Delete results; BadInput if `path` is anything else."""
     place = place_of(path)
-    if schema_of(place) is None:
+    if not schema_of(place):
         Store.open(path)  # says what is wrong
     with place.writing("run again"):
         place.delete()
