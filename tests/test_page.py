@@ -22,6 +22,7 @@ import patchsweep as ps
 from patchsweep.errors import BadInput
 from patchsweep.heatmaps import largest
 from patchsweep.report import page_data
+from patchsweep.report.figures import _figures, plot
 from patchsweep.report.page import page, write_page
 from patchsweep.results import Results
 from patchsweep.sites import Status, unit_name
@@ -152,6 +153,27 @@ def test_no_page_is_large(text: str) -> None:
     size = len(json.dumps(data["components"], separators=(",", ":")))
     assert size / numbers * (page_data.OVER_PAIRS + page_data.OF_PAIRS) < 4e6
     assert len(text) - size < 60_000
+
+
+def test_sets_alone(tmp_path: Path) -> None:
+    """No map, so no script; but every set by every metric, and a figure of them with intervals."""
+    model = ps.wrap(build(2), tokenizer())
+    both = {"a pair of heads": ["head_z.0.1@3", "head_z.1.2@4"], "one": ["mlp_out.0@2"]}
+    given: dict[str, Any] = {"sets": both, "metrics": METRICS[:2], "direction": "both"}
+    results = ps.sweep(model, pairs_of(model, rows(2)), out=tmp_path / "r.zarr", **given)
+    text = page(results)
+    assert "<script" not in text
+    for direction, metric in product(["denoise", "noise"], METRICS[:2]):
+        assert f"<h2>Sets, {direction}: largest effects on {metric}</h2>" in text
+        for cell in results.top("sets", metric, direction):
+            assert f'<td class="">{cell.position}</td>' in text
+            assert f"{cell.effect:+.3f}" in text
+    names = {file.name for file in plot(results, tmp_path, formats=("svg",))}
+    assert names == {"sets-logit_diff.svg", "sets-prob.svg"}
+    axes = next(figure for name, figure in _figures(results) if name == "sets-prob").axes[0]
+    drawn = [bar.get_width() for bars in axes.containers[1::2] for bar in bars]
+    effects = [results.effect("sets", "prob", d)[0, 0] for d in ("denoise", "noise")]
+    np.testing.assert_allclose(drawn, np.concatenate(effects))
 
 
 def test_hostile_names_do_not_leave_the_data(tmp_path: Path) -> None:
@@ -368,6 +390,8 @@ def test_everything_that_can_be_chosen(settings: dict[str, Any], tmp_path: Path)
         ]
         assert "(patched − destination, logits)" in seen[0][0]
         assert first["span"] is None
+        figures = {name for name, _ in _figures(results)}
+        assert {f"head_z-logit_diff-noise-{s}-layer_head" for s in ("zero", "resample")} < figures
         change = results.effect(*asked, "zero")
         np.testing.assert_allclose(floats(first["effect"]), change.ravel(), rtol=1e-4)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
+LONGEST = 40  # characters of a set's name
 
 
 def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Draw every component × metric × direction into the folder `out`; returns the files.
+    """Draw every component × metric × direction × source into the folder `out`; returns the files.
 
     Layer × position, and for components with heads also layer × head; sliding windows of layers
-    with the sum of their single layers; a circuit's curve. A dimension left out is reduced to its
-    effect of largest absolute value, sign kept. BadInput if `out` cannot be written or matplotlib
-    is missing.
+    with the sum of their single layers; named sets; a circuit's curve. A dimension left out is
+    reduced to its effect of largest absolute value, sign kept. BadInput if `out` cannot be written
+    or matplotlib is missing.
     """
     heatmaps.needed()
     files = []
@@ -46,25 +48,69 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
     """Every figure and its name."""
     singles = [c for c in results.components if c != SETS]
     for component, metric in itertools.product(singles, results.metrics):
-        for direction in results.grid(component).directions:
-            effect = results.shown_effect(component, metric, direction)
+        grid = results.grid(component)
+        for direction, (number, source) in itertools.product(
+            grid.directions, enumerate(grid.sources)
+        ):
+            effect = results.shown_effect(component, metric, direction, source)
             pictures = heatmaps.views(results, component, effect)
-            for size in results.window_sizes(component):
-                joint, total = results.windows(component, size, metric, direction)
-                note = f"windows of {size} layers"
-                for view, values, how in (
-                    ("joint", joint, "patched together"),
-                    ("sum", total, "sum of single layers"),
-                ):
-                    name = f"window_{size}_{view}"
-                    more = heatmaps.window(results, component, name, values, f"{note}, {how}")
-                    pictures.append(more)
+            if number == 0:  # windows are read from the first source
+                pictures += _windows(results, component, metric, direction)
+            said = [component, metric, direction, *([source] if len(grid.sources) > 1 else [])]
             for picture in pictures:
-                name = f"{component}-{metric}-{direction}-{picture.view}"
-                yield name, heatmaps.draw(results, component, metric, direction, picture)
+                name = re.sub(r"[^\w.=-]", "_", "-".join([*said, picture.view]))
+                yield name, heatmaps.draw(results, component, metric, direction, picture, number)
     if results.has_circuit:
         for metric in results.metrics:
             yield f"circuit-{metric}", _curve(results, metric)
+    elif named := list(results.attrs["spec"].get("sets", {})):
+        for metric in results.metrics:
+            yield f"sets-{metric}", _bars(results, metric, named)
+
+
+def _windows(
+    results: Results, component: str, metric: str, direction: str
+) -> list[heatmaps.Heatmap]:
+    """Of every size of window what its layers do together, and the sum of what each does alone."""
+    pictures = []
+    for size in results.window_sizes(component):
+        joint, total = results.windows(component, size, metric, direction)
+        note = f"windows of {size} layers"
+        for view, values, how in (
+            ("joint", joint, "patched together"),
+            ("sum", total, "sum of single layers"),
+        ):
+            name = f"window_{size}_{view}"
+            more = heatmaps.window(results, component, name, values, f"{note}, {how}")
+            pictures.append(more)
+    return pictures
+
+
+def _bars(results: Results, metric: str, names: Sequence[str]) -> Figure:
+    """The effect of every named set, with its interval over pairs, one bar a direction."""
+    from matplotlib.figure import Figure
+
+    grid = results.grid(SETS)
+    where = [grid.positions.index(name) for name in names]
+    height = 0.25 * len(names) * (len(grid.directions) + 1)
+    figure = Figure(figsize=(7, height + 1.8), layout="constrained")
+    axes = figure.add_subplot()
+    thick = 0.8 / len(grid.directions)
+    for i, direction in enumerate(grid.directions):
+        effect = results.effect(SETS, metric, direction)[0, 0, where]
+        low, high = (end[0, 0, where] for end in results.interval(SETS, metric, direction))
+        reach = np.clip([effect - low, high - effect], 0, None)  # NaN, not drawn, of one template
+        at = np.arange(len(names)) + (i - (len(grid.directions) - 1) / 2) * thick
+        axes.barh(at, effect, thick, xerr=reach, capsize=2, label=direction)
+    axes.axvline(0, color="0.3", linewidth=0.8)
+    labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"effect on {metric} ({heatmaps.scale(results.normalised(0), metric)})")
+    lines = (heatmaps.heading(results), f"sets, n = {heatmaps.counted(grid.pairs)}, 95 % intervals")
+    axes.set_title("\n".join(lines), fontsize=9, parse_math=False)
+    axes.legend(fontsize=8)
+    return figure
 
 
 def _curve(results: Results, metric: str) -> Figure:

@@ -3,6 +3,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const GREY = "#c8c8c8";
+const LONGEST = 20; // characters of a token on an axis
 
 // What is chosen.
 const component = () => data.components[+$("component").value];
@@ -31,8 +32,9 @@ function fill(id, options) { // [value, label] each; what was chosen stays if it
   select.parentElement.style.display = options.length > 1 ? "" : "none";
 }
 
-const number = (x) => (x === null || x === undefined ? "–" : String(+x.toPrecision(4)));
-const signed = (x) => (x > 0 ? "+" : "") + number(x);
+const number = (x, digits = 4) => (x === null || x === undefined ? "–"
+  : x !== 0 && Math.abs(x) < 1e-3 ? x.toExponential(digits - 1) : String(+x.toPrecision(digits)));
+const signed = (x, digits = 4) => (x > 0 ? "+" : "") + number(x, digits);
 const quoted = (t) => (t ? JSON.stringify(t) : "");
 
 function values(name) { // the shown number of every cell: an effect, or an estimate of it
@@ -49,6 +51,11 @@ function tokens(position) {
   return a === b ? a : `${a}/${b}`;
 }
 
+function drawable(token) { // its spaces visible, its line breaks escaped, not too long
+  const text = quoted(token).slice(1, -1).replaceAll('\\"', '"').replaceAll(" ", "·");
+  return text.length > LONGEST ? `${text.slice(0, LONGEST - 1)}…` : text;
+}
+
 function cellName(cell) {
   const c = component(), at = place(cell), layer = c.layers[at.layer];
   return c.unit ? `${layer}.${c.units[at.unit]}` : `${layer}`;
@@ -57,7 +64,7 @@ function cellName(cell) {
 // What a picture shows: rows × columns of a number, a cell or a window each.
 function picture() {
   const c = component(), view = $("view").value, positions = c.positions.map((name, i) =>
-    (tokens(i) ? `${tokens(i).replaceAll(" ", "·").replaceAll("\n", "\\n")}  ${name}` : name));
+    (tokens(i) ? `${drawable(tokens(i))}  ${name}` : name));
   if (view.startsWith("window")) {
     const [, size, which] = view.split(" "), grid = way().metrics[metric()].windows[size];
     return { rows: grid[+which].map((_, i) => i), columns: positions, y: "first layer",
@@ -90,10 +97,11 @@ function drawMap() {
   const limit = Math.max(...known.map(Math.abs), 0) || 1, middle = (data.colours.length - 1) / 2;
   const colour = (x) => (x === null || x === undefined ? GREY
     : data.colours[Math.round(middle + (middle * x) / limit)]);
-  const w = Math.max(7, Math.min(30, 560 / p.columns.length));
+  const room = Math.max(320, Math.min(560, $("panels").clientWidth - 640)); // beside the numbers
+  const w = Math.max(7, Math.min(30, room / p.columns.length));
   const h = Math.max(7, Math.min(p.rows.length < 8 ? 40 : 18, 520 / p.rows.length));
-  const long = Math.max(...p.columns.map((x) => String(x).length)), turned = long > 2;
-  const left = 46, below = (turned ? Math.min(24, long) * 6 + 8 : 16) + 20;
+  const long = Math.max(...p.columns.map((x) => String(x).length)), turned = long * 7 > w;
+  const left = 46, below = (turned ? long * 6.5 + 8 : 16) + 20;
   const right = left + w * p.columns.length, bottom = 6 + h * p.rows.length;
   const svg = element("svg", { width: right + 96, height: bottom + below, role: "img" });
   const text = (x, y, content, more = {}) =>
@@ -105,11 +113,11 @@ function drawMap() {
   p.rows.forEach((name, i) => rowTick(i) && text(left - 5, bottom - (i + 0.5) * h + 4, name,
     { "text-anchor": "end" }));
   p.columns.forEach((name, j) => {
-    const x = left + (j + 0.5) * w, y = bottom + 12, short = String(name).slice(-24);
+    const x = left + (j + 0.5) * w, y = bottom + 12;
     if (!columnTick(j)) return;
-    if (turned) text(x + 4, y - 4, short, { "text-anchor": "end", "xml:space": "preserve",
+    if (turned) text(x + 4, y - 4, name, { "text-anchor": "end", "xml:space": "preserve",
       transform: `rotate(-90 ${x + 4} ${y - 4})` });
-    else text(x, y, short, { "text-anchor": "middle" });
+    else text(x, y, name, { "text-anchor": "middle" });
   });
   text((left + right) / 2, bottom + below - 4, p.x, { "text-anchor": "middle" });
   text(12, bottom / 2, p.y, { "text-anchor": "middle", transform: `rotate(-90 12 ${bottom / 2})` });
@@ -123,7 +131,8 @@ function drawMap() {
   const estimated = $("shown").value === "estimate" && pair() < 0 && !window;
   $("caption").textContent = `${estimated ? "Estimated effect" : "Effect"} of ${c.name} on `
     + `${metric()} (${scaleText()}); ${way().name}, n = ${chosenPairs()}, ${what}`
-    + (known.length < all.flat().length ? "; grey: no value" : "");
+    + (known.length === all.flat().length ? "" : c.estimator && !estimated
+      ? "; grey: not run, only estimated" : "; grey: no value");
 }
 
 function drawScatter() {
@@ -154,8 +163,10 @@ function drawScatter() {
     ...points.map(([x, y, on]) => element("circle", { cx: X(x), cy: Y(y), r: 2.6,
       fill: "#2166ac", "fill-opacity": 0.55, ...on })));
   const text = (x, y, content, more) => svg.append(element("text", { x, y, ...more }, content));
-  for (const v of new Set([x0, 0, x1])) text(X(v), side + 18, number(v), { "text-anchor": "middle" });
-  for (const v of new Set([y0, 0, y1])) text(pad - 4, Y(v) + 4, number(v), { "text-anchor": "end" });
+  const ticks = (a, b, at, apart) => // 0 where there is room
+    [a, ...([a, b].every((end) => Math.abs(at(end) - at(0)) > apart) ? [0] : []), b];
+  for (const v of ticks(x0, x1, X, 45)) text(X(v), side + 18, number(v), { "text-anchor": "middle" });
+  for (const v of ticks(y0, y1, Y, 14)) text(pad - 4, Y(v) + 4, number(v), { "text-anchor": "end" });
   const [xName, yName] = window ? ["sum of single layers", "patched together"]
     : [$("against").value, metric()];
   text(pad + side / 2, side + 36, xName, { "text-anchor": "middle" });
@@ -180,7 +191,8 @@ function metricRow(name, cell) {
   const m = way().metrics[name], p = pair();
   const estimate = m.estimate ? [signed(m.estimate[cell])] : [];
   if (p < 0) {
-    const ci = m.low[cell] === null ? "–" : `${signed(m.low[cell])} … ${signed(m.high[cell])}`;
+    const ends = [m.low[cell], m.high[cell]];
+    const ci = ends[0] === null ? "–" : ends.map((x) => signed(x, 3)).join(" … ");
     return [name, m.phrases[m.status[cell]], number(m.patched[cell]), signed(m.effect[cell]), ci,
       ...estimate];
   }
@@ -198,10 +210,11 @@ function cellHead(cell) {
 function hover(event) {
   const { i, w } = event.target.dataset;
   if (i !== undefined) {
-    const estimate = component().estimator ? [`estimate (${component().estimator})`] : [];
+    const how = component().estimator, estimate = how ? ["estimate"] : [];
     $("hover").replaceChildren(element("h3", {}, cellHead(+i)), element("p", { class: "note" },
-      `${way().name}, n = ${chosenPairs()}`), table(["metric", "status", "patched", "effect",
-      "95 % interval", ...estimate], data.metrics.map((name) => metricRow(name, +i)), 2));
+      `${way().name}, n = ${chosenPairs()}${how ? `, estimate by ${how}` : ""}`),
+    table(["metric", "status", "patched", "effect", "95 % interval", ...estimate],
+      data.metrics.map((name) => metricRow(name, +i)), 2));
   } else if (w !== undefined) {
     const [size, first, p] = w.split(" ").map(Number);
     const rows = data.metrics.map((name) => [name, ...way().metrics[name].windows[size]
@@ -221,18 +234,21 @@ function drawDetections() {
   });
   const more = m.detections.length - rows.length;
   $("detections").replaceChildren(element("p", { class: "note" }, `${component().name}, `
-    + `${metric()}, ${way().name}, over all pairs: ${m.detections.length} cells`
+    + `${metric()}, ${way().name}, over all pairs: ${m.detections.length} `
+    + `${m.detections.length === 1 ? "cell" : "cells"}`
     + (more ? `, the largest ${rows.length} of them here` : "")), ...(rows.length ? [table(
     [component().unit ? `layer.${component().unit}` : "layer", "position", "status", "patched",
       "effect", "95 % interval"], rows, 3)] : []));
 }
 
 function refresh() {
-  const c = component(), name = c.unit, all = ["all", `all ${data.pairs}, ratio of means`];
+  const c = component(), name = c.unit, all = ["all", `all ${data.pairs}, ${way().normalised
+    ? "ratio of means" : "mean"}`];
   fill("way", c.ways.map((w, i) => [i, w.name]));
   fill("metric", data.metrics.map((m) => [m, m]));
   fill("against", data.metrics.map((m) => [m, m]));
-  fill("pair", [all, ...Array.from({ length: data.pairs_here }, (_, i) => [i, `pair ${i}`])]);
+  const pairs = data.pairs === 1 ? 0 : data.pairs_here;
+  fill("pair", [all, ...Array.from({ length: pairs }, (_, i) => [i, `pair ${i}`])]);
   fill("shown", [[c.shown, c.shown], ...(c.estimator && c.shown === "effect"
     ? [["estimate", "estimated effect"]] : [])]);
   const windows = Object.keys(pair() < 0 ? way().metrics[metric()].windows : {});
@@ -260,6 +276,7 @@ function refresh() {
 
 fill("component", data.components.map((c, i) => [i, c.name]));
 for (const select of document.querySelectorAll("select")) select.addEventListener("change", refresh);
+window.addEventListener("resize", drawMap);
 for (const id of ["map", "scatter"]) $(id).addEventListener("mouseover", hover);
 refresh();
 if (data.metrics.length > 1) { $("against").value = data.metrics[1]; refresh(); }

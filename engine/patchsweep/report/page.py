@@ -30,17 +30,14 @@ def page(results: Results) -> str:
     """The HTML: warnings, summary, provenance; effects to look at; what else was found."""
     grid = results.grid(results.components[0])
     title = heatmaps.heading(results)
-    parts = {
-        "title": escape(f"{title}, {heatmaps.counted(grid.pairs)}"),
-        "before": _before(results),
-        "table": _download(results),
-        "after": _after(results),
-        "data": json.dumps(page_data(results), separators=(",", ":"), allow_nan=False).replace(
-            "<", "\\u003c"
-        ),
-        "script": _file("page.js"),
-    }
-    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file("page.html"))
+    return _filled(
+        "page.html",
+        title=escape(f"{title}, {heatmaps.counted(grid.pairs)}"),
+        before=_before(results),
+        effects=_effects(results) if set(results.components) - {SETS} else "",
+        table=_download(results),
+        after=_after(results),
+    )
 
 
 def write_page(results: Results, path: Path) -> Path:
@@ -58,6 +55,17 @@ def write_page(results: Results, path: Path) -> Path:
 
 def _file(name: str) -> str:
     return (files("patchsweep.report") / name).read_text(encoding="utf-8")
+
+
+def _filled(name: str, **parts: str) -> str:
+    """A file of this folder with its {{parts}}."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], _file(name))
+
+
+def _effects(results: Results) -> str:
+    """Heatmaps of what was patched one at a time, with the numbers and the script behind them."""
+    data = json.dumps(page_data(results), separators=(",", ":"), allow_nan=False)
+    return _filled("effects.html", data=data.replace("<", "\\u003c"), script=_file("page.js"))
 
 
 def _before(results: Results) -> str:
@@ -83,9 +91,9 @@ def _after(results: Results) -> str:
     parts = []
     metric = results.metrics[0]
     for direction in results.grid(results.components[0]).directions:
-        if SETS in results.components:
-            title = f"Sets, {direction}: largest effects on {metric}"
-            parts.append(_titled(title, show.top_table(results, SETS, metric, direction)))
+        for m in results.metrics if SETS in results.components else ():
+            title = f"Sets, {direction}: largest effects on {m}"
+            parts.append(_titled(title, show.top_table(results, SETS, m, direction)))
         if results.attrs.get(EDGES):
             parts.append(_titled(*show.edges(results, metric, direction)))
         said = [line for c in results.components for line in show.audits(results, c, direction)]

@@ -57,7 +57,8 @@ def page_data(results: Results) -> dict[str, Any]:
         "metrics": results.metrics,
         "pairs": grid.pairs,
         "pairs_here": pairs,
-        "aligned": len(set(results.store.read("prompts/length").tolist())) > 1,
+        "aligned": isinstance(grid.positions[0], int)
+        and len(set(results.store.read("prompts/length").tolist())) > 1,
         "components": [_component(results, c, part, pairs) for c, part in parts.items()],
     }
 
@@ -143,6 +144,7 @@ def _way(
         "name": direction if len(grid.sources) == 1 else f"{direction}, from {source}",
         "direction": direction,
         "source": source,
+        "normalised": normalised,
         "scale": {m: heatmaps.scale(normalised, m) for m in results.metrics},
         "audit": {
             m: found.audit.statement

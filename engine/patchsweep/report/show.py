@@ -288,7 +288,7 @@ def _effect(value: float) -> Text:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4g}"
+    return "–" if np.isnan(value) else f"{value:.4g}"
 
 
 def _table(*columns: str) -> Table:
