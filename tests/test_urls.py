@@ -27,7 +27,7 @@ from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.spec import parse_spec
 from patchsweep.store import Store, job_folder, locked, remove
-from patchsweep.store.bucket import _connected
+from patchsweep.store.bucket import _objects
 from test_integrity import GRID, PAIRS, WRITES, fill
 from test_many_processes import TORCHRUN, said, start
 from test_sweep import build, one_thread, rows, save, tokenizer, write_pairs, write_spec
@@ -72,22 +72,25 @@ class Objects:
     """What lies at a URL, looked at and spoilt without patchsweep."""
 
     url: str
-    store: Any
-    prefix: str
+    folder: Path | None = None
+
+    @property
+    def store(self) -> Any:
+        return (
+            obstore.store.LocalStore(self.folder, mkdir=True) if self.folder else _objects(self.url)
+        )
 
     def __call__(self) -> dict[str, bytes]:
-        found = [m["path"] for some in obstore.list(self.store, self.prefix or None) for m in some]
-        start = len(f"{self.prefix}/") if self.prefix else 0
-        return {p[start:]: bytes(obstore.get(self.store, p).bytes()) for p in found}
-
-    def key(self, key: str) -> str:
-        return f"{self.prefix}/{key}".lstrip("/")
+        if self.folder:
+            return in_folder(self.folder)
+        found = [m["path"] for some in obstore.list(self.store) for m in some]
+        return {key: bytes(obstore.get(self.store, key).bytes()) for key in found}
 
     def put(self, key: str, content: bytes) -> None:
-        obstore.put(self.store, self.key(key), content)
+        obstore.put(self.store, key, content)
 
     def delete(self, key: str) -> None:
-        obstore.delete(self.store, self.key(key))
+        obstore.delete(self.store, key)
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -96,10 +99,9 @@ def at(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Monke
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     if request.param == "memory":
-        name = f"{tmp_path.name}/r.zarr"
-        return Objects(f"memory://{name}", _connected("memory", ""), name)
+        return Objects(f"memory://{tmp_path.name}/r.zarr")
     folder = tmp_path / "a b" / "r.zarr"  # the URL says %20
-    return Objects(folder.as_uri(), obstore.store.LocalStore(tmp_path), "a b/r.zarr")
+    return Objects(folder.as_uri(), folder)
 
 
 def chunks(found: dict[str, bytes]) -> dict[str, bytes]:
@@ -126,7 +128,12 @@ def test_the_same_files_as_in_a_folder(whole: Whole, at: Objects, tmp_path: Path
     # Logs are here, the lock has gone.
     assert {p.name for p in Path.cwd().iterdir()} == {".r.zarr.job"}
     assert {p.name for p in job_folder(at.url).iterdir()} == {"progress.json", "rank-0.log"}
-    assert not list(tmp_path.rglob("lock"))
+    if at.folder:
+        assert {p.name for p in at.folder.parent.rglob("*") if p.is_file()} == {
+            Path(key).name for key in expected
+        }
+        assert {p.name for p in at.folder.parent.iterdir()} == {"r.zarr", ".r.zarr.job"}
+        assert {p.name for p in tmp_path.iterdir()} == {"here", "a b"}
 
 
 def test_earlier_results(whole: Whole, at: Objects) -> None:
@@ -173,9 +180,9 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Arm, list[str]]]:
 @pytest.fixture(scope="module")
 def filled() -> dict[str, bytes]:
     """The chunks of a store with all that `fill` writes."""
-    key = Objects("memory://filled", _connected("memory", ""), "filled")
-    fill(make(key.url))
-    return chunks(key())
+    store = Objects("memory://filled")
+    fill(make(store.url))
+    return chunks(store())
 
 
 def make(url: str) -> Store:
@@ -187,7 +194,7 @@ def test_a_refused_put_while_laying_out(at: Objects, puts: tuple[Arm, list[str]]
     arm, seen = puts
     make(at.url)
     order = list(seen)
-    assert order[-1].endswith("/r.zarr/zarr.json")  # the mark is the last
+    assert order[-1] == "zarr.json"  # the mark is the last
     assert len(order) == len(set(order)) > 40
     for n in (0, 1, len(order) // 2, len(order) - 1):
         remove(at.url) if at() else None
@@ -294,8 +301,8 @@ def test_one_job_at_a_time(at: Objects) -> None:
     line = str(refused.value)
     assert f"(process {os.getpid()} on {socket.gethostname()} since 20" in line
     [url] = re.findall(r"if it was killed, delete the object (.+)$", line)
-    scheme, _, key = url.partition("://")
-    obstore.delete(_connected(scheme, ""), key.lstrip("/"))
+    folder, _, name = url.rpartition("/")
+    obstore.delete(_objects(folder), name)
     with locked(at.url):
         pass
 
@@ -303,10 +310,10 @@ def test_one_job_at_a_time(at: Objects) -> None:
 def test_a_launcher_takes_over_from_its_own_processes_only(at: Objects) -> None:
     left = locked(at.url)
     left.__enter__()
-    key = at.key("")[: -len("r.zarr/")] + ".r.zarr.job/lock"
-    held = json.loads(bytes(obstore.get(at.store, key).bytes()))
+    job = _objects(at.url.replace("r.zarr", ".r.zarr.job"))
+    held = json.loads(bytes(obstore.get(job, "lock").bytes()))
     for part, other in (("host", "another"), ("launcher", 1)):
-        obstore.put(at.store, key, json.dumps(held | {part: other}).encode())
+        obstore.put(job, "lock", json.dumps(held | {part: other}).encode())
         with pytest.raises(ps.BadInput, match="written by another"), locked(at.url, again=True):
             pass
 
@@ -314,7 +321,7 @@ def test_a_launcher_takes_over_from_its_own_processes_only(at: Objects) -> None:
 def test_a_place_that_cannot_be_written(whole: Whole, tmp_path: Path) -> None:
     (tmp_path / ".r.zarr.job").touch()  # where the lock has to be
     url = (tmp_path / "r.zarr").as_uri()
-    with pytest.raises(ps.BadInput, match=rf"^cannot write {url}: [^\n]*Not a directory[^\n]*$"):
+    with pytest.raises(ps.BadInput, match=rf"^cannot write {url}: [^\n]*File exists[^\n]*$"):
         whole.sweep(url)
 
 

@@ -16,10 +16,10 @@ from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import zarr
 from zarr.storage import ObjectStore
@@ -42,7 +42,7 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        return self._parts[2].rpartition("/")[2]
+        return parts_of(self.at)[2].rpartition("/")[2]
 
     @property
     def job(self) -> Path:
@@ -61,22 +61,21 @@ class Bucket:
         import obstore
 
         with self._reading():
-            return bytes(obstore.get(self._objects, self._key(key)).bytes())
+            return bytes(obstore.get(_objects(self.at), key).bytes())
 
     def files(self) -> Iterator[str]:
         import obstore
 
-        start = len(self._key(""))
         with self._reading(FileNotFoundError):
-            for some in obstore.list(self._objects, self._parts[2]):
-                yield from (found["path"][start:] for found in some)
+            for some in obstore.list(_objects(self.at)):
+                yield from (found["path"] for found in some)
 
     def __contains__(self, key: object) -> bool:
         import obstore
 
         try:
             with self._reading():
-                obstore.head(self._objects, self._key(str(key)))
+                obstore.head(_objects(self.at), str(key))
         except FileNotFoundError:
             return False
         return True
@@ -85,12 +84,9 @@ class Bucket:
         return frozenset(self.files())
 
     def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        files = ObjectStore(self._objects, read_only=mode == "r")
-        path = self._parts[2]
         with self._reading():
-            return zarr.open_group(
-                files, path=path, mode=mode, zarr_format=3, use_consolidated=False
-            )
+            files = ObjectStore(_objects(self.at), read_only=mode == "r")
+            return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
 
     @contextmanager
     def writing(self, then: str) -> Iterator[None]:
@@ -98,7 +94,7 @@ class Bucket:
 
         try:
             yield
-        except (BaseError, FileNotFoundError) as exc:
+        except (BaseError, OSError) as exc:
             mend = f"check the URL and the credentials, and {then}"
             raise BadInput(f"cannot write {self}: {_cause(exc)}; {mend}") from exc
 
@@ -129,7 +125,7 @@ class Bucket:
 
         for key in keys:
             with suppress(FileNotFoundError):
-                obstore.delete(self._objects, self._key(key))
+                obstore.delete(_objects(self.at), key)
 
     def delete(self) -> None:
         import obstore
@@ -138,9 +134,9 @@ class Bucket:
         if not found:
             return
         self._put_unfinished()
-        if rest := [self._key(key) for key in found if key != ROOT]:
-            obstore.delete(self._objects, rest)
-        obstore.delete(self._objects, self._key(ROOT))
+        if rest := [key for key in found if key != ROOT]:
+            obstore.delete(_objects(self.at), rest)
+        obstore.delete(_objects(self.at), ROOT)
 
     @contextmanager
     def locked(self, again: bool) -> Iterator[None]:
@@ -149,24 +145,26 @@ class Bucket:
         what the same launcher's process had."""
         import obstore
 
-        folder = self._parts[2].rpartition("/")[0]
-        key = "/".join(filter(None, (folder, f".{self.name}.job", "lock")))
+        above, _, name = self.at.rstrip("/").rpartition("/")
+        folder = f"{above}/.{name}.job"
         mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "launcher": os.getppid(),
             "since": datetime.now(UTC).isoformat(),
         }
+        content = json.dumps(mine).encode()
         with self.writing("run again"):
+            objects = _objects(folder, make=True)
             try:
-                obstore.put(self._objects, key, json.dumps(mine).encode(), mode="create")
+                obstore.put(objects, "lock", content, mode="create")
             except obstore.exceptions.AlreadyExistsError:
-                held = json.loads(bytes(obstore.get(self._objects, key).bytes()))
+                held = json.loads(bytes(obstore.get(objects, "lock").bytes()))
                 ours = all(held[part] == mine[part] for part in ("host", "launcher"))
                 # A PUT whose answer was lost is repeated, and meets itself.
                 if held != mine and not (again and ours):
-                    raise BadInput(self._taken(key, held)) from None
-                obstore.put(self._objects, key, json.dumps(mine).encode())
+                    raise BadInput(self._taken(f"{folder}/lock", held)) from None
+                obstore.put(objects, "lock", content)
         try:
             yield
         finally:
@@ -174,20 +172,19 @@ class Bucket:
             with suppress(BadInput, FileNotFoundError), self.writing("run again"):
                 if not self.exists():  # a sweep that was refused leaves nothing
                     shutil.rmtree(self.job, ignore_errors=True)
-                obstore.delete(self._objects, key)
+                obstore.delete(objects, "lock")
 
-    def _taken(self, key: str, held: dict[str, Any]) -> str:
-        scheme, host, _ = self._parts
+    def _taken(self, lock: str, held: dict[str, Any]) -> str:
         who = f"process {held['pid']} on {held['host']} since {held['since'][:19]} UTC"
         return (
             f"{self} is being written by another run ({who}): wait until that ends, or, if it was "
-            f"killed, delete the object {scheme}://{host}/{key}"
+            f"killed, delete the object {lock}"
         )
 
     def _put_unfinished(self) -> None:
         import obstore
 
-        obstore.put(self._objects, self._key(ROOT), json.dumps(_UNFINISHED).encode())
+        obstore.put(_objects(self.at, make=True), ROOT, json.dumps(_UNFINISHED).encode())
 
     @contextmanager
     def _reading(self, *more: type[Exception]) -> Iterator[None]:
@@ -201,49 +198,51 @@ class Bucket:
             mend = "check the URL and the credentials"
             raise BadInput(f"cannot read {self}: {_cause(exc)}; {mend}") from exc
 
-    @cached_property
-    def _parts(self) -> tuple[str, str, str]:
-        return parts_of(self.at)
-
-    @property
-    def _objects(self) -> Any:
-        scheme, host, _ = self._parts
-        return _connected(scheme, host)
-
-    def _key(self, key: str) -> str:
-        return f"{self._parts[2]}/{key}"
-
 
 def parts_of(url: str) -> tuple[str, str, str]:
     """Scheme, bucket, and the key of the results in it; memory has no buckets. BadInput for a URL
     that cannot be."""
     scheme, _, rest = url.partition("://")
     host, _, path = ("", "", rest) if scheme == "memory" else rest.partition("/")
-    prefix = unquote(path).strip("/")
+    key = unquote(path).strip("/")
     if scheme not in SCHEMES:
         known = ", ".join(f"{name}://" for name in SCHEMES)
         raise BadInput(f"{url}: unknown kind of URL: use one of {known}, or a path")
     if scheme == "file" and host:
         raise BadInput(f"{url}: '{host}' would be a host: write file:///absolute/path")
-    if not prefix or {"", ".", ".."} & set(prefix.split("/")):
+    if not key or {"", ".", ".."} & set(key.split("/")):
         raise BadInput(f"{url} names no results: write e.g. {scheme}://bucket/ioi.zarr")
-    return scheme, host, prefix
+    return scheme, host, key
 
 
-@cache
-def _connected(scheme: str, host: str) -> Any:
-    """All objects of a bucket; those in memory are kept by this, as long as the process lives."""
+def _objects(url: str, make: bool = False) -> Any:
+    """The objects below a URL. `make` a folder, where it is one."""
+    scheme, host, key = parts_of(url)
     try:
-        from obstore.exceptions import BaseError
-        from obstore.store import MemoryStore, from_url
+        from obstore.store import LocalStore, MemoryStore
     except ImportError:
         raise BadInput(
             "results at a URL need the package obstore: pip install 'patchsweep[cloud]'"
         ) from None
+    if scheme != "file":
+        return _kept(scheme, host, key)
+    folder = Path("/", key)
+    if make:
+        folder.mkdir(parents=True, exist_ok=True)
+    return LocalStore(folder) if folder.is_dir() else MemoryStore()  # nothing is there
+
+
+@cache
+def _kept(scheme: str, host: str, key: str) -> Any:
+    """What is in memory stays as long as the process lives; a bucket is connected to once."""
+    from obstore.exceptions import BaseError
+    from obstore.store import MemoryStore, from_url
+
+    url = f"{scheme}://{host}/{quote(key)}"
     try:
-        return MemoryStore() if scheme == "memory" else from_url(f"{scheme}://{host}/")
+        return MemoryStore() if scheme == "memory" else from_url(url)
     except BaseError as exc:
-        raise BadInput(f"{scheme}://{host}: {_cause(exc)}; set it in the environment") from exc
+        raise BadInput(f"{url}: {_cause(exc)}; set it in the environment") from exc
 
 
 def _cause(exc: Exception) -> str:

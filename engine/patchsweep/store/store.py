@@ -371,9 +371,8 @@ class Store:
 
     def opened(self, group: str) -> xr.Dataset:
         """A group as xarray opens it, lazily."""
-        within = f"{self._group.path}/{group}".lstrip("/")
         files = self._group.store
-        found: xr.Dataset = xr.open_zarr(files, group=within, consolidated=False, chunks=None)
+        found: xr.Dataset = xr.open_zarr(files, group=group, consolidated=False, chunks=None)
         return found
 
     def arrays(self) -> list[str]:
