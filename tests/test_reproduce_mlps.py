@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,15 @@ def test_too_few_known_facts_are_refused(setting: Setting, monkeypatch: pytest.M
     monkeypatch.setattr(facts.facts, "stream", lambda *_: iter(pairs[:2]))
     with pytest.raises(ps.BadInput, match=r"knows 2 of 2 facts .*, 3 are asked for: ask for fewer"):
         facts.long_subjects(setting)
+
+
+def test_windows_need_layers(setting: Setting) -> None:
+    config = LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2
+    )
+    small = ps.wrap(LlamaForCausalLM(config), setting.tokenizer, "small")
+    with pytest.raises(ps.BadInput, match="at least 3 layers, small has 2: choose a larger model"):
+        windows.run(replace(setting, model=small))
 
 
 @pytest.mark.usefixtures("report")

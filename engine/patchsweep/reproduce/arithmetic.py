@@ -10,13 +10,13 @@ import numpy as np
 
 from patchsweep.reproduce import mlps
 from patchsweep.reproduce.experiment import (
-    SIGMA,
     Experiment,
     Finding,
     Report,
     Setting,
     Table,
     baselines,
+    saturated,
 )
 from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
 from patchsweep.results import Results
@@ -49,10 +49,10 @@ def run(setting: Setting) -> Report:
             f"Model: {setting.subject}, of each operation.",
             "Two-shot problems whose result the model puts above that of the corrupt problem.",
             "Single MLP outputs restored at the last token, clean into corrupt.",
-            "STR: another last problem. "
-            f"GN: noise of {SIGMA:g} standard deviations on the embeddings of its operands.",
+            f"STR: another last problem. GN: the embeddings of its operands get {setting.noise}.",
             SCALES,
             "Sharpness of a peak: how many standard deviations it lies above the mean over layers.",
+            *saturated(by_name),
         ),
         (baselines(by_name, METRICS), _peak_table(found), _term_table(terms)),
         {"layers": mlps.figure((title, setting.subject, under), curves)},

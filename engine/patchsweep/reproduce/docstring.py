@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from patchsweep.reproduce import claims, heads, published
 from patchsweep.reproduce.experiment import (
-    SIGMA,
     Experiment,
     Finding,
     Report,
     Setting,
     answered,
     baselines,
+    saturated,
 )
 from patchsweep.reproduce.heads import Heads
 
@@ -49,7 +49,7 @@ def run(setting: Setting) -> Report:
             f"Model: {setting.subject}.",
             "Every head patched at C_def and at the last position, clean into corrupt.",
             "STR: the argument C in the definition becomes a random one. "
-            f"GN: noise of {SIGMA:g} standard deviations on its embedding.",
+            f"GN: its embedding gets {setting.noise}.",
             f"{heads.SCALES} Mean and deviation are over the heads of both positions. {heads.RULE}",
             "The wrong answers are all other arguments that either prompt names: the logit "
             "difference takes the mean over them.",
@@ -57,6 +57,7 @@ def run(setting: Setting) -> Report:
             applies,
             "That model is published only in the format of another library, which this one does "
             "not read.",
+            *saturated(results),
         ),
         tuple(tables),
         {

@@ -10,13 +10,13 @@ from patchsweep.pairs import Pair
 from patchsweep.prompts import answers_right
 from patchsweep.reproduce import mlps, places
 from patchsweep.reproduce.experiment import (
-    SIGMA,
     Experiment,
     Finding,
     Report,
     Setting,
     Table,
     baselines,
+    saturated,
 )
 from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
 from patchsweep.results import Results
@@ -55,6 +55,7 @@ def run(setting: Setting) -> Report:
             *lines(setting, tried),
             "Positions: single layers, one position at a time; the mean over the tokens of a "
             "place, then over facts.",
+            *saturated(found),
         ),
         (baselines(found, METRICS), _peak_table(found, sizes), places.table(by_place)),
         {
@@ -118,7 +119,7 @@ def lines(setting: Setting, tried: int) -> tuple[str, ...]:
         "MLP outputs restored at the last subject token, clean into corrupt: single layers and "
         "windows of adjacent layers together.",
         "STR: another subject of as many tokens. "
-        f"GN: noise of {SIGMA:g} standard deviations on the embeddings of the subject.",
+        f"GN: the subject's embeddings get {setting.noise}.",
         SCALES,
     )
 

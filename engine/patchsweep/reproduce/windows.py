@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from patchsweep.errors import BadInput
 from patchsweep.reproduce import mlps
-from patchsweep.reproduce.experiment import Experiment, Finding, Report, Setting, Table, baselines
-from patchsweep.reproduce.facts import SHOWN, WINDOW, layers, lines, long_subjects, subject_sweeps
+from patchsweep.reproduce.experiment import (
+    Experiment,
+    Finding,
+    Report,
+    Setting,
+    Table,
+    baselines,
+    saturated,
+)
+from patchsweep.reproduce.facts import (
+    SHOWN,
+    SIZES,
+    WINDOW,
+    layers,
+    lines,
+    long_subjects,
+    subject_sweeps,
+)
 from patchsweep.reproduce.heads import METRICS, NAMES
 from patchsweep.results import Results
 
@@ -14,14 +31,20 @@ NAME = "best-practices-windows"
 
 
 def run(setting: Setting) -> Report:
-    """Joint effects and sums at the last subject token of facts, by metric and corruption."""
+    """Joint effects and sums at the last subject token of facts, by metric and corruption.
+    BadInput for a model of fewer layers than a window has."""
+    if setting.model.dimensions.layers < (least := min(size for size in SIZES if size > 1)):
+        raise BadInput(
+            f"windows have at least {least} layers, {setting.model.name} has "
+            f"{setting.model.dimensions.layers}: choose a larger model"
+        )
     pairs, tried = long_subjects(setting)
     found = subject_sweeps(setting, pairs)
     title = "Windows of layers against the sum of their single layers"
     under = "facts, mlp_out restored at the last subject token"
     return Report(
         title,
-        lines(setting, tried),
+        (*lines(setting, tried), *saturated(found)),
         (baselines(found, METRICS), _table(found)),
         {"windows": mlps.figure((title, setting.subject, under), _curves(found))},
         tuple(f for corruption, results in found.items() for f in _findings(corruption, results)),
@@ -30,7 +53,7 @@ def run(setting: Setting) -> Report:
 
 def _findings(corruption: str, results: Results) -> Iterator[Finding]:
     sizes = results.window_sizes("mlp_out")
-    for metric in SHOWN if sizes else ():
+    for metric in SHOWN:
         name = f"{corruption}, {NAMES[metric]}"
         peaks = {size: mlps.peaks(results, metric, size) for size in sizes}
         shown = (
