@@ -17,12 +17,13 @@ import torch
 
 import patchsweep as ps
 from patchsweep import engine
+from patchsweep.attribution import sweep
 from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward
 from patchsweep.memory import OutOfMemory, within_memory
 from patchsweep.sites import Block
 from patchsweep.spec import parse_settings
-from patchsweep.store import SPLITS, Store
+from patchsweep.store import ESTIMATED, ESTIMATED_SPLIT, SCORED, SCORED_SPLIT, WAVES_SPLIT, Store
 from patchsweep.wave import Launched, WaveResult
 from test_sweep import arrays, build, one_thread, rows, tokenizer, values
 
@@ -213,6 +214,48 @@ def test_other_ways_of_running(tmp_path: Path, more: dict[str, Any]) -> None:
     check_done_again(out, given, settings)
 
 
+@pytest.mark.parametrize("name", ["estimate_pairs", "score_edges"])
+def test_estimates_and_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    settings: dict[str, Any] = {"components": ["head_z"], "metrics": ["logit_diff"]}
+    settings |= {"estimate": True} if name == "estimate_pairs" else {"edges": "eap"}
+    settings["token_budget"] = 10_000
+    undisturbed, out, again = (tmp_path / f"{n}.zarr" for n in ("whole", "r", "again"))
+    ps.sweep(model(), pairs(5), out=undisturbed, **settings)
+    own, failed = getattr(sweep, name), []
+
+    def compute(forward: Any, plan: Any, pairs: range, *args: Any, **kwargs: Any) -> Any:
+        if len(pairs) > most:
+            failed.append(pairs)
+            raise no_memory()
+        return own(forward, plan, pairs, *args, **kwargs)
+
+    most = 2
+    monkeypatch.setattr(sweep, name, compute)
+    ps.sweep(model(), pairs(5), out=out, **settings)
+    assert failed == [range(5), range(3)]
+    store = Store.open(out)
+    array, done, record = (
+        ("head_z/logit_diff_estimate", ESTIMATED, ESTIMATED_SPLIT)
+        if name == "estimate_pairs"
+        else ("edges/logit_diff", SCORED, SCORED_SPLIT)
+    )
+    assert store.read(record).ravel().tolist() == [2, 0, 0, 0, 0]
+    expected = Store.open(undisturbed).read(array)
+    np.testing.assert_allclose(store.read(array), expected, rtol=1e-9, atol=1e-12)
+    assert not np.array_equal(store.read(array), expected, equal_nan=True)
+
+    emptied = Store.open(undone(out, again), "r+")
+    for each in (done, array):
+        emptied.remove(k for r in emptied.chunks(each) for k in emptied.keys(each, r))
+    most = 5
+    ps.sweep(model(), pairs(5), out=again, resume=True, **settings)
+    assert arrays(again) == arrays(out)
+
+    most = 0
+    with pytest.raises(ps.BadInput, match=r"^out of memory on the GPU \(2.00 GiB more wanted\)"):
+        ps.sweep(model(), pairs(5), out=tmp_path / "none.zarr", **settings)
+
+
 def test_one_cell_that_does_not_fit(tmp_path: Path) -> None:
     given = model()
     with at_most(10, given), pytest.raises(ps.BadInput) as raised:
@@ -243,19 +286,21 @@ def test_a_record_that_is_lost_or_never_was(whole: Path, tmp_path: Path) -> None
     """Damage is seen, and done again in whatever parts; older results have no record."""
     out = tmp_path / "r.zarr"
     shutil.copytree(whole, out)
-    shutil.rmtree(out / SPLITS)
-    assert ps.check(out).damages == ()
-    assert not len(Store.open(out).splits())
     store = Store.open(out, "r+")
-    assert arrays(out) == arrays(whole)
-    store.write_split(3, 2)
-    assert [store.split(wave) for wave in (2, 3)] == [0, 2]
-    [key] = store.keys(SPLITS, (slice(3, 4),))
+    store.write_split(WAVES_SPLIT, (3,), 2)
+    assert [store.split(WAVES_SPLIT, (wave,)) for wave in (2, 3)] == [0, 2]
+    [key] = store.keys(WAVES_SPLIT, (slice(3, 4),))
     (out / key).write_bytes(b"?")
     [damage] = ps.check(out).damages
-    assert (damage.what, damage.key) == ("splits", key)
+    assert (damage.what, damage.key) == ("split", key)
     ps.sweep(model(), pairs(2), out=out, resume=True, **SETTINGS)
     assert arrays(out) == arrays(whole)
+    shutil.rmtree(out / WAVES_SPLIT)
+    assert ps.check(out).damages == ()
+    older = Store.open(out, "r+")
+    older.write_split(WAVES_SPLIT, (3,), 2)
+    assert older.split(WAVES_SPLIT, (3,)) == 0
+    assert not len(older.splits())
 
 
 # A token takes about a MiB in the MLP. The first sweep loads and starts what stays.

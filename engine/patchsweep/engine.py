@@ -48,7 +48,7 @@ from patchsweep.sae import SAE, load_sae
 from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Spec, Sweep, parse_settings
 from patchsweep.splitting import Launch, Splitting
-from patchsweep.store import Store, exists, put_back, remove
+from patchsweep.store import WAVES_SPLIT, Store, exists, put_back, remove
 from patchsweep.wave import WaveResult, launch_wave, wavefront
 from patchsweep.writer import background
 
@@ -402,13 +402,14 @@ def _run_waves(
     with Progress(processes, store.path, cells, before) as progress:
 
         def split(wave: Wave, depth: int) -> None:
-            store.write_split(wave.index, depth)
+            store.write_split(WAVES_SPLIT, (wave.index,), depth)
             progress.split()
             log.warning("wave %d of %d: out of memory, again in parts", wave.index, len(plan.waves))
 
-        splitting = Splitting(
-            launch, plan, settings.metrics, lambda wave: store.split(wave.index), split
-        )
+        def depth(wave: Wave) -> int:
+            return store.split(WAVES_SPLIT, (wave.index,))
+
+        splitting = Splitting(launch, plan, settings.metrics, depth, split)
         coming = ((wave, splitting.begin(wave)) for wave in todo)
         with background(partial(_write, store)) as write:
             for wave, result in _ahead(coming, in_flight - 1):

@@ -8,7 +8,7 @@ again, with the same bits. What goes with what:
   wave of these pairs writes the baseline, estimates come before it);
 - scores of edges: those of their source, sample and pairs;
 - the prefilter's choice: all estimates and all blocks;
-- how a wave was split: it alone, as other parts differ in rounding only;
+- how often a wave was halved: it alone, as other parts differ in rounding only;
 - anything else (prompts, coordinates, sites) is written once: `--overwrite`.
 """
 
@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
 from patchsweep.sites import MEASURED, Block, Grid, Status, blocks
-from patchsweep.store import CHOSEN, EDGES, ESTIMATED, SCORED, SPLITS, Store
+from patchsweep.store import (
+    CHOSEN,
+    EDGES,
+    ESTIMATED,
+    ESTIMATED_SPLIT,
+    SCORED,
+    SCORED_SPLIT,
+    WAVES_SPLIT,
+    Store,
+)
 
 Why = Literal["missing", "truncated", "checksum", "inconsistent"]
 Marks = NDArray[np.bool_]
@@ -47,7 +56,7 @@ class Span:
 @dataclass(frozen=True)
 class Damage:
     """A chunk, the file `key`, that is not what its record says. `what`: a component's block or
-    record, "baseline", "estimates" or "edges" of some pairs, "choice", "splits", or the name of
+    record, "baseline", "estimates" or "edges" of some pairs, "choice", "split", or the name of
     an array that is written once."""
 
     what: str
@@ -130,7 +139,7 @@ def damages(store: Store) -> Iterator[Damage]:
 
 
 def _is_fixed(damage: Damage) -> bool:
-    return damage.where is None and damage.what not in ("choice", "splits")
+    return damage.where is None and damage.what not in ("choice", "split")
 
 
 def _written_later(store: Store) -> dict[str, list[str]]:
@@ -172,9 +181,10 @@ def _progress(store: Store, *, decode: bool) -> Iterator[Damage]:
             yield from _by_pairs(store, what, arrays[what], done, decode)
             needed |= done if what == "estimates" else False
     yield from _by_pairs(store, "baseline", arrays["baseline"], needed, decode)
-    if store.has_splits:
-        for why, key in _marks(store, SPLITS)[1].values():
-            yield Damage("splits", None, why, key)
+    for name in (WAVES_SPLIT, ESTIMATED_SPLIT, SCORED_SPLIT):
+        if store.has(f"{name}/zarr.json"):  # older results lack some
+            for why, key in _marks(store, name)[1].values():
+                yield Damage("split", None, why, key)
     if arrays["choice"]:
         done, bad = _marks(store, CHOSEN)
         for why, key in bad.values():
@@ -261,7 +271,7 @@ def _marks(store: Store, name: str) -> tuple[Marks, dict[int, tuple[Why, str]]]:
 def _records(store: Store, damage: Damage) -> Iterator[str]:
     """The records that do not hold any more."""
     where = damage.where
-    if damage.what == "splits":
+    if damage.what == "split":
         return
     if isinstance(where, Block):
         yield from _key_of(store, f"completion/{damage.what}", (where.index,))

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.attribution.eap import score_edges
-from patchsweep.attribution.estimate import estimate_pairs
+from patchsweep.attribution.eap import Scores, score_edges
+from patchsweep.attribution.estimate import Estimates, estimate_pairs
 from patchsweep.attribution.estimators import chosen
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.distributed import Processes
+from patchsweep.errors import BadInput
 from patchsweep.forward import Forward
 from patchsweep.layout import Variant
+from patchsweep.memory import MEND, OutOfMemory, within_memory
 from patchsweep.plan import Plan, narrowed
 from patchsweep.prefilter import Bytes, Map, choose
 from patchsweep.results import Results
 from patchsweep.spec import Sweep
-from patchsweep.store import Store
+from patchsweep.store import ESTIMATED_SPLIT, SCORED_SPLIT, Store
 from patchsweep.values import Values
 
+T = TypeVar("T")
 log = logging.getLogger("patchsweep")
 
 
@@ -46,13 +51,17 @@ def write_estimates(
     """Write the estimates that are not there yet and that fall to this process, with the baselines
     that they were made from."""
     estimators, metrics = store.estimators, settings.metrics
-    for source, sample, pairs in _claimed("estimates", plan, store.estimated(), processes):
-        found = estimate_pairs(
+
+    def estimated(source: int, sample: int, pairs: range) -> Estimates:
+        return estimate_pairs(
             forward, plan, pairs, estimators, metrics, values, source=source, sample=sample
         )
-        unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
-        store.write_baseline(source, sample, pairs, found.baseline, unknown)
-        store.write_estimates(source, sample, pairs, found.values)
+
+    for at in _claimed("estimates", plan, store.estimated(), processes):
+        for pairs, found in _in_parts(estimated, *at, store, ESTIMATED_SPLIT):
+            unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
+            store.write_baseline(*at[:2], pairs, found.baseline, unknown)
+            store.write_estimates(*at[:2], pairs, found.values)
 
 
 def write_edges(
@@ -66,11 +75,15 @@ def write_edges(
     """Write the scores of edges that are not there yet and that fall to this process."""
     assert settings.edges is not None
     steps, metrics = settings.edges.steps, settings.metrics
-    for source, sample, pairs in _claimed("edges", plan, store.scored(), processes):
-        found = score_edges(
+
+    def scored(source: int, sample: int, pairs: range) -> Scores:
+        return score_edges(
             forward, plan, pairs, metrics, values, steps, source=source, sample=sample
         )
-        store.write_edges(source, sample, pairs, found)
+
+    for at in _claimed("edges", plan, store.scored(), processes):
+        for pairs, found in _in_parts(scored, *at, store, SCORED_SPLIT):
+            store.write_edges(*at[:2], pairs, found)
 
 
 def _claimed(
@@ -90,6 +103,38 @@ def _claimed(
             if not done[number, sample, pairs.start : pairs.stop].all():
                 yield number, sample, pairs
                 log.info("%s of pairs %d-%d: done", what, pairs.start, pairs.stop - 1)
+
+
+def _in_parts(
+    compute: Callable[[int, int, range], T],
+    source: int,
+    sample: int,
+    pairs: range,
+    store: Store,
+    record: str,
+) -> list[tuple[range, T]]:
+    """What is computed of some pairs: of all together, or if that runs out of memory of halves, and
+    so on. `record` keeps how often they are halved, so that they are again. All of them are
+    computed before any is written. BadInput if one pair does not fit."""
+    at = (source, sample, pairs.start)
+    depth = store.split(record, at)
+    while True:
+        size = -(-len(pairs) >> depth)
+        parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+        found = within_memory(partial(_each, compute, source, sample, parts))
+        if not isinstance(found, OutOfMemory):
+            return found
+        if size == 1:
+            raise BadInput(f"{found}, with the gradients of one pair at a time: {MEND}")
+        depth += 1
+        store.write_split(record, at, depth)
+        log.warning("pairs %d-%d: out of memory, again in parts", pairs.start, pairs.stop - 1)
+
+
+def _each(
+    compute: Callable[[int, int, range], T], source: int, sample: int, parts: Sequence[range]
+) -> list[tuple[range, T]]:
+    return [(pairs, compute(source, sample, pairs)) for pairs in parts]
 
 
 def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:

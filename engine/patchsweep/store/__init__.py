@@ -14,8 +14,10 @@ Layout under the results folder:
   position]: what becomes of an estimated component's cells (`prefilter.Choice`);
   `completion/choice` uint8 [1]: whether that is written.
 - `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
-- `completion/splits` uint8 [wave], chunks of one, as long as if every block were a wave: the depth
-  that a wave is split to because it ran out of memory (`splitting.py`).
+- `completion/waves_split` uint8 [wave], chunks of one, as long as if every block were a wave: how
+  often a wave was halved because it ran out of memory (`splitting.py`);
+  `completion/estimates_split`, `completion/edges_split` uint8 [source, sample, pair]: how often the
+  pairs that are estimated together were, counted from this one on.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
   `site_position`, `site_source`.
@@ -37,7 +39,16 @@ outlives a killed process. With `fsync` files and folders reach the disk in that
 outlives a power cut. A zip file of such a folder (`pack`) can be read.
 """
 
-from patchsweep.store.arrays import CHOSEN, EDGES, ESTIMATED, RUNS, SCORED, SPLITS
+from patchsweep.store.arrays import (
+    CHOSEN,
+    EDGES,
+    ESTIMATED,
+    ESTIMATED_SPLIT,
+    RUNS,
+    SCORED,
+    SCORED_SPLIT,
+    WAVES_SPLIT,
+)
 from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url, put_back
 from patchsweep.store.store import SCHEMA, Store, pack, remove
 
@@ -45,10 +56,12 @@ __all__ = [
     "CHOSEN",
     "EDGES",
     "ESTIMATED",
+    "ESTIMATED_SPLIT",
     "RUNS",
     "SCHEMA",
     "SCORED",
-    "SPLITS",
+    "SCORED_SPLIT",
+    "WAVES_SPLIT",
     "Store",
     "beside",
     "exists",

@@ -17,7 +17,9 @@ RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
 CHOSEN = "completion/choice"
 EDGES, SCORED = "edges", "completion/edges"
-SPLITS = "completion/splits"
+# How far what was computed together was split, because it ran out of memory.
+WAVES_SPLIT = "completion/waves_split"
+ESTIMATED_SPLIT, SCORED_SPLIT = f"{ESTIMATED}_split", f"{SCORED}_split"
 
 
 def create_array(
@@ -76,7 +78,7 @@ def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype
 
 def create_splits(root: zarr.Group, blocks: int) -> None:
     """Of as many waves as there can be: of one block each."""
-    create_array(root, SPLITS, ("wave",), (blocks,), (1,), "uint8", 0)
+    create_array(root, WAVES_SPLIT, ("wave",), (blocks,), (1,), "uint8", 0)
 
 
 def create_estimates(
@@ -99,7 +101,8 @@ def create_estimates(
             dims = ("direction", "source", "layer", "unit", "position")
             shape = (len(grid.directions), len(grid.sources), *cells)
             create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
-    create_marks(root, ESTIMATED, grids[0])
+    for name in (ESTIMATED, ESTIMATED_SPLIT):
+        create_marks(root, name, grids[0])
     create_array(root, CHOSEN, ("choice",), (1,), (1,), "uint8", 0)
 
 
@@ -133,7 +136,8 @@ def create_edges(
         array.update_attributes({"approximation": f"edge attribution patching ({text})"})
     for name, data in coordinates.items():
         put(group, name, (name,), data)
-    create_marks(root, SCORED, grid)
+    for name in (SCORED, SCORED_SPLIT):
+        create_marks(root, name, grid)
 
 
 def create_baseline(

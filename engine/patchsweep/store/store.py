@@ -25,7 +25,7 @@ from patchsweep.store.arrays import (
     EDGES,
     ESTIMATED,
     SCORED,
-    SPLITS,
+    WAVES_SPLIT,
     create_baseline,
     create_component,
     create_edges,
@@ -128,10 +128,7 @@ class Store:
             raise BadInput(
                 f"{place.at} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}"
             )
-        store = cls(place, place.group(mode), fsync)
-        if mode == "r+" and not store.has_splits:  # older results
-            create_splits(store._group, sum(math.prod(g.tiles) for g in store.grids.values()))
-        return store
+        return cls(place, place.group(mode), fsync)
 
     def listed(self) -> Store:
         """The same, but `has` answers as of now: to ask after every file one by one takes long
@@ -193,25 +190,29 @@ class Store:
         """Which blocks of a component are done, bool [block]."""
         return self.read(f"completion/{component}").astype(np.bool_)
 
-    def write_split(self, wave: int, depth: int) -> None:
-        """Record the depth that a wave is split to from now on. BadInput if the disk refuses."""
-        at = (slice(wave, wave + 1),)
-        self._write({SPLITS: np.array([depth], np.uint8)}, at)
+    def write_split(self, what: str, index: tuple[int, ...], depth: int) -> None:
+        """Record that what is computed together is halved so often from now on: in `what`, one of
+        the arrays that end in `_split`. BadInput if the disk refuses."""
+        if self._records(what):
+            at = tuple(slice(i, i + 1) for i in index)
+            self._write({what: np.full([1] * len(at), depth, np.uint8)}, at)
 
-    def split(self, wave: int) -> int:
-        """The depth that a wave is split to, 0 for not at all."""
-        at = (slice(wave, wave + 1),)
-        [key] = self.keys(SPLITS, at)
-        return int(self.read(SPLITS, at)[0]) if self.has(key) else 0
+    def split(self, what: str, index: tuple[int, ...]) -> int:
+        """How often it is halved."""
+        if not self._records(what):
+            return 0
+        at = tuple(slice(i, i + 1) for i in index)
+        [key] = self.keys(what, at)
+        return int(self.read(what, at).item()) if self.has(key) else 0
 
     def splits(self) -> NDArray[np.uint8]:
-        """Those of all waves, [wave]; none in older results."""
-        return self.read(SPLITS) if self.has_splits else np.zeros(0, np.uint8)
+        """How often every wave is, [wave]."""
+        found = self._records(WAVES_SPLIT)
+        return self.read(WAVES_SPLIT) if found else np.zeros(0, np.uint8)
 
-    @property
-    def has_splits(self) -> bool:
-        """Whether there is a record of them."""
-        return self.has(f"{SPLITS}/zarr.json")
+    def _records(self, name: str) -> bool:
+        """Whether there is such a record: older results lack some."""
+        return self.has(f"{name}/zarr.json")
 
     def write_estimates(
         self,
