@@ -212,7 +212,7 @@ def test_layers_in_parts_change_nothing(
 ) -> None:
     asked = "head_z", "kl", "noise"
     whole = [*results.interval(*asked), results.p_values(*asked)]
-    monkeypatch.setattr("patchsweep.results.AT_ONCE", 1)
+    monkeypatch.setattr("patchsweep.results.effects.AT_ONCE", 1)
     parts = [*results.interval(*asked), results.p_values(*asked)]
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)

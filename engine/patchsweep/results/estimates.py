@@ -1,0 +1,126 @@
+"""What was estimated: cells, how well they were, and edges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from patchsweep.effect import Array, ratio
+from patchsweep.errors import BadInput
+from patchsweep.prefilter import Choice, Verdict, judge
+from patchsweep.reader import one_of
+from patchsweep.results.effects import Effects
+from patchsweep.sites import RUN
+from patchsweep.spec import Prefilter
+from patchsweep.statistics import Agreement, agreement
+from patchsweep.store import EDGES
+
+UNSIGNED = "atp_star"  # an estimator of magnitudes
+
+
+class Estimates(Effects):
+    """Estimated effects beside those that were measured."""
+
+    def estimated_effect(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """The effect over all pairs and samples as estimated, [layer, unit, position], a ratio of
+        means like `effect`; of the estimator atp_star a magnitude. BadInput if the sweep did not
+        estimate the component."""
+        grid, d, s = self._at(component, metric, direction, source)
+        self._estimator(component)
+        ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
+        moved, span = np.zeros((2, grid.layers, grid.units, len(grid.positions)))
+        for pairs in grid.pair_tiles():
+            tile = slice(pairs.start, pairs.stop)
+            values = self.store.read(f"{component}/{metric}_estimate", (d, s, slice(None), tile))
+            destination, donor = (end[:, tile] for end in ends)
+            use = ~np.isnan(values) & np.isfinite(donor - destination)
+            moved += np.where(use, values - destination, 0.0).sum(axis=(0, 1))
+            span += np.where(use, donor - destination, 0.0).sum(axis=(0, 1))
+        return ratio(moved, span)
+
+    def shown_effect(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Array:
+        """What is drawn: `effect`, or of a component that was only estimated `estimated_effect`."""
+        only = component in self.only_estimated
+        of = self.estimated_effect if only else self.effect
+        return of(component, metric, direction, source)
+
+    def audit(
+        self, component: str, metric: str, direction: str, source: str | None = None
+    ) -> Verdict | None:
+        """What the prefilter's cells that were run say of those that were not; None without a
+        prefilter, for a component that was not estimated, and where nothing was kept."""
+        given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
+        if given is None or component not in estimated or not self.complete:
+            return None
+        grid, d, s = self._at(component, metric, direction, source)
+        chosen = [
+            self.store.read(f"choice/{component}_{name}", (d, s)) for name in ("status", "stratum")
+        ]
+        return judge(
+            self.effect(component, metric, direction, source),
+            Choice(*chosen),
+            Prefilter(**given),
+            components=len(estimated) * len(grid.directions) * len(grid.sources),
+            metrics=len(self.metrics),
+        )
+
+    def agreement(self, component: str, metric: str) -> Agreement:
+        """The estimated change of every cell that was run against its exact change, patched −
+        destination, over all directions, sources, samples and pairs; the magnitude of the exact one
+        where the estimator has no sign. BadInput if the sweep did not estimate the component.
+        """
+        grid = self.grid(component)
+        how = self._estimator(component)
+        destination = self.ends(one_of("metric", metric, self.metrics), grid)[0]
+        moved: list[tuple[Array, Array]] = []
+        for pairs in grid.pair_tiles():
+            tile = (slice(None),) * 3 + (slice(pairs.start, pairs.stop),)
+            exact, estimate, status = (
+                self.store.read(f"{component}/{metric}{kind}", tile)
+                for kind in ("", "_estimate", "_status")
+            )
+            at, ran = destination[tile][..., None, None, None], np.isin(status, RUN)
+            moved.append(((estimate - at)[ran], (exact - at)[ran]))
+        estimated, true = (np.concatenate(side) for side in zip(*moved, strict=True))
+        return agreement(estimated, np.abs(true) if how == UNSIGNED else true)
+
+    def edges(self, metric: str, direction: str, source: str | None = None) -> xr.DataArray:
+        """Edge attribution, the estimated change of the metric, [sender, receiver]: its mean over
+        the pairs and samples that are scored; NaN where there is no edge. BadInput if the sweep
+        scored none."""
+        if not self.attrs.get(EDGES):
+            raise BadInput("these results have no edges: add edges: eap to the spec")
+        _, d, s = self._at(self.components[0], metric, direction, source)
+        done = np.argwhere(self.store.scored()[s])
+        parts = (self.store.read(f"{EDGES}/{metric}", (d, s, *at)) for at in done)
+        total: Any = sum(part.astype(np.float64) for part in parts)
+        senders, receivers = (self.store.read(f"{EDGES}/{end}") for end in ("sender", "receiver"))
+        mean = total / len(done) if len(done) else np.full((len(senders), len(receivers)), np.nan)
+        said = {"approximation": self.store.array_attrs(f"{EDGES}/{metric}")["approximation"]}
+        ends = {"sender": senders, "receiver": receivers}
+        return xr.DataArray(mean, ends, ("sender", "receiver"), metric, said)
+
+    def top_edges(
+        self, metric: str, direction: str, n: int = 10, source: str | None = None
+    ) -> list[tuple[str, float]]:
+        """The `n` edges of largest absolute score, largest first, as sender->receiver."""
+        found = self.edges(metric, direction, source)
+        flat = np.abs(found.values).ravel()
+        order = np.argsort(-np.nan_to_num(flat, nan=-1), kind="stable")
+        best = (np.unravel_index(i, found.shape) for i in order[:n] if np.isfinite(flat[i]))
+        names = found.sender.values, found.receiver.values
+        return [(f"{names[0][i]}->{names[1][j]}", float(found.values[i, j])) for i, j in best]
+
+    def _estimator(self, component: str) -> str:
+        """How a component was estimated; BadInput if it was not."""
+        if component not in self.store.estimators:
+            raise BadInput(
+                f"{component} has no estimates in these results: run with estimate or prefilter"
+            )
+        return self.store.estimators[component]

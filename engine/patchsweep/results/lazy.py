@@ -1,0 +1,66 @@
+"""A component as an xarray dataset that reads, and computes effects, when values are used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from patchsweep.effect import Array, change, ratio
+from patchsweep.reader import Reader
+from patchsweep.sites import DIMENSIONS, SETS, Grid
+from patchsweep.store import Store
+
+
+def dataset(results: Reader, component: str) -> xr.Dataset:
+    """See `Results.to_xarray`."""
+    grid = results.grid(component)
+    ds = results.store.opened(component)
+    for metric in results.metrics:
+        effect = _LazyEffect(
+            results.store, f"{component}/{metric}", grid, *results.ends(metric, grid)
+        )
+        name = f"effect on {metric} (0 = destination, 1 = source)"
+        ds[f"{metric}_effect"] = xr.Variable(
+            DIMENSIONS, indexing.LazilyIndexedArray(effect), {"long_name": name}
+        )
+    kinds = ["", "_effect", "_status"]
+    kinds += ["_estimate"] if component in results.store.estimators else []
+    ds = ds[[f"{metric}{kind}" for metric in results.metrics for kind in kinds]]
+    optional = ["direction", "source", "sample", "pair", "unit"]
+    if component == SETS:
+        ds, optional = ds.rename(position="set"), [*optional, "layer"]
+    squeezed: xr.Dataset = ds.squeeze([dim for dim in optional if ds.sizes[dim] == 1])
+    if component == SETS:
+        return squeezed.drop_vars(["layer", "unit"])
+    unit_name = ds.attrs["unit_name"]
+    return squeezed.rename(unit=unit_name) if unit_name else squeezed.drop_vars("unit")
+
+
+class _LazyEffect(BackendArray):
+    """The effect of every cell, [DIMENSIONS], computed for the region that is asked for."""
+
+    def __init__(
+        self, store: Store, name: str, grid: Grid, destination: Array, source: Array
+    ) -> None:
+        self.shape = grid.shape
+        self.dtype = np.dtype(np.float64)
+        self._store, self._name = store, name
+        # Views without a copy: baselines seen at every cell.
+        self._destination, self._source = (
+            np.broadcast_to(end[..., None, None, None], grid.shape) for end in (destination, source)
+        )
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._region
+        )
+
+    def _region(self, key: tuple[Any, ...]) -> Array:
+        destination = self._destination[key]
+        patched = self._store.read(self._name, key)
+        status = self._store.read(f"{self._name}_status", key)
+        return ratio(change(patched, status, destination), self._source[key] - destination)
