@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,9 +15,11 @@ import pytest
 import patchsweep.results
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.results import Results
+from patchsweep.results import Results, lazy
 from patchsweep.sites import Grid, Status, blocks
 from patchsweep.store import Store
+
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 # Two pairs of 3 and 2 tokens, both directions, two layers of two heads.
 # logit_diff: clean 4, corrupt 0 in pair 0; clean 2, corrupt 1 in pair 1.
@@ -107,7 +112,7 @@ def test_to_xarray_squeezes_renames_and_computes_effects(results: Results) -> No
     assert set(ds.data_vars) == {"logit_diff", "logit_diff_status", "logit_diff_effect"}
     assert ds.logit_diff.dims == ("direction", "pair", "layer", "head", "position")
     at = {"layer": 1, "head": 0, "position": 1}
-    assert ds.logit_diff.sel(direction="denoise", pair=0, **at).item() == 3.0
+    assert float(ds.logit_diff.sel(direction="denoise", pair=0, **at)) == 3.0
     effect = ds.logit_diff_effect.sel(**at)
     assert effect.sel(direction="denoise").values.tolist() == [0.75, 1.0]
     assert effect.sel(direction="noise").values.tolist() == [0.75, 0.0]
@@ -124,11 +129,55 @@ def test_to_xarray_reads_only_what_is_used(results: Results) -> None:
             file.write_bytes(file.read_bytes()[:-3])
     ds = results.to_xarray("head_z")
     effect = ds.logit_diff_effect.sel(direction="denoise", layer=1, head=0, position=1)
-    assert effect.sel(pair=0).item() == 0.75
+    assert float(effect.sel(pair=0)) == 0.75
     with pytest.raises(BadInput, match="cannot read"):
         _ = effect.sel(pair=1).values
     with pytest.raises(BadInput, match="cannot read"):
         results.to_frame()
+
+
+@pytest.fixture
+def without_dask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy, "find_spec", lambda _: None)
+
+
+@pytest.mark.usefixtures("without_dask")
+def test_to_xarray_without_dask(results: Results) -> None:
+    ds = results.to_xarray("head_z")
+    assert ds.chunks == {}
+    test_to_xarray_squeezes_renames_and_computes_effects(results)
+    test_to_xarray_reads_only_what_is_used(results)
+
+
+def test_to_xarray_with_dask_has_the_chunks_of_the_store(
+    results: Results, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each task reads one chunk, of which there are as many as on the disk; workers get copies."""
+    pytest.importorskip("dask")
+    ds = results.to_xarray("head_z")
+    chunks = {"direction": (1, 1), "pair": (1, 1), "layer": (2,), "head": (2,), "position": (2, 1)}
+    assert dict(ds.chunks) == chunks
+    whole = {name: found.values for name, found in ds.items()}
+    read: list[tuple[str, tuple[slice, ...]]] = []
+    of_store = Store.read
+
+    def seen(self: Store, name: str, region: tuple[slice, ...]) -> np.ndarray:
+        read.append((name, region))
+        return of_store(self, name, region)
+
+    monkeypatch.setattr(Store, "read", seen)
+    copy = pickle.loads(pickle.dumps(ds))
+    again = copy.isel(direction=0, pair=1, position=[0, 1])
+    assert read == []
+    np.testing.assert_array_equal(
+        again.logit_diff_effect, whole["logit_diff_effect"][0, 1, ..., :2]
+    )
+    assert sorted(name for name, _ in read) == ["head_z/logit_diff", "head_z/logit_diff_status"]
+    for _, region in read:
+        touched = np.zeros(GRID.shape, bool)
+        touched[region] = True
+        assert touched[0, 0, 0, 1, :, :, :2].all()
+        assert touched.sum() == 8
 
 
 def test_to_frame_is_tidy(results: Results) -> None:
@@ -162,6 +211,53 @@ def test_parquet_round_trip(results: Results, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.zarr", "t.parquet"]
     with pytest.raises(BadInput, match=r"cannot write .*choose another path"):
         results.export(tmp_path / "nowhere" / "t.parquet")
+
+
+def test_tables_have_types(results: Results, tmp_path: Path) -> None:
+    """Names are categories, numbers have few bytes, text is text: nothing is a Python object."""
+    results.export(tmp_path / "t.parquet")
+    back = pd.read_parquet(tmp_path / "t.parquet")
+    expected = {
+        **dict.fromkeys(("component", "direction", "source"), "category"),
+        **dict.fromkeys(("sample", "pair", "layer", "unit", "position"), "int32"),
+        "token": "str",
+        "logit_diff": "float32",
+        "logit_diff_effect": "float64",
+        "logit_diff_status": "category",
+    }
+    assert {name: str(dtype) for name, dtype in back.dtypes.items()} == expected
+    table = results.to_frame()
+    said = {
+        name: str(dtype).lower() for name, dtype in table.dtypes.items()
+    }  # Int32: may be missing
+    assert said == expected
+    cells = ["direction", "source", "sample", "pair", "layer", "unit", "position"]
+    assert not back.duplicated(["component", *cells]).any()
+
+
+def test_the_arrays_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lines run, on results with a head 9 in layer 9."""
+    grid = Grid("head_z", ("denoise",), 2, 10, 10, (0, 1, 2), 2, 10, 3)
+    attrs = {"spec": {"model": "tiny"}, "model": "tiny", "sources": SOURCES}
+    path = tmp_path / "ioi.zarr"
+    store = Store.create(path, [grid], ["logit_diff"], PAIRS, str, attrs, "float32")
+    base = np.array([CLEAN, CORRUPT])
+    store.write_baseline(0, 0, range(2), {"logit_diff": base}, {"logit_diff": base * 0})
+    values = np.broadcast_to(base[1][:, None, None, None], grid.shape).copy()
+    values[0, 0, 0, 0, 9, 9, 2] += 1
+    status = np.full(grid.shape, Status.EXACT, np.uint8)
+    store.write_block(blocks(grid)[0], {"logit_diff": values}, {"logit_diff": status})
+    patchsweep.results.open(path).export(tmp_path / "ioi.parquet")
+    section = README.read_text("utf-8").partition("### Use the arrays")[2].partition("\n[")[0]
+    lines = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(lines) == 3
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in lines:
+        exec(block, names)
+    assert names["found"].tolist() == [0.25, 0.0]
+    assert names["table"]["logit_diff_effect"].max() == 0.25
+    assert (names["layer"], names["head"], names["position"]) == (9, 9, 2)
 
 
 def test_labels_no_units_and_nothing_done(tmp_path: Path) -> None:

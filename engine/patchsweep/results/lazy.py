@@ -1,7 +1,10 @@
-"""A component as an xarray dataset that reads, and computes effects, when values are used."""
+"""A component as an xarray dataset that reads, and computes effects, when values are used; with
+dask, chunk by chunk."""
 
 from __future__ import annotations
 
+import uuid
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,9 @@ def dataset(results: Reader, component: str) -> xr.Dataset:
     kinds = ["", "_effect", "_status"]
     kinds += ["_estimate"] if component in results.store.estimators else []
     ds = ds[[f"{metric}{kind}" for metric in results.metrics for kind in kinds]]
+    if find_spec("dask"):
+        # Without a token dask would read everything, for a name of its own.
+        ds = ds.chunk(ds[results.metrics[0]].encoding["preferred_chunks"], token=uuid.uuid4().hex)
     optional = ["direction", "source", "sample", "pair", "unit"]
     if component == SETS:
         ds, optional = ds.rename(position="set"), [*optional, "layer"]
@@ -49,9 +55,8 @@ class _LazyEffect(BackendArray):
         self.shape = grid.shape
         self.dtype = np.dtype(np.float64)
         self._store, self._name = store, name
-        # Views without a copy: baselines seen at every cell.
         self._destination, self._source = (
-            np.broadcast_to(end[..., None, None, None], grid.shape) for end in (destination, source)
+            end[..., None, None, None] for end in (destination, source)
         )
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
@@ -60,7 +65,9 @@ class _LazyEffect(BackendArray):
         )
 
     def _region(self, key: tuple[Any, ...]) -> Array:
-        destination = self._destination[key]
+        # Baselines are the same in every layer, unit and position.
+        of_pair = (*key[:4], *(slice(None) if isinstance(part, slice) else 0 for part in key[4:]))
+        destination, source = self._destination[of_pair], self._source[of_pair]
         patched = self._store.read(self._name, key)
         status = self._store.read(f"{self._name}_status", key)
-        return ratio(change(patched, status, destination), self._source[key] - destination)
+        return ratio(change(patched, status, destination), source - destination)

@@ -26,7 +26,8 @@ class Results(Cells, Intervals, Together, Diagnosed):
     """The results of a sweep, read from its folder when asked for."""
 
     def to_xarray(self, component: str) -> xr.Dataset:
-        """One component, opened lazily: nothing but coordinates is read until values are used.
+        """One component, opened lazily: nothing but coordinates is read until values are used; with
+        dask, where it is installed, chunk by chunk of the store.
 
         Per metric: `<metric>` (raw, of the patched run), `<metric>_status` and `<metric>_effect`
         (float64), and where the sweep has it `<metric>_estimate` (its attribute `approximation`
