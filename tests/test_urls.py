@@ -275,6 +275,32 @@ def test_damage_is_named_and_done_again(at: Objects, filled: dict[str, bytes]) -
     assert chunks(at()) == filled
 
 
+def test_what_cannot_be_reached_is_not_damaged(
+    at: Objects, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make(at.url)
+    fill(store)
+    before = at()
+    get = ObjectStore.get
+    reads, most = 0, 0
+
+    async def unreachable(self: Any, key: str, *args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += "/c/" in key
+        if reads > most:
+            raise GenericError("Generic S3 error: 503")
+        return await get(self, key, *args, **options)
+
+    monkeypatch.setattr(ObjectStore, "get", unreachable)
+    for limit in (0, 10, 25):
+        most = limit
+        for use in (lambda: ps.check(at.url), lambda: withdraw(store)):
+            reads = 0
+            with pytest.raises(ps.BadInput, match=r"^cannot read .*: Generic S3 error: 503; check"):
+                use()
+    assert at() == before
+
+
 @pytest.mark.parametrize("foreign", ["notes.txt", "zarr.json"])
 def test_what_is_not_ours_is_left_alone(at: Objects, foreign: str) -> None:
     at.put(foreign, b"{}")
@@ -348,10 +374,18 @@ def test_wrong_urls(whole: Whole, url: str, words: str) -> None:
             )
 
 
-def test_without_obstore(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "obstore.store", None)
-    with pytest.raises(ps.BadInput, match=r"need the package obstore: pip install 'patchsweep\["):
-        ps.open("gs://never/r.zarr")
+def test_a_url_that_became_a_path(whole: Whole) -> None:
+    for use in (ps.open, whole.sweep):
+        with pytest.raises(ps.BadInput, match=r"s3:/bucket/r\.zarr was a URL: give it as text"):
+            use(Path("s3://bucket/r.zarr"))
+
+
+def test_without_obstore(whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("obstore")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    for use in (ps.open, ps.check, whole.sweep):
+        with pytest.raises(ps.BadInput, match=r"need the package obstore: pip install 'patchsweep"):
+            use("memory://nothing")
 
 
 def test_every_command_takes_a_url(

@@ -32,6 +32,7 @@ from patchsweep.store import (
     SCORED,
     SCORED_SPLIT,
     WAVES_SPLIT,
+    Damaged,
     Store,
 )
 
@@ -244,11 +245,11 @@ def _chunk(
         return None, []
     try:
         return store.read(name, region), []
-    except BadInput as error:
+    except Damaged as error:
         return None, [Damage(what, where, _why(error), key)]
 
 
-def _why(error: BadInput) -> Why:
+def _why(error: Damaged) -> Why:
     """Zstd tells a cut or overwritten frame from one whose content has changed."""
     return "truncated" if "invalid input" in str(error) else "checksum"
 
@@ -257,13 +258,13 @@ def _marks(store: Store, name: str) -> tuple[Marks, dict[int, tuple[Why, str]]]:
     """A record, in the shape of its array, and the flat indices whose own chunks are damaged."""
     try:
         return store.read(name).astype(np.bool_), {}
-    except BadInput:
+    except Damaged:
         pass
     marks, bad = np.zeros(store.shape(name), bool), {}
     for index, region in enumerate(store.chunks(name)):
         try:
             marks[region] = store.read(name, region)
-        except BadInput as error:
+        except Damaged as error:
             bad[index] = (_why(error), store.keys(name, region)[0])
     return marks, bad
 

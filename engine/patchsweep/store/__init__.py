@@ -1,4 +1,4 @@
-"""Results on disk: a Zarr v3 group that xarray opens, one chunk per block.
+"""Results in a folder or at a URL: a Zarr v3 group that xarray opens, one chunk per block.
 
 Layout under the results folder:
 
@@ -36,7 +36,8 @@ Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`)
 
 A chunk is written to a temporary file and renamed, data before its record: what is marked done
 outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
-outlives a power cut. A zip file of such a folder (`pack`) can be read.
+outlives a power cut. A zip file of such a folder (`pack`) can be read. At a URL (`bucket.py`) there
+are objects of the same names.
 """
 
 from patchsweep.store.arrays import (
@@ -50,7 +51,7 @@ from patchsweep.store.arrays import (
     WAVES_SPLIT,
 )
 from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url, put_back
-from patchsweep.store.store import SCHEMA, Store, pack, remove
+from patchsweep.store.store import SCHEMA, Damaged, Store, pack, remove
 
 __all__ = [
     "CHOSEN",
@@ -62,6 +63,7 @@ __all__ = [
     "SCORED",
     "SCORED_SPLIT",
     "WAVES_SPLIT",
+    "Damaged",
     "Store",
     "beside",
     "exists",

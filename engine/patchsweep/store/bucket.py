@@ -58,24 +58,21 @@ class Bucket:
             return any(True for _ in self.files())
 
     def get(self, key: str) -> bytes:
-        import obstore
-
-        with self._reading():
-            return bytes(obstore.get(_objects(self.at), key).bytes())
+        with self.reading():
+            return bytes(_obstore().get(_objects(self.at), key).bytes())
 
     def files(self) -> Iterator[str]:
-        import obstore
-
-        with self._reading(FileNotFoundError):
-            for some in obstore.list(_objects(self.at)):
-                yield from (found["path"] for found in some)
+        try:
+            with self.reading():
+                for some in _obstore().list(_objects(self.at)):
+                    yield from (found["path"] for found in some)
+        except FileNotFoundError:
+            raise BadInput(f"cannot read {self}: there is no such bucket: create it") from None
 
     def __contains__(self, key: object) -> bool:
-        import obstore
-
         try:
-            with self._reading():
-                obstore.head(_objects(self.at), str(key))
+            with self.reading():
+                _obstore().head(_objects(self.at), str(key))
         except FileNotFoundError:
             return False
         return True
@@ -84,17 +81,23 @@ class Bucket:
         return frozenset(self.files())
 
     def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        with self._reading():
+        with self.reading():
             files = ObjectStore(_objects(self.at), read_only=mode == "r")
             return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
 
     @contextmanager
-    def writing(self, then: str) -> Iterator[None]:
-        from obstore.exceptions import BaseError
-
+    def reading(self) -> Iterator[None]:
         try:
             yield
-        except (BaseError, OSError) as exc:
+        except _obstore().exceptions.BaseError as exc:
+            mend = "check the URL and the credentials"
+            raise BadInput(f"cannot read {self}: {_cause(exc)}; {mend}") from exc
+
+    @contextmanager
+    def writing(self, then: str) -> Iterator[None]:
+        try:
+            yield
+        except (_obstore().exceptions.BaseError, OSError) as exc:
             mend = f"check the URL and the credentials, and {then}"
             raise BadInput(f"cannot write {self}: {_cause(exc)}; {mend}") from exc
 
@@ -121,30 +124,24 @@ class Bucket:
         """What a bucket has taken it keeps."""
 
     def remove(self, keys: Iterable[str], fsync: bool) -> None:  # noqa: ARG002
-        import obstore
-
         for key in keys:
             with suppress(FileNotFoundError):
-                obstore.delete(_objects(self.at), key)
+                _obstore().delete(_objects(self.at), key)
 
     def delete(self) -> None:
-        import obstore
-
         found = list(self.files())
         if not found:
             return
         self._put_unfinished()
         if rest := [key for key in found if key != ROOT]:
-            obstore.delete(_objects(self.at), rest)
-        obstore.delete(_objects(self.at), ROOT)
+            _obstore().delete(_objects(self.at), rest)
+        _obstore().delete(_objects(self.at), ROOT)
 
     @contextmanager
     def locked(self, again: bool) -> Iterator[None]:
         """Who is killed does not let go: a lock that is left is deleted by the user, who alone
         knows that its run has ended; but a process that a launcher has started `again` takes over
         what the same launcher's process had."""
-        import obstore
-
         above, _, name = self.at.rstrip("/").rpartition("/")
         folder = f"{above}/.{name}.job"
         mine = {
@@ -157,14 +154,14 @@ class Bucket:
         with self.writing("run again"):
             objects = _objects(folder, make=True)
             try:
-                obstore.put(objects, "lock", content, mode="create")
-            except obstore.exceptions.AlreadyExistsError:
-                held = json.loads(bytes(obstore.get(objects, "lock").bytes()))
+                _obstore().put(objects, "lock", content, mode="create")
+            except _obstore().exceptions.AlreadyExistsError:
+                held = json.loads(bytes(_obstore().get(objects, "lock").bytes()))
                 ours = all(held[part] == mine[part] for part in ("host", "launcher"))
                 # A PUT whose answer was lost is repeated, and meets itself.
                 if held != mine and not (again and ours):
                     raise BadInput(self._taken(f"{folder}/lock", held)) from None
-                obstore.put(objects, "lock", content)
+                _obstore().put(objects, "lock", content)
         try:
             yield
         finally:
@@ -172,7 +169,7 @@ class Bucket:
             with suppress(BadInput, FileNotFoundError), self.writing("run again"):
                 if not self.exists():  # a sweep that was refused leaves nothing
                     shutil.rmtree(self.job, ignore_errors=True)
-                obstore.delete(objects, "lock")
+                _obstore().delete(objects, "lock")
 
     def _taken(self, lock: str, held: dict[str, Any]) -> str:
         who = f"process {held['pid']} on {held['host']} since {held['since'][:19]} UTC"
@@ -182,21 +179,7 @@ class Bucket:
         )
 
     def _put_unfinished(self) -> None:
-        import obstore
-
-        obstore.put(_objects(self.at, make=True), ROOT, json.dumps(_UNFINISHED).encode())
-
-    @contextmanager
-    def _reading(self, *more: type[Exception]) -> Iterator[None]:
-        """Turns what is refused inside into BadInput, and `more`."""
-        from obstore.exceptions import BaseError
-
-        refusals: tuple[type[Exception], ...] = (BaseError, *more)
-        try:
-            yield
-        except refusals as exc:
-            mend = "check the URL and the credentials"
-            raise BadInput(f"cannot read {self}: {_cause(exc)}; {mend}") from exc
+        _obstore().put(_objects(self.at, make=True), ROOT, json.dumps(_UNFINISHED).encode())
 
 
 def parts_of(url: str) -> tuple[str, str, str]:
@@ -218,31 +201,32 @@ def parts_of(url: str) -> tuple[str, str, str]:
 def _objects(url: str, make: bool = False) -> Any:
     """The objects below a URL. `make` a folder, where it is one."""
     scheme, host, key = parts_of(url)
-    try:
-        from obstore.store import LocalStore, MemoryStore
-    except ImportError:
-        raise BadInput(
-            "results at a URL need the package obstore: pip install 'patchsweep[cloud]'"
-        ) from None
     if scheme != "file":
         return _kept(scheme, host, key)
-    folder = Path("/", key)
+    folder, stores = Path("/", key), _obstore().store
     if make:
         folder.mkdir(parents=True, exist_ok=True)
-    return LocalStore(folder) if folder.is_dir() else MemoryStore()  # nothing is there
+    return stores.LocalStore(folder) if folder.is_dir() else stores.MemoryStore()  # nothing there
 
 
 @cache
 def _kept(scheme: str, host: str, key: str) -> Any:
     """What is in memory stays as long as the process lives; a bucket is connected to once."""
-    from obstore.exceptions import BaseError
-    from obstore.store import MemoryStore, from_url
-
-    url = f"{scheme}://{host}/{quote(key)}"
+    url, stores = f"{scheme}://{host}/{quote(key)}", _obstore().store
     try:
-        return MemoryStore() if scheme == "memory" else from_url(url)
-    except BaseError as exc:
+        return stores.MemoryStore() if scheme == "memory" else stores.from_url(url)
+    except _obstore().exceptions.BaseError as exc:
         raise BadInput(f"{url}: {_cause(exc)}; set it in the environment") from exc
+
+
+def _obstore() -> Any:
+    try:
+        import obstore.store
+    except ImportError:
+        raise BadInput(
+            "results at a URL need the package obstore: pip install 'patchsweep[cloud]'"
+        ) from None
+    return obstore
 
 
 def _cause(exc: Exception) -> str:

@@ -6,7 +6,7 @@ import glob
 import shutil
 import zipfile
 from collections.abc import Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +67,9 @@ class Folder:
             raise BadInput(f"{self} is a zip file, only to be read: unpack it")
         files = ZipStore(self.at, mode="r") if packed else self.at
         return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def writing(self, then: str) -> AbstractContextManager[None]:
         return writing(self.at, then)

@@ -10,7 +10,8 @@ from zipfile import BadZipFile
 
 import zarr
 
-from patchsweep.store.bucket import Bucket, parts_of
+from patchsweep.errors import BadInput
+from patchsweep.store.bucket import SCHEMES, Bucket, parts_of
 from patchsweep.store.files import ROOT, marked
 from patchsweep.store.folder import Folder
 
@@ -54,6 +55,9 @@ class Place(Protocol):
     def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
         """The root group of results."""
 
+    def reading(self) -> AbstractContextManager[None]:
+        """Turns what keeps one from a far place into BadInput; damage is something else."""
+
     def writing(self, then: str) -> AbstractContextManager[None]:
         """Turns what is refused inside into BadInput; `then` is what to do after the mend."""
 
@@ -87,10 +91,13 @@ def place_of(at: str | Path) -> Place:
 
 def path_or_url(at: str | Path) -> Path | str:
     """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be."""
-    if isinstance(at, Path) or "://" not in at:
-        return Path(at)
-    parts_of(at)
-    return at
+    if isinstance(at, str) and "://" in at:
+        parts_of(at)
+        return at
+    path = Path(at)
+    if path.parts and path.parts[0].removesuffix(":") in SCHEMES and ":" in path.parts[0]:
+        raise BadInput(f"{path} was a URL: give it as text where results go, a path elsewhere")
+    return path
 
 
 def job_folder(at: str | Path) -> Path:

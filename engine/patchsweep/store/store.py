@@ -40,6 +40,10 @@ from patchsweep.store.place import Place, place_of, schema_of
 SCHEMA = 2
 
 
+class Damaged(BadInput):
+    """A chunk is not what was written."""
+
+
 class Store:
     """The arrays of one sweep in a folder or at a URL. Writing needs `create` or `open(..., "r+")`.
 
@@ -379,7 +383,10 @@ class Store:
     def arrays(self) -> list[str]:
         """The names of all arrays."""
         try:
-            members = self._group.members(max_depth=None)
+            with self._place.reading():
+                members = self._group.members(max_depth=None)
+        except BadInput:
+            raise
         except (ValueError, KeyError, TypeError) as exc:
             raise self._unreadable("zarr.json", exc) from exc
         return [name for name, member in members if isinstance(member, zarr.Array)]
@@ -389,13 +396,17 @@ class Store:
         return BadInput(f"{self.path} is damaged, {name}: {cause}: run with --overwrite")
 
     def read(self, name: str, region: Any = ...) -> NDArray[Any]:
-        """The array `<group>/<array>`, or a region of it; BadInput if a chunk of it is damaged."""
+        """The array `<group>/<array>`, or a region of it; Damaged if a chunk of it is, BadInput
+        if it cannot be reached."""
         array = self._array(name)
         try:
-            return np.asarray(array[region])
+            with self._place.reading():
+                return np.asarray(array[region])
+        except BadInput:
+            raise
         except (RuntimeError, ValueError, OSError) as exc:
             cause = " ".join(str(exc).split())
-            raise BadInput(
+            raise Damaged(
                 f"cannot read {self.path}/{name}: {cause}; "
                 f"'patchsweep check {self.path}' says what must be redone"
             ) from exc
@@ -434,7 +445,10 @@ class Store:
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
             try:
-                array = self._group.get(name)
+                with self._place.reading():
+                    array = self._group.get(name)
+            except BadInput:
+                raise
             except (ValueError, KeyError, TypeError) as exc:
                 raise self._unreadable(name, exc) from exc
             if not isinstance(array, zarr.Array):
