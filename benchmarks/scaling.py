@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ from patchsweep import results as results_of
 from patchsweep.engine import MOST_TOKENS
 from patchsweep.model import dimensions_of, empty_model
 from patchsweep.pairs import Pair
-from patchsweep.plan import Plan, make_plan
+from patchsweep.plan import Cut, Plan, make_plan
+from patchsweep.plan.chunks import chunked
 from patchsweep.sites import blocks
 from patchsweep.spec import parse_settings
 from patchsweep.store import Store
@@ -69,7 +70,7 @@ class Simulated:
 
     model: str
     gpus: int
-    waves: int
+    units: int
     hours: float
     idle: float
     written: float  # bytes a second and process
@@ -106,7 +107,7 @@ def scaling(*, out: Path = OUT, rounds: int = 3, prompts: int = 8, pairs: int = 
     console.print(_measured_table(best))
     simulated, stores = [], {}
     for name, config in LARGE.items():
-        plan = planned(config, LENGTHS, MOST_TOKENS["cuda"])
+        plan = planned(config, LENGTHS, MOST_TOKENS["cuda"], pairs)
         stores[name] = store_rate(plan)
         simulated += [simulate(name, plan, gpus, pairs) for gpus in GPUS]
     console.print(_simulated_table(simulated, stores))
@@ -118,8 +119,8 @@ def scaling(*, out: Path = OUT, rounds: int = 3, prompts: int = 8, pairs: int = 
         f"simulated: head_z x position in direction denoise, {pairs:,} pairs of {LENGTHS[0]} "
         f"to {LENGTHS[1]} tokens; waves of {MOST_TOKENS['cuda']:,} tokens",
         f"a GPU holds the model and does {RATE:.0e} FLOP/s in every wave; claiming, starting and "
-        "writing take no time; waves are claimed in the plan's order, costliest first",
-        "store: one process writing blocks of that plan here, fsync off",
+        "writing take no time; units are claimed in the plan's order, costliest first",
+        "store: one process writing chunks of that plan here, fsync off",
     ]
     report.say(console, [*assumptions, *targets])
     record = {
@@ -158,8 +159,9 @@ def measured(processes: int, prompts: int) -> Measured:
     return Measured(processes, whole, waves)
 
 
-def planned(config: PretrainedConfig, lengths: tuple[int, int], budget: int) -> Plan:
-    """The plan of a few pairs of random lengths, both ends counted, and first differences."""
+def planned(config: PretrainedConfig, lengths: tuple[int, int], budget: int, count: int) -> Plan:
+    """The plan of a few pairs of random lengths, both ends counted, and first differences; in
+    chunks as if there were `count` pairs."""
     rng = np.random.default_rng(0)
     pairs = []
     for _ in range(PLANNED):
@@ -169,13 +171,19 @@ def planned(config: PretrainedConfig, lengths: tuple[int, int], budget: int) -> 
         corrupt[:same] = clean[:same]
         pairs.append(Pair(tuple(clean.tolist()), tuple(corrupt.tolist()), (1,), (2,)))
     settings = parse_settings({"components": ["head_z"], "metrics": ["logit_diff"]})
-    return make_plan(pairs, settings, dimensions_of(empty_model(config, "bfloat16")), budget)
+    dimensions = dimensions_of(empty_model(config, "bfloat16"))
+    few = make_plan(pairs, settings, dimensions, budget)
+    whole = {name: replace(grid, pairs=count) for name, grid in few.grids.items()}
+    blocks = chunked(whole, arrays=2, baselines=2, value=4, blocks=None).blocks
+    return make_plan(
+        pairs, settings, dimensions, budget, cut=Cut(few.pairs_per_block, blocks=blocks)
+    )
 
 
 def simulate(name: str, plan: Plan, gpus: int, pairs: int) -> Simulated:
-    """The plan as often as makes so many pairs, each GPU claiming the next wave when it is free."""
+    """The plan as often as makes so many pairs, each GPU claiming the next unit when it is free."""
     times = pairs // PLANNED
-    flops = sorted([w.flops for w in plan.waves] * times, reverse=True)
+    flops = sorted([sum(w.flops for w in unit) for unit in plan.units] * times, reverse=True)
     seconds = schedule([f / RATE for f in flops], gpus)
     written = plan.counts()["disk_bytes"] * times / seconds / gpus
     idle = max(0.0, 1 - sum(flops) / RATE / (gpus * seconds))
@@ -191,8 +199,8 @@ def schedule(costs: Sequence[float], workers: int) -> float:
 
 
 def store_rate(plan: Plan) -> float:
-    """Bytes a second that one process writes of blocks of a plan."""
-    grid = plan.grids["head_z"]
+    """Bytes a second that one process writes of chunks of a plan."""
+    grid = plan.chunks.grids["head_z"]
     some = blocks(grid)[:64]
     size = tuple(part.stop - part.start for part in some[0].region(grid))
     values = np.random.default_rng(0).standard_normal(size).astype(np.float32)
@@ -233,7 +241,7 @@ def _simulated_table(found: Sequence[Simulated], stores: dict[str, float]) -> Ta
     columns = (
         "model",
         "GPUs",
-        "waves",
+        "units",
         "hours",
         "idle, %",
         "MB/s to write, each",
@@ -244,7 +252,7 @@ def _simulated_table(found: Sequence[Simulated], stores: dict[str, float]) -> Ta
         table.add_row(
             s.model,
             str(s.gpus),
-            f"{s.waves:,}",
+            f"{s.units:,}",
             f"{s.hours:.3g}",
             f"{100 * s.idle:.2f}",
             f"{s.written / 1e6:.3g}",

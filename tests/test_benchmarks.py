@@ -163,9 +163,9 @@ def test_scaling_is_simulated() -> None:
 
     assert schedule([4, 3, 3, 2, 1], 2) == 7  # 4 + 2 and 3 + 3 + 1
     assert schedule([1.0] * 7, 3) == 3
-    plan = planned(SHAPES["tiny-llama"], (5, 8), 300)
+    plan = planned(SHAPES["tiny-llama"], (5, 8), 300, 2 * PLANNED)
     once, twice = (simulate("tiny", plan, 3, n * PLANNED) for n in (1, 2))
-    assert 2 * once.waves == twice.waves == 2 * len(plan.waves)
+    assert 2 * once.units == twice.units == 2 * len(plan.units)
     assert 0 < once.idle < 1
     assert simulate("tiny", plan, 1, PLANNED).idle == pytest.approx(0, abs=1e-9)
     assert store_rate(plan) > 0

@@ -40,7 +40,7 @@ LEVELS = (
     ("wave", "interventions"),
     ("means", "selftest", "attribution", "splitting"),
     ("prepare", "backends"),
-    ("append",),
+    ("append", "assembly"),
     ("engine",),
     ("demo", "verification", "reproduce"),
     ("cli",),

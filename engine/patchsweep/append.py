@@ -1,7 +1,7 @@
 """Further pairs or metrics for results that are there.
 
 The larger sweep is laid out beside them, and takes their place once it holds all that they hold.
-Cells that were run are not run again, or keep their bits where the rest of their block is: blocks
+Cells that were run are not run again, or keep their bits where the rest of their chunk is: blocks
 are no larger than before, and no wave joins pairs that were there with others.
 """
 
@@ -30,11 +30,13 @@ FREE = {"metrics", "token_budget", "backend", "remote", "fsync"}
 
 
 def cut(store: Store, pairs: int) -> Cut:
-    """How the pairs of results are cut when these go on with so many pairs."""
+    """How results are cut when these go on with so many pairs."""
     grids = list(store.grids.values())
     known = [grids[0].pairs, *(entry["pairs"] for entry in _history(store))]
-    most = max(grid.pair_tile for grid in grids)
-    return Cut(most, max((n for n in known if n < pairs), default=0))
+    # Older results: a chunk is a block.
+    most = store.attrs.get("pairs_per_block", max(grid.pair_tile for grid in grids))
+    blocks = store.blocks_per_chunk if grids[0].pairs == pairs else None
+    return Cut(most, max((n for n in known if n < pairs), default=0), blocks)
 
 
 def refusal(
@@ -103,7 +105,7 @@ def described(store: Store) -> dict[str, Any]:
 
 
 def copy(before: Store, after: Store) -> None:
-    """Write what results hold into those of a larger sweep. Blocks whose cells are all there, by
+    """Write what results hold into those of a larger sweep. Chunks whose cells are all there, by
     every metric, are done; the others get what is there."""
     there = {name: _there(before, grid) for name, grid in before.grids.items()}
     # Pairs that have all their blocks, so a baseline too: [source, sample, pair].
@@ -127,7 +129,7 @@ def copy(before: Store, after: Store) -> None:
 
 
 def kept(store: Store, block: Block, values: Arrays, status: Arrays) -> tuple[Arrays, Arrays]:
-    """A block as it is to be written: cells that were there before an append stay as they are."""
+    """A chunk as it is to be written: cells that were there before an append stay as they are."""
     if block.pairs.start >= _before(store):
         return values, status
     region = block.region(store.grids[block.component])

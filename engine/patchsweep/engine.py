@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from patchsweep import append as appending
 from patchsweep import attribution
 from patchsweep import results as results_of
+from patchsweep.assembly import Assembly
 from patchsweep.backends import opened, taken
 from patchsweep.circuits import with_circuit
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
@@ -49,7 +50,7 @@ from patchsweep.sites import SETS, Direction, Site, unit_name
 from patchsweep.spec import Spec, Sweep, parse_settings
 from patchsweep.splitting import Launch, Splitting
 from patchsweep.store import WAVES_SPLIT, Store, exists, put_back, remove
-from patchsweep.wave import WaveResult, launch_wave, wavefront
+from patchsweep.wave import launch_wave, wavefront
 from patchsweep.writer import background
 
 T = TypeVar("T")
@@ -232,7 +233,7 @@ def carry_out(
             budget = existing.attrs["token_budget"]
     if not first:
         budget = processes.told("token_budget")
-        cut = Cut(processes.told("most"), processes.told("apart"))
+        cut = Cut(*map(processes.told, ("most", "apart", "blocks")))
     sae = load_autoencoder(settings)
     plan = plan_sweep(
         model.dimensions, pairs, settings, model.device, budget, sae, model.offload, cut
@@ -240,9 +241,9 @@ def carry_out(
     if first and exists(out) and not found:
         _create(out, plan, settings, model, {})  # says what is wrong with the folder
     processes.tell("token_budget", plan.token_budget)
-    cut = cut or Cut(max(grid.pair_tile for grid in plan.grids.values()))
-    processes.tell("most", cut.most)
-    processes.tell("apart", cut.apart)
+    processes.tell("most", cut.most if cut else plan.pairs_per_block)
+    processes.tell("apart", cut.apart if cut else 0)
+    processes.tell("blocks", plan.chunks.blocks)
 
     fingerprint = model.fingerprint
     with (
@@ -382,12 +383,11 @@ def _run_waves(
     `in_flight` are launched before the first of them is read, and up to three are in memory to be
     written. Returns when all are written.
 
-    done: which blocks were written before any process began, by component.
+    done: which chunks were written before any process began, by component.
     """
-    units: list[Sequence[Wave]] = [[wave] for wave in plan.waves]
 
     def written(wave: Wave) -> bool:
-        return all(done[b.component][b.index] for b in wave.blocks)
+        return all(done[b.component][chunks[b.component].number(b)] for b in wave.blocks)
 
     def missing(waves: Sequence[Wave]) -> list[Wave]:
         return [
@@ -396,9 +396,10 @@ def _run_waves(
             if not written(w) or (w.owner and not store.has_baseline(w.source, w.sample, w.pairs))
         ]
 
+    chunks, assembly = store.grids, Assembly(store, done)
     cells = sum(map(plan.cells_of, plan.waves))
     before = sum(plan.cells_of(w) for w in plan.waves if written(w))
-    todo = (wave for unit in processes.claim("waves", units) for wave in missing(unit))
+    todo = (wave for unit in processes.claim("waves", plan.units) for wave in missing(unit))
     with Progress(processes, store.path, cells, before) as progress:
 
         def split(wave: Wave, depth: int) -> None:
@@ -411,7 +412,7 @@ def _run_waves(
 
         splitting = Splitting(launch, plan, settings.metrics, depth, split)
         coming = ((wave, splitting.begin(wave)) for wave in todo)
-        with background(partial(_write, store)) as write:
+        with background(assembly.take) as write:
             for wave, result in _ahead(coming, in_flight - 1):
                 write(wave, result())
                 progress.settled(plan.cells_of(wave))
@@ -420,15 +421,6 @@ def _run_waves(
     if not before and processes.first:
         seconds = progress.seconds
         store.set_attrs(measured={"seconds": seconds, "cells_per_second": cells / seconds})
-
-
-def _write(store: Store, wave: Wave, result: WaveResult) -> None:
-    if wave.owner:
-        at = (wave.source, wave.sample, wave.pairs)
-        measured = result.baseline, result.noise_floor
-        store.write_baseline(*at, *appending.kept_baseline(store, *at, *measured))
-    for block, found, status in result.blocks:
-        store.write_block(block, *appending.kept(store, block, found, status))
 
 
 def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
@@ -452,7 +444,7 @@ def _create(
     double = model.hf_model.dtype == torch.float64
     return Store.create(
         out,
-        list(plan.grids.values()),
+        list(plan.chunks.grids.values()),
         [m.column for m in settings.metrics],
         plan.pairs,
         lambda token: model.tokenizer.decode([token]),
@@ -496,6 +488,8 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "edges": spec["edges"],
         "plan_hash": plan.hash,
         "token_budget": plan.token_budget,
+        "blocks_per_chunk": plan.chunks.blocks,
+        "pairs_per_block": plan.pairs_per_block,
         "model": model.name,
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,

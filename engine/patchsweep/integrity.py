@@ -1,7 +1,7 @@
 """Whether what the results call done is there: every chunk decoded, its checksum compared.
 
 What is damaged is *withdrawn*: its records are deleted, then the chunk, and a resumed sweep does it
-again, with the same bits. What goes with what:
+again, with the same bits. Blocks are those of the store, chunks. What goes with what:
 
 - a block, or its record: this block;
 - a baseline or an estimate: the estimates and all blocks of its source, sample and pairs (the first

@@ -79,11 +79,12 @@ MEASURED = (*RUN, Status.STRUCTURAL)
 
 @dataclass(frozen=True)
 class Grid:
-    """The result arrays of one component: their size and how they are cut into chunks.
+    """The result arrays of one component: their size and how they are cut into blocks.
 
-    A chunk is a block: every layer of a range of pairs, a tile of units and a tile of positions, in
-    one direction, from one source, of one sample. Blocks are numbered in C order over (direction,
-    source, sample, pair, unit, position) tiles.
+    A block is every layer of a range of pairs, a tile of units and a tile of positions, in one
+    direction, from one source, of one sample. Blocks are numbered in C order over (direction,
+    source, sample, pair, unit, position) tiles. A plan cuts them as they are run; the results are
+    cut into chunks, which are blocks of that kind too and hold a whole number of the plan's.
     """
 
     component: str
@@ -129,12 +130,27 @@ class Grid:
             -(-len(self.positions) // self.position_tile),
         )
 
+    def number(self, part: Block) -> int:
+        """The number of the block that a part of it lies in."""
+        place = (
+            part.direction,
+            part.source,
+            part.sample,
+            part.pairs.start // self.pair_tile,
+            part.units.start // self.unit_tile,
+            part.positions.start // self.position_tile,
+        )
+        number = 0
+        for at, count in zip(place, self.tiles, strict=True):
+            number = number * count + at
+        return number
+
     def pair_tiles(self) -> list[range]:
         """The ranges of pairs that blocks hold."""
         return _cut(self.pairs, self.pair_tile)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Block:
     """One block of a component's grid, as ranges. `index` is its number within the grid."""
 

@@ -194,7 +194,8 @@ def only(schedule: Schedule, runs: Ints) -> Schedule:
 
 def as_full_forwards(plan: Plan) -> Plan:
     """The plan with what its waves take where runs are full forwards in batches."""
-    return replace(plan, waves=tuple(_as_full_forwards(plan, wave) for wave in plan.waves))
+    units = (tuple(_as_full_forwards(plan, wave) for wave in unit) for unit in plan.units)
+    return replace(plan, units=tuple(units))
 
 
 def _as_full_forwards(plan: Plan, wave: Wave) -> Wave:

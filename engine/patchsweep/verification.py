@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep import results as results_of
+from patchsweep.append import cut
 from patchsweep.backends import through_nnsight
 from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
@@ -67,7 +68,15 @@ def verify(
         raise BadInput(f"{found.path} holds the results of another model: give that one")
     sae = load_autoencoder(settings)
     pairs = found.store.pairs()
-    plan = plan_sweep(model.dimensions, pairs, settings, model.device, attrs["token_budget"], sae)
+    plan = plan_sweep(
+        model.dimensions,
+        pairs,
+        settings,
+        model.device,
+        attrs["token_budget"],
+        sae,
+        cut=cut(found.store, len(pairs)),
+    )
     if plan.hash != attrs["plan_hash"]:
         other = "with another autoencoder, or " if sae else ""
         raise BadInput(

@@ -90,8 +90,8 @@ def _claimed(
     what: str, plan: Plan, done: NDArray[np.bool_], processes: Processes
 ) -> Iterator[tuple[int, int, range]]:
     """Source, sample and range of pairs of what is not done yet, [source, sample, pair], and falls
-    to this process: whole tiles of pairs, so that no other writes to the same chunk."""
-    tiles = next(iter(plan.grids.values())).pair_tiles()  # those of all grids
+    to this process: those of whole chunks, so that no other writes to the same."""
+    tiles = next(iter(plan.chunks.grids.values())).pair_tiles()  # those of all grids
     units = [
         (number, sample, tile)
         for number, source in enumerate(plan.sources)

@@ -1,12 +1,14 @@
 """From cells to runs, blocks and waves, with their cost: pure, no tensors.
 
-A *run* is one patched forward, carried from its layer and first position on; a *block* is whole
-chunks of the results (`sites.Grid`); a *wave* is a set of blocks of neighbouring pairs and the same
-source that goes up the layers together. The plan is a function of the pairs, the model's dimensions
+A *run* is one patched forward, carried from its layer and first position on; a *block* is a part
+of a component's grid (`sites.Grid`), a chunk of the results one block or several; a *wave* is a set
+of blocks of neighbouring pairs and the same source that goes up the layers together; a *unit* is
+the waves that settle whole chunks. The plan is a function of the pairs, the model's dimensions
 and the token budget; where only chosen cells are run, of these as well.
 
     costs.py   what runs take
     waves.py   blocks, and waves of them, under the budget
+    chunks.py  how many blocks a chunk holds
     plan.py    the plan and its totals
 """
 
@@ -18,7 +20,7 @@ from patchsweep.plan.costs import (
     total_context,
     variants,
 )
-from patchsweep.plan.plan import Plan, arranged, make_plan, narrowed
+from patchsweep.plan.plan import Plan, make_plan, narrowed
 from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Cut, Wave
 
 __all__ = [
@@ -29,7 +31,6 @@ __all__ = [
     "Ints",
     "Plan",
     "Wave",
-    "arranged",
     "entries_of",
     "make_plan",
     "narrowed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ Ints = NDArray[np.int64]
 # Which cells of a component are run, and as what, where not all are: by component, direction and
 # source (their numbers), sites.Status [layer, unit, entry]. A cell is run in every pair or in none.
 Choice = Mapping[tuple[str, int, int], NDArray[np.uint8]]
+PARTS = 1 << 12  # that are kept
 
 
 def entries_of(b: Block) -> tuple[slice, slice]:
@@ -32,7 +34,7 @@ def variants(layouts: Layouts) -> list[Variant]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cost:
     """What rows take. tokens [pair, layer, entry] in a layer call; reads [pair, entry], the keys
     read by all queries in all layers, of all heads; rows [pair, entry]. Of a component: for one
@@ -70,30 +72,34 @@ class Costs:
     def __init__(self, layouts: Layouts, choice: Choice | None = None) -> None:
         self.layouts = layouts
         self._choice = choice or {}
-        self._of: dict[tuple[str, int], Cost] = {}
+        self._of: dict[tuple[str, Variant], Cost] = {}
+        self._of_layout: dict[tuple[str, int], Cost] = {}
         self._of_units: dict[tuple[str, Variant, range], Cost] = {}
         self._beside: dict[tuple[int, int], Cost] = {}
+        self._part = lru_cache(PARTS)(Cost.part)  # other units take the same
 
     def of(self, name: str, variant: Variant) -> Cost:
         """One unit's runs of a component in a variant."""
-        layout = self.layouts.layout(name, variant)
-        key = (name, id(layout))  # layouts are kept
-        if key not in self._of:
-            self._of[key] = _cost(name, layout, self.layouts, variant)
-        return self._of[key]
+        if (name, variant) not in self._of:
+            layout = self.layouts.layout(name, variant)
+            key = (name, id(layout))  # layouts are kept
+            if key not in self._of_layout:
+                self._of_layout[key] = _cost(name, layout, self.layouts, variant)
+            self._of[name, variant] = self._of_layout[key]
+        return self._of[name, variant]
 
     def of_block(self, b: Block) -> Part:
         """The runs of one block."""
         name, variant = b.component, Variant(b.direction, b.source, b.sample)
         chosen = self._choice.get((name, b.direction, b.source))
         if chosen is None:
-            return self.of(name, variant).part(b.pairs, b.positions, len(b.units))
+            return self._part(self.of(name, variant), b.pairs, b.positions, len(b.units))
         key = (name, variant, b.units)
         if key not in self._of_units:
             number = np.isin(chosen[:, b.units.start : b.units.stop], RUN).sum(1)
             layout = self.layouts.layout(name, variant)
             self._of_units[key] = _cost(name, layout, self.layouts, variant, number)
-        return self._of_units[key].part(b.pairs, b.positions, 1)
+        return self._part(self._of_units[key], b.pairs, b.positions, 1)
 
     def distinct(self, name: str) -> list[Cost]:
         """The costs of a component in all variants, each once."""

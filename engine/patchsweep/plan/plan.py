@@ -16,8 +16,9 @@ from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
+from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
-from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_waves, split_wave, tiled
+from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, split_wave, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -37,13 +38,22 @@ class Plan:
 
     layouts: Layouts
     token_budget: int
-    grids: dict[str, Grid]
-    waves: tuple[Wave, ...]
+    grids: dict[str, Grid]  # in blocks
+    chunks: Chunks
+    units: tuple[tuple[Wave, ...], ...]  # of waves that settle whole chunks together
     metric_count: int
     tail_weights: int  # vocabulary rows that multiply one read token
     cut: Cut | None = None
     offload: Offload = WHOLE
     choice: Choice = field(default_factory=dict)
+
+    @cached_property
+    def waves(self) -> tuple[Wave, ...]:
+        return tuple(wave for unit in self.units for wave in unit)
+
+    @property
+    def pairs_per_block(self) -> int:
+        return max(grid.pair_tile for grid in self.grids.values())
 
     @property
     def pairs(self) -> Sequence[Pair]:
@@ -76,9 +86,10 @@ class Plan:
 
     def counts(self) -> dict[str, int]:
         """Totals: cells, structural ones, those only estimated, runs, blocks, waves, tokens of the
-        largest layer call, FLOPs, bytes (moved: weights brought in, at most, over all waves)."""
+        largest layer call, FLOPs, files (of cells and baselines), bytes (moved: weights brought in,
+        at most, over all waves)."""
         cells = possible = runs = disk = 0
-        value = 8 if self.dimensions.bytes_per_value == 8 else 4
+        value = stored_bytes(self.dimensions)
         for name, grid in self.grids.items():
             for variant in variants(self.layouts):
                 layout = self.layouts.layout(name, variant)
@@ -99,6 +110,7 @@ class Plan:
             "flops": sum(w.flops for w in self.waves),
             "peak_bytes": self.peak_bytes,
             "moved_bytes": self.offload.moved * sum(w.passes for w in self.waves),
+            "files": self.chunks.files,
             "disk_bytes": disk,
         }
 
@@ -128,14 +140,30 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Upper bound of the memory that a wave takes beside the model's weights that stay."""
+        """Upper bound of the memory that a wave takes beside the model's weights that stay, and of
+        what waits for its chunk to be whole."""
         d = self.dimensions
         tokens = max((w.tokens for w in self.waves), default=0)
         rows = max((w.rows for w in self.waves), default=0)
         tail = max(TAIL_ELEMENTS, rows * TAIL_TILE) * TAIL_ARRAYS + 3 * rows * d.d_model
         scores = max((w.scores for w in self.waves), default=0) * SCORES_ARRAYS
         beside = (tail + scores + self._features) * max(4, d.bytes_per_value)
-        return tokens * d.bytes_per_token + beside + self.offload.held
+        return tokens * d.bytes_per_token + beside + self.offload.held + self._waiting
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes of a unit's cells with their statuses, where its chunks are more than blocks."""
+        if self.chunks.grids == self.grids:
+            return 0
+        cells = max(
+            sum(
+                self.grids[b.component].layers * len(b.pairs) * len(b.units) * len(b.positions)
+                for wave in unit
+                for b in wave.blocks
+            )
+            for unit in self.units
+        )
+        return cells * self.metric_count * (stored_bytes(self.dimensions) + 1)
 
     @property
     def _features(self) -> int:
@@ -195,30 +223,33 @@ def make_plan(
     layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
     names = [*settings.components, *([SETS] if layouts.table else [])]
     tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
-    return arranged(layouts, names, token_budget, len(settings.metrics), tail_weights, cut)
-
-
-def arranged(
-    layouts: Layouts,
-    names: Sequence[str],
-    token_budget: int,
-    metric_count: int,
-    tail_weights: int,
-    cut: Cut | None = None,
-) -> Plan:
-    """The blocks and waves of some components under a budget."""
-    whole = {name: layouts.grid(name) for name in names}
     costs = Costs(layouts)
-    grids = tiled(whole, costs, token_budget, cut)
-    waves = packed_waves(grids, costs, token_budget, tail_weights, cut)
-    return Plan(layouts, token_budget, grids, waves, metric_count, tail_weights, cut)
+    grids = tiled({name: layouts.grid(name) for name in names}, costs, token_budget, cut)
+    count = len(settings.metrics)
+    estimated = settings.prefilter is not None or settings.estimate is not False
+    chunks = chunked(
+        grids,
+        arrays=(3 if estimated else 2) * count,
+        baselines=2 * count,
+        value=stored_bytes(dimensions),
+        blocks=cut.blocks if cut else None,
+    )
+    units = packed_units(grids, chunks.grids, costs, token_budget, tail_weights, cut)
+    return Plan(layouts, token_budget, grids, chunks, units, count, tail_weights, cut)
 
 
 def narrowed(plan: Plan, choice: Choice) -> Plan:
     """The same blocks with only chosen cells run, packed into waves anew."""
     costs = Costs(plan.layouts, choice)
-    waves = packed_waves(plan.grids, costs, plan.token_budget, plan.tail_weights, plan.cut)
-    return replace(plan, waves=waves, choice=choice)
+    units = packed_units(
+        plan.grids, plan.chunks.grids, costs, plan.token_budget, plan.tail_weights, plan.cut
+    )
+    return replace(plan, units=units, choice=choice)
+
+
+def stored_bytes(dimensions: Dimensions) -> int:
+    """Bytes of a number in the results."""
+    return 8 if dimensions.bytes_per_value == 8 else 4
 
 
 def _said(pair: Pair) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import numpy as np
 
 from patchsweep.errors import BadInput
 from patchsweep.layout import Variant
+from patchsweep.plan.chunks import MOST_BLOCKS
 from patchsweep.plan.costs import Costs, Part, base_tokens, carried_runs, entries_of
 from patchsweep.sites import Block, Grid, blocks
 
@@ -50,11 +52,13 @@ class Wave:
 
 @dataclass(frozen=True)
 class Cut:
-    """How pairs are cut where a sweep goes on: blocks have `most` pairs at most, and no wave joins
-    blocks of the first `apart` pairs with others."""
+    """How a sweep that goes on is cut: blocks have `most` pairs at most, no wave joins blocks of
+    the first `apart` pairs with others, and chunks hold `blocks` at most (None: as in a new one).
+    """
 
     most: int
     apart: int = 0
+    blocks: int | None = None
 
 
 def tiled(
@@ -111,12 +115,24 @@ class _Load:
         return int((self.part.tokens + more.tokens).max()) <= budget
 
 
-def packed_waves(
-    grids: dict[str, Grid], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
-) -> tuple[Wave, ...]:
-    """All blocks as waves, in order of their cost."""
-    every = (block for grid in grids.values() for block in blocks(grid))
-    return _packed_waves(every, costs, budget, tail_weights, cut)
+def packed_units(
+    grids: dict[str, Grid],
+    chunks: dict[str, Grid],
+    costs: Costs,
+    budget: int,
+    tail_weights: int,
+    cut: Cut | None,
+) -> tuple[tuple[Wave, ...], ...]:
+    """All blocks as waves, in units: waves that settle whole chunks together. Units and the waves
+    in them are in order of their cost."""
+    if grids == chunks:
+        every = (block for grid in grids.values() for block in blocks(grid))
+        return tuple(_numbered(_alone(every, costs, budget, tail_weights, cut)))
+    units = [
+        _waves(unit, costs, budget, tail_weights, cut) for unit in _units(grids, chunks, costs)
+    ]
+    units.sort(key=lambda unit: -sum(w.flops for w in unit))
+    return tuple(_numbered(units))
 
 
 def split_wave(wave: Wave, depth: int, costs: Costs, tail_weights: int) -> tuple[Wave, ...]:
@@ -131,7 +147,8 @@ def split_wave(wave: Wave, depth: int, costs: Costs, tail_weights: int) -> tuple
         return int(part.tokens.max()) <= budget
 
     pieces = (piece for block in wave.blocks for piece in _pieces(block, fits))
-    return _packed_waves(pieces, costs, budget, tail_weights)
+    units = _numbered(_alone(pieces, costs, budget, tail_weights))
+    return tuple(wave for unit in units for wave in unit)
 
 
 def _pieces(block: Block, fits: Callable[[Block], bool]) -> Iterator[Block]:
@@ -158,23 +175,72 @@ def _halved(whole: range) -> tuple[range, range]:
     return whole[: len(whole) // 2], whole[len(whole) // 2 :]
 
 
-def _packed_waves(
-    every: Iterable[Block], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
-) -> tuple[Wave, ...]:
+def _alone(
+    members: Iterable[Block], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
+) -> list[list[Wave]]:
+    """Blocks as waves, each a unit."""
+    return [[wave] for wave in _waves(members, costs, budget, tail_weights, cut)]
+
+
+def _numbered(units: Iterable[Sequence[Wave]]) -> Iterator[tuple[Wave, ...]]:
+    """The same, numbered one after another; of all units that settle some pairs of a source the
+    first owns their baselines, and in it the first wave of each pair."""
+    count, owned = itertools.count(), set()
+    for unit in units:
+        pairs = min(w.pairs.start for w in unit), max(w.pairs.stop for w in unit)
+        settled = (unit[0].source, unit[0].sample, *pairs)
+        own = {w.pairs for w in unit} if settled not in owned else set()
+        owned.add(settled)
+        out = []
+        for wave in unit:
+            out.append(replace(wave, index=next(count), owner=wave.pairs in own))
+            own.discard(wave.pairs)
+        yield tuple(out)
+
+
+def _units(grids: dict[str, Grid], chunks: dict[str, Grid], costs: Costs) -> Iterator[list[Block]]:
+    """The blocks of chunks of the same pairs and source: of one chunk, or of small ones that
+    together take no more than the costliest of all, MOST_BLOCKS at most."""
+    size = {
+        (name, chunk.index): int(costs.of_block(chunk).tokens.sum())
+        for name, grid in chunks.items()
+        for chunk in blocks(grid)
+    }
+    most = max(size.values())
+    held: dict[tuple[str, int], list[Block]] = {}
+    for name, grid in grids.items():
+        for block in blocks(grid):
+            held.setdefault((name, chunks[name].number(block)), []).append(block)
+    together: dict[tuple[int, int, range], list[tuple[str, int]]] = {}
+    for name, grid in chunks.items():
+        for chunk in blocks(grid):
+            of = (chunk.source, chunk.sample, chunk.pairs)
+            together.setdefault(of, []).append((name, chunk.index))
+    for members in together.values():
+        members.sort(key=lambda key: -size[key])
+        unit: list[Block] = []
+        taken = 0
+        for key in members:
+            more = len(unit) + len(held[key])
+            if unit and (taken + size[key] > most or more > MOST_BLOCKS):
+                yield unit
+                unit, taken = [], 0
+            unit, taken = unit + held[key], taken + size[key]
+        yield unit
+
+
+def _waves(
+    members: Iterable[Block], costs: Costs, budget: int, tail_weights: int, cut: Cut | None
+) -> list[Wave]:
+    """Blocks as waves, in order of their cost."""
     together: dict[tuple[int, int, range], list[Block]] = {}
-    for block in every:
+    for block in members:
         together.setdefault((block.source, block.sample, block.pairs), []).append(block)
     loads: list[_Load] = []
-    for (source, sample, pairs), members in together.items():
-        loads += _packed(pairs, source, sample, members, costs, budget)
+    for (source, sample, pairs), same in together.items():
+        loads += _packed(pairs, source, sample, same, costs, budget)
     waves = [_wave(load, costs, tail_weights) for load in _joined(loads, budget, cut)]
-    waves.sort(key=lambda w: -w.flops)
-    owned: set[tuple[range, int, int]] = set()
-    for i, wave in enumerate(waves):
-        key = (wave.pairs, wave.source, wave.sample)
-        waves[i] = replace(wave, index=i, owner=key not in owned)
-        owned.add(key)
-    return tuple(waves)
+    return sorted(waves, key=lambda w: -w.flops)
 
 
 def _packed(
@@ -184,16 +250,29 @@ def _packed(
     always = costs.beside(source, sample).part(pairs, range(1), 1)
     parts = [(b, costs.of_block(b)) for b in members]
     parts.sort(key=lambda part: -int(part[1].tokens.sum()))
-    loads: list[_Load] = []
+    held: list[list[tuple[Block, Part]]] = []
+    tokens = np.tile(always.tokens, (len(members), 1))  # [load, layer]
     for block, part in parts:
-        for i, load in enumerate(loads):
-            if load.takes(part, budget):
-                whole = [*load.blocks, block]
-                loads[i] = replace(load, blocks=whole, part=load.part + part)
-                break
-        else:
-            loads.append(_Load(pairs, source, sample, [block], always + part))
-    return loads
+        fits = (tokens[: len(held)] + part.tokens <= budget).all(1)
+        at = int(fits.argmax()) if fits.any() else len(held)
+        if at == len(held):
+            held.append([])
+        held[at].append((block, part))
+        tokens[at] += part.tokens
+    return [
+        _Load(
+            pairs,
+            source,
+            sample,
+            [block for block, _ in some],
+            Part(
+                tokens[at],
+                always.reads + sum(part.reads for _, part in some),
+                always.rows + sum(part.rows for _, part in some),
+            ),
+        )
+        for at, some in enumerate(held)
+    ]
 
 
 def _joined(loads: Sequence[_Load], budget: int, cut: Cut | None) -> list[_Load]:

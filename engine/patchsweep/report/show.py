@@ -64,16 +64,18 @@ def show(results: Results, console: Console) -> None:
 def plan_table(plan: Plan) -> Table:
     """What a sweep will take."""
     table = Table.grid(padding=(0, 2))
-    counts = plan.counts()
+    counts, per_chunk = plan.counts(), plan.chunks.blocks
+    blocks = "a block" if per_chunk == 1 else f"at most {per_chunk} blocks"
     words = {
         "cells": f"{counts['cells']:,}",
         "structural": f"{counts['structural']:,} (equal to the baseline by construction: not run)",
         "runs": f"{counts['runs']:,}",
-        "blocks": f"{counts['blocks']:,} (chunks of the results)",
+        "blocks": f"{counts['blocks']:,}",
         "waves": f"{counts['waves']:,}",
         "tokens": f"at most {counts['peak_tokens']:,} a layer call, budget {plan.token_budget:,}",
         "compute": f"{counts['flops'] / 1e12:,.2f} TFLOP",
         "memory": f"at most {counts['peak_bytes'] / 2**20:,.0f} MiB beside the model",
+        "files": f"{counts['files']:,} ({blocks} in a chunk)",
         "disk": f"at most {counts['disk_bytes'] / 2**20:,.1f} MiB before compression",
     }
     if counts["estimated"]:

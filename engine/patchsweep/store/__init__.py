@@ -1,4 +1,8 @@
-"""Results in a folder or at a URL: a Zarr v3 group that xarray opens, one chunk per block.
+"""Results in a folder or at a URL: a Zarr v3 group that xarray opens.
+
+A chunk holds every layer of some pairs, units and positions: a block of the plan, or, where that
+would make too many files, several (`plan.chunks`). `Store.grids` are cut into chunks; to the store
+a block is a chunk. It is written once, by one process.
 
 Layout under the results folder:
 
@@ -13,9 +17,10 @@ Layout under the results folder:
 - `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
   position]: what becomes of an estimated component's cells (`prefilter.Choice`);
   `completion/choice` uint8 [1]: whether that is written.
-- `completion/<component>` uint8 [block], chunks of one: no two processes write the same file.
-- `completion/waves_split` uint8 [wave], chunks of one, as long as if every block were a wave: how
-  often a wave was halved because it ran out of memory (`splitting.py`);
+- `completion/<component>` uint8 [block], one per chunk, chunks of one: no two processes write the
+  same file.
+- `completion/waves_split` uint8 [wave], chunks of one, as long as if every block of the plan were a
+  wave: how often a wave was halved because it ran out of memory (`splitting.py`);
   `completion/estimates_split`, `completion/edges_split` uint8 [source, sample, pair]: how often the
   pairs that are estimated together were, counted from this one on.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
@@ -28,9 +33,10 @@ Layout under the results folder:
   `length`, `group` [pair]; attributes `labels`, `answer`, `wrong`,
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
-  the caller gives (spec, estimators, edges, plan_hash, token_budget, model, model_fingerprint,
-  versions, host, device, threads, measured; `appended`: what the results held each time that
-  pairs or metrics were added, their number of `pairs`, their `metrics`, and `when`).
+  the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
+  pairs_per_block, model, model_fingerprint, versions, host, device, threads, measured; `appended`:
+  what the results held each time that pairs or metrics were added, their number of `pairs`, their
+  `metrics`, and `when`).
 
 Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
 

@@ -100,7 +100,8 @@ class Store:
             if attrs.get(EDGES):
                 create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
             create_baseline(root, grids, metrics, len(pairs), dtype)
-            create_splits(root, sum(math.prod(grid.tiles) for grid in grids))
+            chunks = sum(math.prod(grid.tiles) for grid in grids)
+            create_splits(root, chunks * attrs.get("blocks_per_chunk", 1))
             create_prompts(root, pairs, token_strings)
             for name, column in (sites or {}).items():
                 put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
@@ -154,9 +155,14 @@ class Store:
         """The estimator of each component that has estimates."""
         return dict(self.attrs.get("estimators", {}))  # older results have none
 
+    @property
+    def blocks_per_chunk(self) -> int:
+        """How many of the plan's blocks a chunk holds at most."""
+        return int(self.attrs.get("blocks_per_chunk", 1))  # older results: a chunk is a block
+
     @cached_property
     def grids(self) -> dict[str, Grid]:
-        """The grid of each component, rebuilt from its arrays."""
+        """The grid of each component, in chunks, rebuilt from its arrays."""
         return {name: self._grid(name) for name in self.attrs["components"]}
 
     def write_block(
@@ -165,7 +171,7 @@ class Store:
         values: Mapping[str, NDArray[Any]],
         status: Mapping[str, NDArray[Any]],
     ) -> None:
-        """Write one block of every metric, then mark it done.
+        """Write one block of `grids`, a chunk, of every metric, then mark it done.
 
         The arrays have the 7-D shape of `block.region`. BadInput if the disk refuses.
         """
@@ -191,7 +197,7 @@ class Store:
         self._write(arrays, region)
 
     def done(self, component: str) -> NDArray[np.bool_]:
-        """Which blocks of a component are done, bool [block]."""
+        """Which chunks of a component are done, bool [block]."""
         return self.read(f"completion/{component}").astype(np.bool_)
 
     def write_split(self, what: str, index: tuple[int, ...], depth: int) -> None:
@@ -355,10 +361,12 @@ class Store:
             yield tuple(slice(i, i + c) for i, c in zip(at, array.chunks, strict=True))
 
     def keys(self, name: str, region: tuple[slice, ...]) -> list[str]:
-        """The files of the chunks that a region of an array lies in, whether or not they exist."""
+        """The files of the chunks that a region of an array lies in, whether or not they exist.
+        Dimensions that the region leaves out at the end are whole."""
         array = self._array(name)
         tiles = []
-        for part, size, chunk in zip(region, array.shape, array.chunks, strict=True):
+        parts = (*region, *[slice(None)] * (array.ndim - len(region)))
+        for part, size, chunk in zip(parts, array.shape, array.chunks, strict=True):
             start, stop, _ = part.indices(size)
             tiles.append(range(start // chunk, -(-stop // chunk)))
         assert isinstance(array.metadata, ArrayV3Metadata)
