@@ -543,3 +543,38 @@ def test_models_and_tasks(command: Command) -> None:
         example = rf"^{task}\n  clean: .*\n(    .*\n|\n)*  corrupt: "
         assert re.search(example, done.out, re.MULTILINE)
     assert re.search(r"^  templates: +all \| abba \| baba$", done.out, re.MULTILINE)
+
+
+# The signal comes while Zarr's thread has many chunks to write, which it cannot end with in time.
+INTERRUPTED = """
+import os, signal, sys, tempfile, time
+import zarr
+import zarr.storage._local as local
+from patchsweep import cli
+
+write, written = local._put, []
+
+def slow(*args, **kwargs):
+    written.append(args)
+    if len(written) == 8:
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.1 if len(written) >= 8 else 0)
+    return write(*args, **kwargs)
+
+@cli.app.command
+def busy() -> None:
+    array = zarr.create_array(tempfile.mkdtemp(), shape=(200,), chunks=(1,), dtype="f4")
+    local._put = slow
+    array[:] = 1.0
+
+sys.argv = ["patchsweep", "busy"]
+cli.main()
+"""
+
+
+def test_a_signal_ends_with_one_line() -> None:
+    """Whatever is under way in other threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (143, "patchsweep: terminated\n")

@@ -188,7 +188,9 @@ def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     process = start(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume")
     wait(process, partial(_any_computed, job_folder(tmp_path / "s.zarr")))
     workers(process)[0].kill()
-    process.communicate(timeout=PATIENCE)
+    ended, again = said(process)
+    assert ended.startswith("patchsweep: terminated; what was finished is kept; unless the ")
+    assert again == "patchsweep: started again; the sweep goes on with what was finished"
     assert process.returncode == 0
     check_equal(tmp_path / "s.zarr", job)
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shlex
 import signal
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from patchsweep.spec import Spec
 
 TRACEBACK = "--traceback"
+INTERRUPTED = (130, 143)
 
 app = App(
     name="patchsweep",
@@ -53,7 +53,12 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
-    sys.exit(_status(sys.argv[1:]))
+    status = _status(sys.argv[1:])
+    if status in INTERRUPTED:
+        # Zarr's threads are still at what was interrupted, and would report how it ends.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _status(arguments: list[str]) -> int:
@@ -68,8 +73,6 @@ def _status(arguments: list[str]) -> int:
     except CycloptsError as error:
         return _say(f"{error} See {shlex.join(['patchsweep', *given[:1], '--help'])}", 2)
     except (KeyboardInterrupt, Terminated) as error:
-        # Writes that were under way are dropped, which asyncio would report at exit.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
         word, status = (
             ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
         )
@@ -90,7 +93,15 @@ def _go_on(arguments: list[str]) -> str:
     kept = [a for a in arguments if a not in ("--overwrite", "--resume", "--append")]
     more = [how] if arguments[0] == "run" else []
     command = shlex.join([*_launched_by(arguments), *kept, *more])
-    return f"; what was finished is kept, go on with: {command}"
+    unless = "; unless the launcher starts it again" if _may_start_again() else ""
+    return f"; what was finished is kept{unless}, go on with: {command}"
+
+
+def _may_start_again() -> bool:
+    """Whether torchrun was given --max-restarts, and has not used them up."""
+    names = ("TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS")
+    used, most = (int(os.environ.get(name, "0")) for name in names)
+    return used < most
 
 
 def _launched_by(arguments: list[str]) -> list[str]:
@@ -181,14 +192,17 @@ def run(
     overwrite
         Replace results that are there.
     """
-    from patchsweep.distributed import launched
+    from patchsweep.distributed import launched, restarted
     from patchsweep.engine import run as run_spec
     from patchsweep.report.show import show as print_results
 
-    launched()
+    processes = launched()
     flags = {"--resume": resume, "--append": append, "--overwrite": overwrite}
     if len(given := [name for name, said in flags.items() if said]) > 1:
         raise BadInput(f"{' and '.join(given)} exclude each other: give one")
+    if processes.first and restarted() and not overwrite:
+        again = "patchsweep: started again; the sweep goes on with what was finished"
+        print(again, file=sys.stderr, flush=True)
     results = run_spec(
         _spec(spec, overrides, out), resume=resume, overwrite=overwrite, append=append
     )
