@@ -52,6 +52,13 @@ def test_metrics_that_differ_only_below_the_top_agree() -> None:
     assert line.endswith("of logit_diff alone: 0.0@0; of prob alone: 0.0@3")
 
 
+def test_of_few_cells_all_are_at_the_top() -> None:
+    a, b = np.arange(6.0).reshape(1, 2, 3), np.array([[[2.0, 5, 1], [4, 3, 0]]])
+    [line] = d.disagreement({"logit_diff": a, "prob": b}, np.ones((1, 2, 3), bool), name)
+    assert line.startswith("logit_diff and prob disagree (rank correlation -0.")
+    assert line.endswith(")")
+
+
 def test_structural_cells_make_no_agreement() -> None:
     rng = np.random.default_rng(1)
     a, b, run = np.zeros(SHAPE), np.zeros(SHAPE), np.zeros(SHAPE, bool)

@@ -15,7 +15,7 @@ from patchsweep.errors import BadInput
 from patchsweep.heatmaps import largest, position_names
 from patchsweep.pairs import Pair
 from patchsweep.report.figures import plot
-from patchsweep.report.show import show
+from patchsweep.report.show import _effect, show
 from patchsweep.results import Results
 from patchsweep.sites import Grid, Status, blocks
 from patchsweep.store import Store
@@ -126,6 +126,37 @@ def test_show_lists_warnings_and_keeps_odd_tokens(tmp_path: Path) -> None:
     text = shown(results)
     assert "- head_z: 1 of 2 blocks not done: continue with --resume" in text
     assert "' [/b]/ $x$'" in text
+
+
+def test_warnings_of_one_component_stand_together(tmp_path: Path) -> None:
+    """Several under its name, which is not said again; what is alone stays one line."""
+    results = make(tmp_path / "r.zarr", ONE)
+    lines = [
+        "prob is 0",
+        "head_z, noise: one thing",
+        "head_z, noise: kl: another",
+        "mlp_out, noise: alone",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Results, "warnings", lambda _: lines)
+        text = shown(results)
+    found = text.partition("Warnings\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.rstrip() for line in found[:6]] == [
+        "- prob is 0",
+        "- head_z, noise:",
+        "  - one thing",
+        "  - kl: another",
+        "- mlp_out, noise: alone",
+    ]
+
+
+def test_an_effect_of_nothing_has_no_sign() -> None:
+    assert [_effect(x).plain for x in (-1e-9, 0.0, -0.0006, 2)] == [
+        "0.000",
+        "0.000",
+        "-0.001",
+        "+2.000",
+    ]
 
 
 def test_plot_writes_every_view(tmp_path: Path) -> None:

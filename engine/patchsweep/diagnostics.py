@@ -62,10 +62,10 @@ def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[st
             if top[0] == top[1] and len(cells) > TOP:
                 continue
             only = [_cells(sorted(top[k] - top[1 - k]), name) or "none" for k in (0, 1)]
-            lines.append(
-                f"{one} and {other} disagree (rank correlation {rank:.2f}); in the top {TOP} of "
-                f"{one} alone: {only[0]}; of {other} alone: {only[1]}"
-            )
+            line = f"{one} and {other} disagree (rank correlation {rank:.2f})"
+            if top[0] != top[1]:
+                line += f"; in the top {TOP} of {one} alone: {only[0]}; of {other} alone: {only[1]}"
+            lines.append(line)
     return lines
 
 

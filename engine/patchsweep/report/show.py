@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
@@ -52,10 +53,7 @@ def show(results: Results, console: Console) -> None:
     warnings = results.warnings()
     said = ("Warnings", "bold yellow") if warnings else ("No warnings", "bold")
     console.print(Text(*said))
-    lines = Table.grid(padding=(0, 1))
-    for line in warnings:
-        lines.add_row("-", Text(line))
-    console.print(lines)
+    console.print(_listed(warnings, list(results.components)))
     console.print()
     console.print(Text("Provenance", style="bold"))
     _print_pairs(console, provenance(results))
@@ -158,7 +156,7 @@ def baselines(results: Results) -> Table:
     for metric in results.metrics:
         means = results.baseline(metric)[:, 0].mean(axis=(1, 2))
         floor = float(np.fmax.reduce(results.noise_floor(metric), axis=None))
-        table.add_row(metric, _number(means[0]), _number(means[1]), f"{floor:.1e}")
+        table.add_row(Text(metric), _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
 
 
@@ -181,7 +179,7 @@ def top_table(results: Results, component: str, metric: str, direction: str) -> 
     for cell in found:
         table.add_row(
             cell_name(cell, unit),
-            str(cell.position),
+            Text(str(cell.position)),  # a label may look like markup
             Text(quoted(cell.token)),
             _number(cell.patched),
             _effect(cell.effect),
@@ -245,31 +243,42 @@ def _detections(results: Results, component: str, metric: str, direction: str) -
     names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
     more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
     of = " (of the cells that were run)" if component in results.store.estimators else ""
-    text = f"Beyond 2 SD of the mean effect{of}: {len(found)} cells"
+    cells = "1 cell" if len(found) == 1 else f"{len(found)} cells"
+    text = f"Beyond 2 SD of the mean effect{of}: {cells}"
     return Text(f"{text}: {', '.join(names)}{more}" if found else text)
 
 
+def _listed(warnings: Sequence[str], components: Sequence[str]) -> Table:
+    """Warnings as a list; several that follow one another and are about one component and direction
+    under that."""
+
+    def head(line: str) -> str:
+        start, colon, _ = line.partition(": ")
+        return start + colon if start.partition(",")[0] in components else ""
+
+    lines = Table.grid(padding=(0, 1))
+    for start, group in groupby(warnings, head):
+        some = list(group)
+        if start and len(some) > 1:
+            within = Table.grid(padding=(0, 1))
+            for line in some:
+                within.add_row("-", Text(line.removeprefix(start)))
+            lines.add_row("-", Text(start.rstrip()))
+            lines.add_row("", within)
+        else:
+            for line in some:
+                lines.add_row("-", Text(line))
+    return lines
+
+
 # Attributes that are shown above, or not as text.
-ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason"}
+ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
 ELSEWHERE |= {"joint", "metrics", "components", "patchsweep_schema"}
 
 
 def provenance(results: Results) -> dict[str, str]:
     """How the results were made, by attribute."""
-    skip = (
-        "model",
-        "spec",
-        "backend",
-        "backend_reason",
-        "joint",
-        "estimators",
-        "edges",
-        "metrics",
-        "components",
-        "dtype",
-        "patchsweep_schema",
-    )
-    attrs = {key: value for key, value in results.attrs.items() if key not in skip}
+    attrs = {key: value for key, value in results.attrs.items() if key not in ELSEWHERE}
     rows = {key.replace("_", " "): _flat(value) for key, value in sorted(attrs.items())}
     if split := int((results.store.splits() > 0).sum()):
         rows["waves split"] = f"{split}, they ran out of memory"
@@ -281,16 +290,23 @@ def _flat(value: Any) -> str:
         return ", ".join(f"{key} {_flat(part)}" for key, part in value.items())
     if isinstance(value, list):
         return ", ".join(_flat(part) for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
     return _number(value) if isinstance(value, float) else str(value)
 
 
 def _effect(value: float) -> Text:
     """An effect in the colours of the figures: red towards the source, blue away from it."""
-    return Text(f"{value:+.3f}", style="red" if value > 0 else "bright_blue")
+    text = f"{value:+.3f}"
+    if not text.strip("+-0."):
+        return Text("0.000", style="dim")
+    return Text(text, style="red" if value > 0 else "bright_blue")
 
 
 def _number(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.4g}"
+    if np.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _table(*columns: str) -> Table:
