@@ -200,11 +200,14 @@ def test_what_is_done_is_used_again(setting: Setting) -> None:
     first = setting.sweep("s2", setting.pairs("ioi"), **cells)
     again = setting.sweep("s2", setting.pairs("ioi"), **cells)
     assert again.attrs["measured"] == first.attrs["measured"]
-    more = replace(setting, n=2)
-    with pytest.raises(BadInput, match="results of another sweep"):
+    others = replace(setting, seed=1)
+    with pytest.raises(BadInput, match=r"results of another sweep .* choose another --out, or"):
+        others.sweep("s2", others.pairs("ioi"), **cells)
+    more = replace(setting, n=4)
+    with pytest.raises(BadInput, match="holds 3 pairs, and 4 are asked for: choose another --out"):
         more.sweep("s2", more.pairs("ioi"), **cells)
     fresh = replace(more, overwrite=True)
-    assert fresh.sweep("s2", fresh.pairs("ioi"), **cells).grid("head_z").pairs == 2
+    assert fresh.sweep("s2", fresh.pairs("ioi"), **cells).grid("head_z").pairs == 4
 
 
 def test_a_report_is_written_and_shown(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
 from patchsweep.results import Results
 from patchsweep.spec import Prompts
+from patchsweep.store import Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,10 +76,13 @@ class Setting:
     def sweep(self, name: str, pairs: Sequence[Pair], **settings: Any) -> Results:
         """A sweep into `out`/`name`.zarr, with the settings of a spec. What is done already is not
         done again; BadInput if the folder holds another sweep and `overwrite` is not set."""
+        out = self.out / f"{name}.zarr"
+        if out.exists() and not self.overwrite:
+            _same_number(Store.open(out), len(pairs))
         return sweep(
             self.model,
             pairs,
-            out=self.out / f"{name}.zarr",
+            out=out,
             resume=not self.overwrite,
             overwrite=self.overwrite,
             **settings,
@@ -159,6 +163,17 @@ class Experiment:
     source: str
     pairs: int
     run: Callable[[Setting], Report]
+
+
+def _same_number(store: Store, pairs: int) -> None:
+    """BadInput if results hold another number of pairs: noise depends on all of them, so further
+    ones cannot be added."""
+    held = next(iter(store.grids.values())).pairs
+    if held != pairs:
+        raise BadInput(
+            f"{store.path} holds {counted(held)}, and {pairs} are asked for: "
+            "choose another --out, or --overwrite to replace it"
+        )
 
 
 def answered(results: Results) -> str:
