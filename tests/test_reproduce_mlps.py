@@ -225,11 +225,37 @@ def test_the_terms_of_the_metric_of_stolfo(setting: Setting, tmp_path: Path) -> 
     assert terms.share == pytest.approx(sizes[0] / sizes.sum(), rel=1e-6)
 
 
+class Ends:
+    """Unpatched runs with these logit differences."""
+
+    def __init__(self, clean: float, corrupt: float) -> None:
+        self.ends = np.array([clean, corrupt]).reshape(2, 1, 1, 1)
+
+    def baseline(self, _: str) -> np.ndarray:
+        return self.ends
+
+
+def test_what_the_corruption_leaves_as_it_was_decides_nothing() -> None:
+    terms = {
+        "addition": arithmetic.Terms(3, 9.0, 0.1, 0.99, 1e-4),
+        "subtraction": arithmetic.Terms(3, 0.1, 0.1, 0.5, 0.1),
+    }
+    lost: Any = {"STR": Ends(4.0, 1.9)}
+    left: Any = {"STR": Ends(4.0, 2.1)}
+
+    def holds(**found: Any) -> bool | None:
+        return arithmetic._term_finding(terms, found).holds
+
+    assert holds(addition=lost, subtraction=left) is True
+    assert holds(addition=lost, subtraction=lost) is False
+    assert holds(addition=left, subtraction=left) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [facts.run, windows.run, arithmetic.run])
 def test_on_a_trained_model(run: Any, tmp_path: Path) -> None:
     setting = Setting(ps.load_model("smollm2-135m"), 4, 0, tmp_path)
     report = run(setting)
-    report.write(tmp_path / "report")
-    assert all(finding.holds is not None for finding in report.findings)
-    assert (tmp_path / "report" / "report.md").exists()
+    text = report.write(tmp_path / "report").read_text()
+    assert "| here it |" in text
+    assert "nan" not in text

@@ -26,6 +26,7 @@ NAME = "best-practices-arithmetic"
 RELATIVE = "relative_prob"
 SHARPER = 1.1  # a peak is sharper that stands out so many times more
 DOMINANT = 0.9  # of the metric
+LITTLE = ", not decided: the corruption takes less than half of the logit difference"
 
 
 def run(setting: Setting) -> Report:
@@ -56,8 +57,14 @@ def run(setting: Setting) -> Report:
         ),
         (baselines(by_name, METRICS), _peak_table(found), _term_table(terms)),
         {"layers": mlps.figure((title, setting.subject, under), curves)},
-        (*_peak_findings(found), _term_finding(terms)),
+        (*_peak_findings(found), _term_finding(terms, found)),
     )
+
+
+def _broken(results: Results) -> bool:
+    """Whether the corruption takes more than half of the clean run's logit difference."""
+    clean, corrupt = results.baseline("logit_diff").mean((1, 2, 3))
+    return bool(corrupt < clean / 2)
 
 
 def _sweeps(setting: Setting, operation: str) -> dict[str, Results]:
@@ -120,13 +127,15 @@ def _peak_findings(found: Mapping[str, Mapping[str, Results]]) -> Iterator[Findi
         sharp = {c: mlps.peaks(r, "logit_diff", 1)[0].deviations for c, r in by.items()}
         times = sharp["STR"] / sharp["GN"] if sharp["GN"] else float("inf")
         equal = operation == "multiplication"
+        holds = 1 / SHARPER <= times <= SHARPER if equal else times > SHARPER
+        broken = all(map(_broken, by.values()))
         yield Finding(
             f"{operation}: STR is {'as sharp as' if equal else 'sharper than'} GN (here: the peak "
             f"stands out {'up to' if equal else 'more than'} {SHARPER:g} times as far)",
             "App. C",
             f"logit difference: STR {sharp['STR']:.2f} SD, GN {sharp['GN']:.2f} SD above the mean "
-            "over layers",
-            1 / SHARPER <= times <= SHARPER if equal else times > SHARPER,
+            f"over layers{'' if broken else LITTLE}",
+            holds if broken else None,
         )
 
 
@@ -149,14 +158,21 @@ def _term_table(terms: Mapping[str, Terms]) -> Table:
     )
 
 
-def _term_finding(terms: Mapping[str, Terms]) -> Finding:
-    said = (f"{op} {t.share:.1%} (P* {t.corrupt:.2g})" for op, t in terms.items())
+def _term_finding(
+    terms: Mapping[str, Terms], found: Mapping[str, Mapping[str, Results]]
+) -> Finding:
+    broken = {op: _broken(by["STR"]) for op, by in found.items()}
+    said = (
+        f"{op} {t.share:.1%} (P* {t.corrupt:.2g}{'' if broken[op] else LITTLE})"
+        for op, t in terms.items()
+    )
+    large = [t.share > DOMINANT for op, t in terms.items() if broken[op]]
     return Finding(
         "the metric of Stolfo et al. is dominated by its first term, as the corrupt run's "
         f"probability of the answer is tiny (here: more than {DOMINANT:.0%} of both)",
         "App. C, equation 2",
         "share of the first term, and the median probability: " + "; ".join(said),
-        all(t.share > DOMINANT for t in terms.values()),
+        all(large) if large else None,
     )
 
 
