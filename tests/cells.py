@@ -93,6 +93,7 @@ class Expected:
     def __post_init__(self) -> None:
         self.run = cache(self._run)
         self.mean = cache(self._mean)
+        self.sources: dict[Any, Any] = {}
 
     def prompt(self, pair: int, source: str, sample: int) -> heads.Prompt:
         """The run that a source sets a pair against."""
@@ -201,7 +202,7 @@ class Expected:
             destination = self.prompt(pair, source, sample)
         patches = self.patches(pair, direction, source, sample, sites)
         args = (self.hf_model, self.family, destination, patches, self.sae)
-        return heads.forward(*args)
+        return heads.forward(*args, known=self.sources)
 
     def values(
         self, pair: int, direction: str, source: str, sample: int, sites: Any

@@ -154,9 +154,11 @@ def forward(
     prompt: Prompt,
     patches: Sequence[Patch],
     sae: Autoencoder | None,
+    known: dict[Any, Activations] | None = None,
 ) -> tuple[Tensor, Activations]:
-    """What `logits` and `activations` return, of one run."""
-    sources: dict[Any, Activations] = {}
+    """What `logits` and `activations` return, of one run. `known` keeps the source runs of one
+    model for further calls."""
+    sources = {} if known is None else known
     for patch in patches:
         _check(patch, prompt, sae)
         if isinstance(patch.source, Prompt) and _key(patch.source) not in sources:
@@ -252,7 +254,7 @@ def _check(patch: Patch, prompt: Prompt, sae: Autoencoder | None) -> None:
 
 def _key(prompt: Any) -> tuple[Any, ...]:
     """The same of two prompts that say the same."""
-    return prompt.ids, None if prompt.noise is None else tuple(prompt.noise.flatten().tolist())
+    return prompt.ids, None if prompt.noise is None else prompt.noise.numpy().tobytes()
 
 
 def _last_ones(patches: Sequence[Patch]) -> list[Patch]:
