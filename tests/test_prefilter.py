@@ -21,20 +21,25 @@ from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
 from test_exact import three
-from test_sweep import arrays
+from test_sweep import arrays, one_thread
 
 COMPONENTS = ["head_z", "head_k", "mlp_out", "neuron"]
 METRICS = ["logit_diff", "logprob"]
 RUN = (Status.EXACT, Status.AUDITED)
 
 
-def sweep(
-    out: Path, prefilter: Any, name: str = "llama", pairs: Sequence[Pair] = (), **more: Any
-) -> Any:
+def sweep(out: Path, prefilter: Any, pairs: Sequence[Pair] = (), **more: Any) -> Any:
     given = {"components": COMPONENTS, "metrics": METRICS, "direction": "both"}
-    model = ps.wrap(built(name)[0], Letters())
+    model = ps.wrap(built("llama")[0], Letters())
     settings = {"token_budget": 4000, **given, **more, "prefilter": prefilter}
     return ps.sweep(model, pairs or three(), out=out, **settings)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> ps.Results:
+    """The sweep without a prefilter."""
+    with one_thread():
+        return sweep(tmp_path_factory.mktemp("prefilter") / "whole", None)
 
 
 # Choosing.
@@ -140,12 +145,11 @@ def test_every_cell_is_drawn_as_often() -> None:
 # In a sweep.
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_what_is_run_is_what_a_whole_sweep_finds(name: str, tmp_path: Path) -> None:
+def test_what_is_run_is_what_a_whole_sweep_finds(tmp_path: Path) -> None:
     given = {"source": ["other", {"resample": {"samples": 2}}], "direction": "noise"}
     pairs = [*three(), *three(8)]
-    whole = sweep(tmp_path / "whole", None, name, pairs, **given)
-    found = sweep(tmp_path / "r", {"keep": "10%", "audit": 5}, name, pairs, **given)
+    whole = sweep(tmp_path / "whole", None, pairs=pairs, **given)
+    found = sweep(tmp_path / "r", {"keep": "10%", "audit": 5}, pairs=pairs, **given)
     both = whole, found
     for component in COMPONENTS:
         for metric in METRICS:
@@ -195,18 +199,16 @@ def check_kept(found: Any, component: str, at: tuple[int, int], *way: str) -> No
     assert audited.sum() == min(10, (~kept).sum())
 
 
-def test_everything_kept_is_an_ordinary_sweep(tmp_path: Path) -> None:
+def test_everything_kept_is_an_ordinary_sweep(whole: ps.Results, tmp_path: Path) -> None:
     sweep(tmp_path / "with", {"keep": "100%"})
-    sweep(tmp_path / "without", None)
-    both, exact = arrays(tmp_path / "with"), arrays(tmp_path / "without")
+    both, exact = arrays(tmp_path / "with"), arrays(whole.path)
     assert {name: both[name] for name in exact} == exact
     added = {f"{c}/{m}_estimate" for c in COMPONENTS for m in METRICS}
     added |= {f"choice/{c}_{what}" for c in COMPONENTS for what in ("status", "stratum")}
     assert both.keys() - exact.keys() == {*added, "completion/estimates", "completion/choice"}
 
 
-def test_the_audit_says_what_a_whole_sweep_finds(tmp_path: Path) -> None:
-    whole = sweep(tmp_path / "whole", None)
+def test_the_audit_says_what_a_whole_sweep_finds(whole: ps.Results, tmp_path: Path) -> None:
     found = sweep(tmp_path / "r", {"keep": "10%", "audit": 40})
     for direction in ("denoise", "noise"):
         size = np.abs(whole.effect("neuron", "logprob", direction))
