@@ -102,15 +102,15 @@ def check_equal(out: Path, job: Job) -> None:
 
 def test_as_many_as_there_are_end_alike(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "r.zarr"
-    process = start(ACCELERATE, 3, job.spec, "--out", out)
+    process = start(ACCELERATE, 4, job.spec, "--out", out)
     assert said(process) == []
     assert process.returncode == 0
     check_equal(out, job)
-    logs = [(job_folder(out) / f"rank-{rank}.log").read_text() for rank in range(3)]
+    logs = [(job_folder(out) / f"rank-{rank}.log").read_text() for rank in range(4)]
     waves = ps.open(out).attrs["plan"]["waves"]
     assert sum(log.count(": computed") for log in logs) == waves
     progress = json.loads((job_folder(out) / "progress.json").read_text())
-    assert progress["processes"] == 3
+    assert progress["processes"] == 4
     assert progress["cells_done"] == progress["cells"] == ps.open(out).attrs["plan"]["cells"]
     assert progress["waves_failed"] == 0
     with pytest.MonkeyPatch.context() as patch:

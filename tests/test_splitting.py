@@ -305,6 +305,7 @@ def test_a_record_that_is_lost_or_never_was(whole: Path, tmp_path: Path) -> None
 
 # A token takes about a MiB in the MLP. The first sweep loads and starts what stays.
 PROCESS = """
+import gc
 import resource
 import psutil
 import patchsweep as ps
@@ -318,6 +319,7 @@ def sweep(out, token_budget):
     ps.sweep(model, pairs, out=out, token_budget=token_budget, **settings)
 
 def leave(mib):
+    gc.collect()  # what it frees later would be more room
     limit = psutil.Process().memory_info().vms + mib * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
