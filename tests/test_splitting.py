@@ -326,11 +326,6 @@ def leave(mib):
 sweep("first.zarr", 100)
 leave(200)
 sweep("bold.zarr", 100_000)
-leave(12)
-try:
-    sweep("none.zarr", 100_000)
-except ps.BadInput as error:
-    print(error)
 """
 
 
@@ -352,9 +347,6 @@ def test_a_process_with_little_memory(tmp_path: Path) -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    [said] = done.stdout.splitlines()
-    assert said.startswith("out of memory on the host (")
-    assert " bytes more wanted), with one cell of head_z at a time: free memory, " in said
     out = tmp_path / "bold.zarr"
     [depth] = Store.open(out).splits()  # one block of all
     assert depth > 0
