@@ -132,25 +132,48 @@ def test_more_pairs(
 def test_more_metrics(
     model: ps.Model, pairs: list[ps.Pair], waves: list[Wave], tmp_path: Path
 ) -> None:
-    out, more = tmp_path / "r.zarr", ["prob", "logit_diff", "kl"]
-    ps.sweep(model, pairs, out=tmp_path / "whole", **{**SETTINGS, "metrics": more})
-    ps.sweep(model, pairs, out=out, **SETTINGS)
+    out, small = tmp_path / "r.zarr", {**SETTINGS, "components": ["mlp_out"]}
+    more = {**small, "metrics": ["prob", "logit_diff", "kl"]}
+    ps.sweep(model, pairs, out=tmp_path / "whole", **more)
+    ps.sweep(model, pairs, out=out, **small)
     before = values(out)
     waves.clear()
-    results = ps.sweep(model, pairs, out=out, append=True, **{**SETTINGS, "metrics": more})
+    results = ps.sweep(model, pairs, out=out, append=True, **more)
     check_equal(out, tmp_path / "whole")
     check_kept(out, before)
     assert len(waves) == results.attrs["plan"]["waves"]
+
+
+@pytest.mark.parametrize(("count", "metrics"), [(ALL, ["kl"]), (FEW, ["kl", "prob"])], ids=str)
+def test_what_was_measured_is_not_written_again(
+    model: ps.Model, pairs: list[ps.Pair], tmp_path: Path, count: int, metrics: list[str]
+) -> None:
+    """Not even where its block is computed again: numbers that no sweep would find stay."""
+    out, settings = tmp_path / "r.zarr", {"components": ["mlp_out"], "token_budget": 100}
+    results = ps.sweep(model, pairs[:FEW], out=out, metrics=["kl"], **settings)
+    tile = results.grid("mlp_out").pair_tile
+    assert FEW % tile  # so that one holds old pairs and new ones
+    for name in ("mlp_out/kl", "baseline/kl", "baseline/kl_noise_floor"):
+        array = zarr.open_array(out / name, mode="r+")
+        array[...] = array[...] + 1
+    before = values(out), results.baseline("kl"), results.noise_floor("kl")
+    results = ps.sweep(model, pairs[:count], out=out, append=True, metrics=metrics, **settings)
+    assert results.complete
+    check_kept(out, before[0])
+    np.testing.assert_array_equal(results.baseline("kl")[..., :FEW], before[1])
+    np.testing.assert_array_equal(results.noise_floor("kl")[..., :FEW], before[2])
+    assert np.nanmax(results.noise_floor("kl")[..., FEW:], initial=0) < 1e-3
 
 
 def test_again_and_again(
     model: ps.Model, pairs: list[ps.Pair], waves: list[Wave], tmp_path: Path
 ) -> None:
     """Pairs, a metric, pairs; and what has nothing to add adds nothing."""
-    out, one = tmp_path / "r.zarr", {**SETTINGS, "metrics": ["logit_diff"]}
-    ps.sweep(model, pairs, out=tmp_path / "whole", **SETTINGS)
+    out, both = tmp_path / "r.zarr", {**SETTINGS, "components": ["mlp_out"]}
+    one = {**both, "metrics": ["logit_diff"]}
+    ps.sweep(model, pairs, out=tmp_path / "whole", **both)
     ps.sweep(model, pairs[:4], out=out, append=True, **one)  # nothing to append to
-    for count, settings in ((6, one), (6, SETTINGS), (ALL, SETTINGS)):
+    for count, settings in ((6, one), (6, both), (ALL, both)):
         before = values(out)
         results = ps.sweep(model, pairs[:count], out=out, append=True, **settings)
         check_kept(out, before)
@@ -159,7 +182,7 @@ def test_again_and_again(
     whole = arrays(out)
     waves.clear()
     for how in ("append", "resume"):
-        ps.sweep(model, pairs, out=out, **{how: True}, **SETTINGS)
+        ps.sweep(model, pairs, out=out, **{how: True}, **both)
     assert waves == []
     assert arrays(out) == whole
 
