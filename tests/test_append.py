@@ -13,8 +13,8 @@ import torch
 import zarr
 
 import patchsweep as ps
-from patchsweep import engine
-from patchsweep.plan import Wave
+from patchsweep.assembly import Assembly
+from patchsweep.plan import Wave, chunks
 from patchsweep.sites import Block, Status
 from patchsweep.store import Store, job_folder
 from patchsweep.wave import WaveResult
@@ -65,13 +65,13 @@ def pairs(model: ps.Model) -> list[ps.Pair]:
 def waves(monkeypatch: pytest.MonkeyPatch) -> list[Wave]:
     """The waves that are computed and written from now on."""
     found: list[Wave] = []
-    write = engine._write
+    take = Assembly.take
 
-    def seen(store: Store, wave: Wave, result: WaveResult) -> None:
+    def seen(self: Assembly, wave: Wave, result: WaveResult) -> None:
         found.append(wave)
-        write(store, wave, result)
+        take(self, wave, result)
 
-    monkeypatch.setattr(engine, "_write", seen)
+    monkeypatch.setattr(Assembly, "take", seen)
     return found
 
 
@@ -99,6 +99,24 @@ def check_kept(out: Path, before: dict[str, np.ndarray[Any, Any]]) -> None:
         beyond = found[name][:, :, :, : x.shape[3], :, :, x.shape[6] :]
         if name.endswith("_status"):
             assert (beyond == Status.OUTSIDE).all()
+
+
+def test_more_pairs_in_chunks_of_several_blocks(
+    model: ps.Model, pairs: list[ps.Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many in the larger results as it takes there; old chunks of one block or of several."""
+    settings = {**SETTINGS, "components": ["mlp_out"], "token_budget": 60}
+    ps.sweep(model, pairs, out=tmp_path / "whole", **settings)
+    for before, after in ((chunks.MOST_FILES, 1), (1, 1)):
+        monkeypatch.setattr(chunks, "MOST_FILES", before)
+        out = tmp_path / f"{before}.zarr"
+        ps.sweep(model, pairs[:FEW], out=out, **settings)
+        old = values(out)
+        monkeypatch.setattr(chunks, "MOST_FILES", after)
+        results = ps.sweep(model, pairs, out=out, append=True, **settings)
+        assert results.store.blocks_per_chunk > 1
+        check_equal(out, tmp_path / "whole")
+        check_kept(out, old)
 
 
 @pytest.mark.parametrize("budget", ["auto", 100], ids=str)
