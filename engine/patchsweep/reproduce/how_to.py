@@ -267,7 +267,7 @@ def _curve_figure(title: Sequence[str], curves: Mapping[str, Curve]) -> Figure:
     axes.set_xticks(SIZES, [str(size) for size in SIZES])
     axes.set_xlabel("heads in the circuit")
     axes.set_ylabel("logit difference recovered\n(0 = corrupt run, 1 = clean run)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, handlelength=3)
     drawn.suptitle("\n".join([*title, "IOI, circuits of heads"]), fontsize=9)
     return drawn
 
