@@ -19,11 +19,13 @@ from benchmarks._machine import timed
 from patchsweep import attribution
 from patchsweep.attention import attention_is
 from patchsweep.attribution import estimators
-from patchsweep.engine import deterministic, plan_sweep, sweep
+from patchsweep.engine import sweep
+from patchsweep.exactness import deterministic
 from patchsweep.forward import Forward, take_apart
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan
+from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.results import Results
 from patchsweep.sites import Status

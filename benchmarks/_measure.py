@@ -19,12 +19,14 @@ from benchmarks._machine import matmul_rate, synchronize, timed
 from benchmarks._models import first_difference
 from patchsweep import selftest
 from patchsweep.attention import attention_is
-from patchsweep.engine import deterministic, plan_sweep, sweep
+from patchsweep.engine import sweep
 from patchsweep.errors import BadInput
+from patchsweep.exactness import deterministic
 from patchsweep.forward import Forward, take_apart
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, Wave
+from patchsweep.planning import plan_sweep
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.values import Values
 from patchsweep.wave import WaveResult, run_wave

@@ -20,11 +20,12 @@ from benchmarks._full import last_logits
 from benchmarks._measure import all_waves, settings
 from benchmarks._models import REAL, load, middle_pairs, sentence_pairs
 from patchsweep.attention import attention_is
-from patchsweep.engine import deterministic, plan_sweep
 from patchsweep.errors import BadInput
+from patchsweep.exactness import deterministic
 from patchsweep.forward import take_apart
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
+from patchsweep.planning import plan_sweep
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -17,9 +17,9 @@ from oracle.families import FAMILIES, Family
 from patchsweep import attribution
 from patchsweep.attention import attention_is
 from patchsweep.attribution import Estimates
-from patchsweep.engine import load_autoencoder, plan_sweep
 from patchsweep.forward import take_apart
 from patchsweep.pairs import Pair
+from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.spec import parse_settings
 

@@ -16,7 +16,7 @@ from cells import Letters
 from estimates import EXACT, VIA, built, estimated
 from oracle.families import FAMILIES
 from patchsweep import attribution
-from patchsweep.engine import plan_sweep
+from patchsweep.planning import plan_sweep
 from patchsweep.sites import Status
 from patchsweep.spec import parse_settings
 from test_exact import components_of, pair_of, three

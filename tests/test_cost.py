@@ -19,10 +19,10 @@ from oracle.families import EVERY, FAMILIES, prompts
 from patchsweep import attention
 from patchsweep.attention import attention_is
 from patchsweep.backends import taken, through_nnsight
-from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, narrowed
+from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.sae import SAE
 from patchsweep.schedule import NULL, make_schedule

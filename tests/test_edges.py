@@ -21,11 +21,11 @@ from oracle import edges as oracle
 from oracle.families import FAMILIES
 from patchsweep import attribution, edges
 from patchsweep.attention import attention_is
-from patchsweep.engine import plan_sweep
 from patchsweep.errors import BadInput
 from patchsweep.forward import take_apart
 from patchsweep.model import dimensions_of
 from patchsweep.pairs import Pair
+from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.report.show import show
 from patchsweep.spec import parse_settings

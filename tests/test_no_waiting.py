@@ -16,9 +16,9 @@ import patchsweep as ps
 from oracle.families import FAMILIES, prompts
 from patchsweep import engine, transfer
 from patchsweep.attention import attention_is
-from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
+from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.sae import SAE
 from patchsweep.spec import parse_settings

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 import patchsweep as ps
 from oracle.families import FAMILIES, prompts
-from patchsweep import engine, forward, placement, selftest, wave
+from patchsweep import engine, forward, placement, planning, selftest, wave
 from patchsweep.forward import Forward, layers_of
 from patchsweep.loading import memory_limits
 from patchsweep.pairs import Pair
@@ -314,10 +314,10 @@ def test_the_plan_foresees_what_is_moved(tmp_path: Path) -> None:
     file.write_text(json.dumps(row))
     spec = {"model": str(folder), "dtype": "float64", "prompts": {"file": str(file)}, **SETTINGS}
     offloaded = parse_spec({**spec, "device": "balanced", "max_memory": memory})
-    plan = engine.plan_spec(offloaded)
+    plan = planning.plan_spec(offloaded)
     assert plan.offload == model.offload
     assert plan.counts()["moved_bytes"] == model.offload.moved * len(plan.waves) > 0
-    here = engine.plan_spec(parse_spec({**spec, "device": "cpu"}))
+    here = planning.plan_spec(parse_spec({**spec, "device": "cpu"}))
     assert plan.peak_bytes == here.peak_bytes + model.offload.held
     assert here.counts()["moved_bytes"] == 0
     assert plan.hash == here.hash
@@ -390,7 +390,7 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import patchsweep as ps
-from patchsweep.engine import plan_sweep
+from patchsweep.planning import plan_sweep
 from patchsweep.spec import parse_settings
 
 device, memory, settings, out = json.loads(sys.argv[1])
@@ -554,12 +554,12 @@ def test_waves_leave_room_for_the_weights_that_come_and_go(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     free = type("Memory", (), {"available": 1_000_000})
-    monkeypatch.setattr(engine.psutil, "virtual_memory", lambda: free)
+    monkeypatch.setattr(planning.psutil, "virtual_memory", lambda: free)
     dimensions = ps.wrap(FAMILIES["llama"].build(2), tokenizer()).dimensions
-    _, most = engine.auto_budget(dimensions, torch.device("cpu"), 0)
-    _, left = engine.auto_budget(dimensions, torch.device("cpu"), 400_000)
-    assert left == int(600_000 * engine.MEMORY_SHARE) // dimensions.bytes_per_token < most
-    assert engine.auto_budget(dimensions, torch.device("cpu"), 2_000_000)[1] == 0
+    _, most = planning.auto_budget(dimensions, torch.device("cpu"), 0)
+    _, left = planning.auto_budget(dimensions, torch.device("cpu"), 400_000)
+    assert left == int(600_000 * planning.MEMORY_SHARE) // dimensions.bytes_per_token < most
+    assert planning.auto_budget(dimensions, torch.device("cpu"), 2_000_000)[1] == 0
 
 
 def test_a_model_that_accelerate_dispatched(

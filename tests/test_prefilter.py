@@ -12,7 +12,7 @@ import pytest
 import patchsweep as ps
 from cells import Letters
 from estimates import built
-from patchsweep import attribution, engine
+from patchsweep import attribution, engine, planning
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.prefilter import HIGHEST, NONE, STRATA, Choice, choose, judge
@@ -302,7 +302,7 @@ def test_what_it_will_take(tmp_path: Path) -> None:
     spec = {k: v for k, v in found.attrs["spec"].items() if k != "out"}
     model = ps.wrap(built("llama")[0], Letters())
     settings = engine.parse_settings(spec)
-    plan = engine.plan_sweep(model.dimensions, pairs, settings, model.device)
+    plan = planning.plan_sweep(model.dimensions, pairs, settings, model.device)
     about = attribution.expected(plan, settings).counts()
     assert about["runs"] == found.attrs["plan"]["runs"] < plan.counts()["runs"] / 3
     assert about["flops"] < plan.counts()["flops"] / 2

@@ -16,10 +16,11 @@ from tests.made_tokenizers import byte_level
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from patchsweep import tasks
-from patchsweep.engine import plan_spec, run
+from patchsweep.engine import run
 from patchsweep.errors import BadInput
 from patchsweep.model import Model, wrap
 from patchsweep.pairs import Pair, make_pair
+from patchsweep.planning import plan_spec
 from patchsweep.prompts import TRIED, answers_right, build_pairs
 from patchsweep.report.show import show
 from patchsweep.spec import Prompts, parse_spec

@@ -18,9 +18,9 @@ import torch
 import patchsweep as ps
 from patchsweep import engine
 from patchsweep.attribution import sweep
-from patchsweep.engine import plan_sweep
 from patchsweep.forward import Forward
 from patchsweep.memory import OutOfMemory, within_memory
+from patchsweep.planning import plan_sweep
 from patchsweep.sites import Block
 from patchsweep.spec import parse_settings
 from patchsweep.store import ESTIMATED, ESTIMATED_SPLIT, SCORED, SCORED_SPLIT, WAVES_SPLIT, Store

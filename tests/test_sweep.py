@@ -237,7 +237,7 @@ def test_going_on_keeps_the_token_budget(
     """However much memory is free by now: the waves have to be the same ones."""
     pairs = pairs_of(model, rows(3))
     for out, budget in (("a", 60), ("b", 300), ("a", 300)):
-        monkeypatch.setattr("patchsweep.engine.auto_budget", lambda *_, b=budget: (b, b))
+        monkeypatch.setattr("patchsweep.planning.auto_budget", lambda *_, b=budget: (b, b))
         before = arrays(tmp_path / out) if (tmp_path / out).exists() else {}
         results = ps.sweep(model, pairs, out=tmp_path / out, resume=bool(before), **SETTINGS)
         assert results.attrs["token_budget"] == {"a": 60, "b": 300}[out]
@@ -329,7 +329,7 @@ from pathlib import Path
 import psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import patchsweep as ps
-from patchsweep.engine import plan_sweep
+from patchsweep.planning import plan_sweep
 from patchsweep.spec import parse_settings
 
 counts, settings, folder = json.loads(sys.argv[1])

@@ -223,7 +223,7 @@ def plan(spec: Path, /, *, overrides: Overrides = None) -> None:
     overrides
         key.key=value, in place of what the spec says; may be given several times.
     """
-    from patchsweep.engine import plan_spec
+    from patchsweep.planning import plan_spec
     from patchsweep.report.show import plan_table
 
     _console().print(plan_table(plan_spec(_spec(spec, overrides, None))))

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from patchsweep import results as results_of
 from patchsweep.append import cut
 from patchsweep.backends import through_nnsight
-from patchsweep.engine import exactly, load_autoencoder, plan_sweep
 from patchsweep.errors import BadInput
+from patchsweep.exactness import exactly
 from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
 from patchsweep.plan import Ints, Plan, Wave
+from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import digest, files_of, prepare
 from patchsweep.results import Results
 from patchsweep.schedule import Schedule, make_schedule

@@ -56,7 +56,15 @@ from patchsweep.store.arrays import (
     SCORED_SPLIT,
     WAVES_SPLIT,
 )
-from patchsweep.store.place import beside, exists, job_folder, locked, path_or_url, put_back
+from patchsweep.store.place import (
+    beside,
+    check_free,
+    exists,
+    job_folder,
+    locked,
+    path_or_url,
+    put_back,
+)
 from patchsweep.store.store import SCHEMA, Damaged, Store, pack, remove
 
 __all__ = [
@@ -72,6 +80,7 @@ __all__ = [
     "Damaged",
     "Store",
     "beside",
+    "check_free",
     "exists",
     "job_folder",
     "locked",

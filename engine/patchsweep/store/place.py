@@ -131,3 +131,13 @@ def schema_of(place: Place) -> int | None:
         return marked(place.get(ROOT))
     except (OSError, KeyError, BadZipFile):
         return None
+
+
+def check_free(at: str | Path) -> None:
+    """BadInput if anything is there."""
+    place = place_of(at)
+    if place.exists():
+        mend = "choose another --out"
+        if schema_of(place) is not None:
+            mend = "use --resume to continue it or --overwrite to replace it"
+        raise BadInput(f"{place.at} exists already: {mend}")

@@ -35,7 +35,7 @@ from patchsweep.store.arrays import (
     put,
 )
 from patchsweep.store.files import MARK, writing
-from patchsweep.store.place import Place, place_of, schema_of
+from patchsweep.store.place import Place, check_free, place_of, schema_of
 
 SCHEMA = 2
 
@@ -88,11 +88,8 @@ class Store:
         the disk refuses.
         """
         place = place_of(path)
-        if place.exists() and not fill:
-            mend = "choose another --out"
-            if schema_of(place) is not None:
-                mend = "use --resume to continue it or --overwrite to replace it"
-            raise BadInput(f"{place.at} exists already: {mend}")
+        if not fill:
+            check_free(path)
         with place.writing("run again"), place.laid_out(fsync, instead=bool(fill)) as root:
             for grid in grids:
                 create_component(root, grid, metrics, dtype)
