@@ -320,6 +320,28 @@ def test_what_is_damaged_is_done_again(
     assert not ps.check(out).damages
 
 
+def test_further_pairs(model: ps.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last chunk of the pairs that were there gets others; their cells keep their bits."""
+    pairs, settings, out = pairs_of(model), settings_of("pairs"), tmp_path / "r.zarr"
+    pairs.sort(key=len, reverse=True)
+    whole = ps.sweep(model, pairs, out=tmp_path / "whole", **settings)
+    monkeypatch.setattr(chunks, "MOST_FILES", 30)
+    few = ps.sweep(model, pairs[:3], out=out, **settings)
+    assert few.attrs["blocks_per_chunk"] > 1
+    before = {name: few.store.read(f"{name}/prob") for name in few.components}
+    monkeypatch.setattr(chunks, "MOST_FILES", 60)
+    more = ps.sweep(model, pairs, out=out, append=True, **settings)
+    assert more.complete
+    for name, old in before.items():
+        tile = more.grid(name).pair_tile
+        assert 1 < tile < PAIRS
+        assert 3 % tile
+        found, expected = (x.store.read(f"{name}/prob") for x in (more, whole))
+        assert _bits(found[:, :, :, :3]) == _bits(old)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-13)
+    assert not ps.check(out).damages
+
+
 @pytest.mark.multiproc
 def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They take over a sweep that was begun with a limit that they do not know."""
