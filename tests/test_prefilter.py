@@ -205,7 +205,12 @@ def test_everything_kept_is_an_ordinary_sweep(whole: ps.Results, tmp_path: Path)
     assert {name: both[name] for name in exact} == exact
     added = {f"{c}/{m}_estimate" for c in COMPONENTS for m in METRICS}
     added |= {f"choice/{c}_{what}" for c in COMPONENTS for what in ("status", "stratum")}
-    assert both.keys() - exact.keys() == {*added, "completion/estimates", "completion/choice"}
+    assert both.keys() - exact.keys() == {
+        *added,
+        "completion/estimates",
+        "completion/estimates_split",
+        "completion/choice",
+    }
 
 
 def test_the_audit_says_what_a_whole_sweep_finds(whole: ps.Results, tmp_path: Path) -> None:

@@ -113,9 +113,9 @@ def test_prompts_and_baseline(tmp_path: Path) -> None:
     )
     baseline = xr.open_zarr(tmp_path / "r.zarr", group="baseline", consolidated=False)
     assert baseline.logit_diff.dims == ("run", "source", "sample", "pair")
-    assert float(baseline.logit_diff.sel(run="corrupt", pair=2)) == 4.0
+    assert baseline.logit_diff.sel(run="corrupt", pair=2).values.item() == 4.0
     assert np.isnan(baseline.logit_diff.sel(pair=0)).all()
-    assert float(baseline.prob_noise_floor.sel(run="clean", pair=1)) == np.float32(1e-6)
+    assert baseline.prob_noise_floor.sel(run="clean", pair=1).values.item() == np.float32(1e-6)
     prompts = xr.open_zarr(tmp_path / "r.zarr", group="prompts", consolidated=False)
     assert prompts.corrupt_tokens[1].values.tolist() == [5, 1, 7, -1, -1]
     assert prompts.clean_text[2].values.tolist() == [" t5", " t6", " t7", " t8", ""]
@@ -136,7 +136,7 @@ def test_xarray_opens_the_folder_by_itself(tmp_path: Path) -> None:
     ds = xr.open_zarr(tmp_path / "r.zarr", group="head_z", consolidated=False)
     assert ds.attrs == {"unit_name": "head"}
     picked = ds.logit_diff.sel(direction="noise", pair=2, layer=1, unit=0, position=4)
-    assert int(picked) == np.ravel_multi_index((1, 0, 0, 2, 1, 0, 4), HEADS.shape)
+    assert picked.values.item() == np.ravel_multi_index((1, 0, 0, 2, 1, 0, 4), HEADS.shape)
     assert ds.logit_diff_status.dtype == np.uint8
     mlp = xr.open_zarr(tmp_path / "r.zarr", group="mlp_out", consolidated=False)
     assert mlp.position.values.tolist() == ["S2", "END"]
