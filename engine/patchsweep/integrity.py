@@ -183,9 +183,8 @@ def _progress(store: Store, *, decode: bool) -> Iterator[Damage]:
             needed |= done if what == "estimates" else False
     yield from _by_pairs(store, "baseline", arrays["baseline"], needed, decode)
     for name in (WAVES_SPLIT, ESTIMATED_SPLIT, SCORED_SPLIT):
-        if store.has(f"{name}/zarr.json"):  # older results lack some
-            for why, key in _marks(store, name)[1].values():
-                yield Damage("split", None, why, key)
+        for region in store.written(name):
+            yield from _chunk(store, "split", None, name, region, marked=True, decode=decode)[1]
     if arrays["choice"]:
         done, bad = _marks(store, CHOSEN)
         for why, key in bad.values():

@@ -214,8 +214,20 @@ class Store:
 
     def splits(self) -> NDArray[np.uint8]:
         """How often every wave is, [wave]."""
-        found = self._records(WAVES_SPLIT)
-        return self.read(WAVES_SPLIT) if found else np.zeros(0, np.uint8)
+        found = np.zeros(self.shape(WAVES_SPLIT) if self._records(WAVES_SPLIT) else 0, np.uint8)
+        for region in self.written(WAVES_SPLIT):
+            found[region] = self.read(WAVES_SPLIT, region)
+        return found
+
+    def written(self, name: str) -> Iterator[tuple[slice, ...]]:
+        """The regions of those chunks of an array that are there, where they are few of many."""
+        start = f"{name}/c/"
+        for file in self._place.files():
+            if file.startswith(start):
+                chunks = zip(
+                    file.removeprefix(start).split("/"), self._array(name).chunks, strict=True
+                )
+                yield tuple(slice(int(i) * n, (int(i) + 1) * n) for i, n in chunks)
 
     def _records(self, name: str) -> bool:
         """Whether there is such a record: older results lack some."""
