@@ -22,7 +22,7 @@ from patchsweep.reproduce import EXPERIMENTS, claims, heads, movers, published, 
 from patchsweep.reproduce.experiment import Finding, Report, Setting, Table, markdown
 from patchsweep.reproduce.heads import Heads
 
-IOI, GREATER_THAN = "best-practices-ioi", "best-practices-greater-than"
+IOI, GREATER_THAN = "best-practices-ioi", "greater-than"
 PLANTED = {"9.6": 0.8, "9.9": 0.9, "10.7": -0.7}
 
 
@@ -91,7 +91,7 @@ def test_the_published_lists() -> None:
     [found] = [said for said in ioi if (said.corrupted, said.corruption) == ("s1_io", "STR")][1:2]
     assert (found.where, found.metric) == ("Table 4", "prob")
     assert found.heads == {"+9.9"}
-    assert [said.reading for said in published.lists("best-practices-docstring")].count(True) == 3
+    assert [said.reading for said in published.lists("docstring")].count(True) == 3
     for name in (IOI, GREATER_THAN):
         for said in published.lists(name):
             assert said.positive

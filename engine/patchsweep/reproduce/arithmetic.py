@@ -22,7 +22,7 @@ from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
 from patchsweep.results import Results
 from patchsweep.tasks.arithmetic import OPERATIONS
 
-NAME = "best-practices-arithmetic"
+NAME = "arithmetic"
 RELATIVE = "relative_prob"
 SHARPER = 1.1  # a peak is sharper that stands out so many times more
 DOMINANT = 0.9  # of the metric

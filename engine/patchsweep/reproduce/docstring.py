@@ -16,7 +16,7 @@ from patchsweep.reproduce.experiment import (
 )
 from patchsweep.reproduce.heads import Heads
 
-NAME = "best-practices-docstring"
+NAME = "docstring"
 POSITIONS = {"C_def": "C_def", "END": "the last position"}
 TABLE = "Table 2"
 

@@ -12,7 +12,7 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 
-NAME = "best-practices-greater-than"
+NAME = "greater-than"
 
 
 def run(setting: Setting) -> Report:
