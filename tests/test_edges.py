@@ -319,7 +319,7 @@ def test_exact_results_stay_the_same(tmp_path: Path) -> None:
     both, exact = arrays(tmp_path / "with"), arrays(tmp_path / "without")
     assert {name: both[name] for name in exact} == exact
     added = {n for n in both.keys() - exact.keys() if not n.startswith("edges/")}
-    assert added == {"completion/edges"}
+    assert added == {"completion/edges", "completion/edges_split"}
     with pytest.raises(BadInput, match="these results have no edges: add edges: eap"):
         without.edges("logit_diff", "noise")
 

@@ -161,9 +161,11 @@ def kill_all(process: subprocess.Popen[str], *_: Any) -> None:
 
 
 def terminate(process: subprocess.Popen[str], _: Any, job: Job, out: Path) -> None:
-    """First, nobody else may write there."""
-    with pytest.raises(ps.BadInput, match=r"is being written by another run: wait"):
-        ps.run(ps.load_spec(job.spec, [f"out={out}"]), resume=True)
+    """First, nobody else may write there, the same sweep or another one."""
+    for direction in ("denoise", "noise"):
+        spec = ps.load_spec(job.spec, [f"out={out}", f"direction={direction}"])
+        with pytest.raises(ps.BadInput, match=r"is being written by another run: wait"):
+            ps.run(spec, resume=True)
     process.send_signal(signal.SIGTERM)
     check_go_on(said(process), "terminated")
     assert process.returncode != 0
