@@ -138,6 +138,7 @@ def disturb(job: Job, out: Path, how: list[Callable[..., None]], seed: int) -> N
     command: list[str | Path] = [job.spec, "--out", out]
     for i, ending in enumerate(how):
         goal = total * (i + rng.uniform()) / (len(how) + 1)
+        goal = max(goal, blocks_done(out) + 1)  # both are at work by then
         process = start(TORCHRUN, 2, *command)
         wait(process, lambda goal=goal: blocks_done(out) >= goal)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.05))  # somewhere within a wave

@@ -11,17 +11,25 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cache
 from itertools import count as counting
 from typing import TypeVar
 
 import torch
-from torch.distributed import HashStore, PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
+    PrefixStore,
+    Store,
+    rendezvous,
+)
+from torch.distributed.constants import default_pg_timeout
 
 from patchsweep.errors import BadInput
 
 T = TypeVar("T")
 POLL = 0.05  # seconds between two looks at the store; asleep, so that a signal gets through
+LAST = 5  # seconds that a process which ends tries to join the others, to say so
 ENDED = "ended"
 _runs = counting()
 
@@ -149,10 +157,12 @@ def end(status: int) -> tuple[int, bool]:
     if not several():
         return status, True
     first = os.environ.get("RANK") == "0"
-    if not _joined.cache_info().currsize:
+    joined = _joined.cache_info().currsize > 0
+    # Where the launcher does not keep the store, the first process does, which may be dead.
+    if not joined and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return status, first
-    rank, _, store = _joined()
     try:
+        rank, _, store = _joined() if joined else _joined(timedelta(seconds=LAST))
         by, found = store.compare_set(ENDED, "", f"{rank} {status}").split()
     except RuntimeError:  # the store has gone with the launcher
         return status, first
@@ -160,13 +170,13 @@ def end(status: int) -> tuple[int, bool]:
 
 
 @cache
-def _joined() -> tuple[int, int, Store]:
+def _joined(patience: timedelta = default_pg_timeout) -> tuple[int, int, Store]:
     """Rank, number of processes, and the store of the launcher.
 
     There is no process group: nothing would use it, every process would have to connect to every
     other, and where a launcher keeps its store the addresses of a group that died are still in it.
     """
-    store, rank, size = next(iter(rendezvous("env://")))
+    store, rank, size = next(iter(rendezvous("env://", timeout=patience)))
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return rank, size, PrefixStore(f"patchsweep/{restarts}", store)
 
