@@ -49,10 +49,10 @@ class Job:
     whole: Path
 
 
-def made(folder: Path, **settings: Any) -> Job:
+def made(folder: Path, pairs: int = 9, **settings: Any) -> Job:
     """The job of some settings; its results are made by this very process."""
     folder.mkdir()
-    write_pairs(folder / "pairs.jsonl", rows(9))
+    write_pairs(folder / "pairs.jsonl", rows(pairs))
     model = save(folder / "model")
     given = {"metrics": ["logit_diff", "kl"], "token_budget": 60, "out": None, **settings}
     spec = write_spec(folder, model, **given)
@@ -203,7 +203,8 @@ def _any_computed(folder: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_thirty_kills(job: Job, tmp_path: Path) -> None:
+def test_thirty_kills(tmp_path: Path) -> None:
+    job = made(tmp_path / "job", pairs=40, components=["head_z", "mlp_out"])
     disturb(job, tmp_path / "r.zarr", [kill_one, kill_all] * 15, seed=1)
     assert start(TORCHRUN, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
