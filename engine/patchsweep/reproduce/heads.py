@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from patchsweep import heatmaps
 from patchsweep.effect import Array
 from patchsweep.reproduce.experiment import Table
+from patchsweep.reproduce.pictures import draw
 from patchsweep.reproduce.published import List, compare, ordered, signed
 from patchsweep.results import Results
 from patchsweep.statistics import beyond_sd
@@ -172,20 +173,9 @@ def figure(title: Sequence[str], found: Sequence[Heads]) -> Figure:
 
 def _draw(axes: object, here: Heads, limit: float) -> None:
     from matplotlib.axes import Axes
-    from matplotlib.patches import Rectangle
 
     assert isinstance(axes, Axes)
-    axes.imshow(
-        here.effect,
-        cmap=heatmaps.COLOURS,
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-    )
-    for layer, head in np.argwhere(here.detected):
-        axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, linewidth=0.7))
+    draw(axes, here.effect, limit, here.detected)
     layers, heads = here.effect.shape
     axes.set_xticks(range(0, heads, max(1, heads // 12)))
     axes.set_yticks(range(0, layers, max(1, layers // 10)))

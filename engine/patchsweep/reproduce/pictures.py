@@ -15,6 +15,7 @@ from patchsweep.effect import Array
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,12 @@ def figure(title: Sequence[str], rows: Sequence[Sequence[Picture]]) -> Figure:
     return drawn
 
 
-def _draw(axes: Axes, picture: Picture) -> None:
+def draw(axes: Axes, values: Array, limit: float, framed: NDArray[np.bool_] | None) -> AxesImage:
+    """An effect [layer, column] on a scale from -limit to limit; cells of `framed` get a frame."""
     from matplotlib.patches import Rectangle
 
-    known = np.abs(picture.values[np.isfinite(picture.values)])
-    limit = float(known.max(initial=0.0)) or 1.0
-    axes.set_facecolor("0.8")
     image = axes.imshow(
-        np.ma.masked_invalid(picture.values),
+        np.ma.masked_invalid(values),
         cmap=heatmaps.COLOURS,
         vmin=-limit,
         vmax=limit,
@@ -62,10 +61,17 @@ def _draw(axes: Axes, picture: Picture) -> None:
         origin="lower",
         interpolation="nearest",
     )
-    if picture.framed is not None:
-        for layer, column in np.argwhere(picture.framed):
-            frame = Rectangle((column - 0.5, layer - 0.5), 1, 1, fill=False, linewidth=0.7)
-            axes.add_patch(frame)
+    for layer, column in () if framed is None else np.argwhere(framed):
+        frame = Rectangle((column - 0.5, layer - 0.5), 1, 1, fill=False, linewidth=0.7)
+        axes.add_patch(frame)
+    return image
+
+
+def _draw(axes: Axes, picture: Picture) -> None:
+    known = np.abs(picture.values[np.isfinite(picture.values)])
+    limit = float(known.max(initial=0.0)) or 1.0
+    axes.set_facecolor("0.8")
+    image = draw(axes, picture.values, limit, picture.framed)
     axes.set_title(picture.title, fontsize=8)
     step = max(1, len(picture.columns) // 12)
     turned = 90 if max(map(len, picture.columns)) > 2 else 0
