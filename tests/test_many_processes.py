@@ -25,7 +25,7 @@ import zarr
 import patchsweep as ps
 from patchsweep.distributed import alone, launched
 from patchsweep.store import job_folder
-from test_resume import PATIENCE, blocks_done, check_what_is_left, wait
+from test_resume import PATIENCE, blocks_done, check_what_is_left, slow_from, wait
 from test_sweep import arrays, one_thread, rows, save, write_pairs, write_spec
 
 pytestmark = pytest.mark.multiproc
@@ -70,7 +70,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return job
 
 
-def start(how: str, count: int, *arguments: str | Path) -> subprocess.Popen[str]:
+def start(
+    how: str, count: int, *arguments: str | Path, **environment: str
+) -> subprocess.Popen[str]:
     """Start processes on a sweep through a launcher."""
     command = [sys.executable, "-m", *how.split(), str(count), "-m", "patchsweep", "run"]
     return subprocess.Popen(
@@ -78,7 +80,7 @@ def start(how: str, count: int, *arguments: str | Path) -> subprocess.Popen[str]
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
     )
 
 
@@ -137,9 +139,9 @@ def disturb(job: Job, out: Path, how: list[Callable[..., None]], seed: int) -> N
     total = blocks_done(job.whole)
     command: list[str | Path] = [job.spec, "--out", out]
     for i, ending in enumerate(how):
-        goal = total * (i + rng.uniform()) / (len(how) + 1)
+        goal = total * 2 / 3 * (i + rng.uniform()) / len(how)
         goal = max(goal, blocks_done(out) + 1)  # both are at work by then
-        process = start(TORCHRUN, 2, *command)
+        process = start(TORCHRUN, 2, *command, **slow_from(goal + 2))
         wait(process, lambda goal=goal: blocks_done(out) >= goal)  # type: ignore[misc]
         time.sleep(rng.uniform(0, 0.05))  # somewhere within a wave
         ending(process, rng, job, out)
@@ -188,7 +190,8 @@ def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     disturb(job, out, [kill_one, kill_all, terminate], seed=0)
     # A launcher that may starts the group again, which goes on with what is there.
     out.rename(tmp_path / "s.zarr")
-    process = start(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume")
+    slow = slow_from(blocks_done(tmp_path / "s.zarr") + 2)
+    process = start(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume", **slow)
     wait(process, partial(_any_computed, job_folder(tmp_path / "s.zarr")))
     workers(process)[0].kill()
     ended, again = said(process)

@@ -64,13 +64,20 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     return Job(spec, folder / "whole.zarr")
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
+def slow_from(blocks: float) -> dict[str, str]:
+    """The environment of processes whose disk gets slow once so many blocks are done."""
+    folder = Path(__file__).with_name("slow_disk")
+    return {"PYTHONPATH": str(folder), "SLOW_FROM": str(round(blocks))}
+
+
+def start(*arguments: str | Path, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "patchsweep", "run", *arguments],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # tiny products; more threads only wait
+        # Tiny products: more threads only wait.
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         # A shell that started the tests in the background may have told them to ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -135,14 +142,15 @@ def check_what_is_said(
 def disturb(job: Job, out: Path, signals: list[signal.Signals], seed: int) -> None:
     """Run `job` into `out`, with a signal in every round.
 
-    The first one comes while the results are laid out, the others after some share of the blocks.
+    The first one comes while the results are laid out, the others within the first two thirds of
+    the blocks, after at least a few of the round's own.
     """
     rng = np.random.default_rng(seed)
     total = blocks_done(job.whole)
     command: list[str | Path] = [job.spec, "--out", str(out)]
     for i, what in enumerate(signals):
-        goal = total * (i - 1 + rng.uniform()) / len(signals)
-        process = start(*command)
+        goal = max(blocks_done(out) + 1, total * 2 / 3 * (i - 1 + rng.uniform()) / len(signals))
+        process = start(*command, **slow_from(goal + 2))
         wait(process, partial(arrived, out, goal if i else None))
         time.sleep(rng.uniform(0, 0.02))  # somewhere within a wave
         process.send_signal(what)
