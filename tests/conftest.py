@@ -25,9 +25,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device, and torch sees none")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="session")
 def _threads() -> None:
-    """One thread a test: several tests run at once, and small matrices gain nothing from more."""
+    """One thread: several tests run at once, and small matrices gain nothing from more."""
     torch.set_num_threads(1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,7 @@ from patchsweep.sites import Block, Status
 from patchsweep.store import Store, job_folder
 from patchsweep.wave import WaveResult
 from test_many_processes import TORCHRUN, said, start
-from test_sweep import (
-    arrays,
-    build,
-    one_thread,
-    pairs_of,
-    rows,
-    save,
-    tokenizer,
-    values,
-    write_pairs,
-    write_spec,
-)
+from tiny import arrays, build, pairs_of, rows, save, tokenizer, values, write_pairs, write_spec
 
 FEW, ALL = 5, 9
 SETTINGS: dict[str, Any] = {
@@ -40,12 +28,6 @@ SETTINGS: dict[str, Any] = {
     "token_budget": 100,
 }
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="module")

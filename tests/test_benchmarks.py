@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,10 @@ CLOSE = 1e-6  # float32, logits around 0.1
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiny products gain nothing from threads, and lose much on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the process that measures memory
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are found, and one thread is enough for the process that measures memory."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.syspath_prepend(str(ROOT))
-    yield
-    torch.set_num_threads(threads)
 
 
 def check(case: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from patchsweep.spec import parse_settings
 from patchsweep.store import Store
 from patchsweep.wave import WaveResult, launch_wave
 from test_many_processes import TORCHRUN, said, start
-from test_sweep import arrays, build, one_thread, rows, save, tokenizer, write_pairs, write_spec
+from tiny import arrays, build, rows, save, tokenizer, write_pairs, write_spec
 
 METRICS = ("logit_diff", "prob")
 PAIRS = 5
@@ -53,12 +53,6 @@ def settings_of(name: str) -> dict[str, Any]:
     return {**SWEEPS[name][0], "metrics": list(METRICS)}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def model() -> ps.Model:
     return ps.wrap(build().double(), tokenizer())
@@ -74,7 +68,7 @@ def whole(
 ) -> tuple[str, Path]:
     """A sweep of few files, that nothing disturbed."""
     out = tmp_path_factory.mktemp("whole") / "r.zarr"
-    with one_thread(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunks, "MOST_FILES", SWEEPS[request.param][1])
         ps.sweep(model, pairs_of(model), out=out, **settings_of(request.param))
     return request.param, out

@@ -33,16 +33,7 @@ import patchsweep as ps
 from patchsweep.cli import _status, app, main
 from patchsweep.families import FAMILIES
 from patchsweep.sites import Status
-from test_sweep import (
-    BROKEN,
-    arrays,
-    broken,
-    rows,
-    save,
-    values,
-    write_pairs,
-    write_spec,
-)
+from tiny import BROKEN, arrays, broken, rows, save, values, write_pairs, write_spec
 
 COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify", "check")
 COMMANDS += ("reproduce",)

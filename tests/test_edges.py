@@ -30,7 +30,7 @@ from patchsweep.prepare import prepare
 from patchsweep.report.show import show
 from patchsweep.spec import parse_settings
 from test_exact import three, unequal
-from test_sweep import arrays
+from tiny import arrays
 
 EXACT = 1e-9
 

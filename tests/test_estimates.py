@@ -27,7 +27,7 @@ from patchsweep.sites import Status
 from patchsweep.spec import parse_settings, parse_spec
 from patchsweep.statistics import agreement
 from test_exact import three
-from test_sweep import arrays
+from tiny import arrays
 
 COMPONENTS = ["head_z", "head_k", "mlp_out"]
 METRICS = ["logit_diff", "logprob"]

@@ -18,7 +18,7 @@ from patchsweep.integrity import refuse_missing, withdraw
 from patchsweep.pairs import Pair
 from patchsweep.sites import Grid, blocks
 from patchsweep.store import Store, job_folder
-from test_sweep import arrays, build, one_thread, rows, tokenizer
+from tiny import arrays, build, rows, tokenizer
 
 GRID = Grid("head_z", ("denoise",), 2, 2, 2, (0, 1, 2), 1, 2, 3)
 PAIRS = [Pair((5, 6, 7), (5, 1, 7), (2,), (3,), {})] * 2
@@ -233,27 +233,26 @@ def test_a_sweep_does_again_what_is_damaged(tmp_path: Path) -> None:
         "edges": "eap",
     }
     out = tmp_path / "r.zarr"
-    with one_thread():
-        ps.sweep(model, pairs, out=out, **settings)
-        whole = arrays(out)
-        assert ps.open(out).check().damages == ()
-        for part, break_it in (
-            ("head_z/logit_diff_status", flip),
-            ("baseline/logit_diff_noise_floor", Path.unlink),
-            ("head_z/logit_diff_estimate", cut),
-            ("choice/mlp_out_stratum", flip),
-            ("edges/logit_diff", Path.unlink),
-            ("completion/estimates", cut),
-        ):
-            [file, *_] = sorted(f for f in (out / part / "c").rglob("*") if f.is_file())
-            records = out.glob("completion/*_*/c/*")  # of blocks
-            before = {record: record.stat().st_mtime_ns for record in records}
-            break_it(file)
-            ps.sweep(model, pairs, out=out, resume=True, **settings)
-            assert arrays(out) == whole, part
-            log = (job_folder(out) / "rank-0.log").read_text()
-            assert f"({part}/c/" in log
-            assert ps.check(out).damages == ()
-            again = sum(record.stat().st_mtime_ns != at for record, at in before.items())
-            assert (again == 0) == part.startswith("edges")
-            assert (again == len(before)) == part.startswith("choice")
+    ps.sweep(model, pairs, out=out, **settings)
+    whole = arrays(out)
+    assert ps.open(out).check().damages == ()
+    for part, break_it in (
+        ("head_z/logit_diff_status", flip),
+        ("baseline/logit_diff_noise_floor", Path.unlink),
+        ("head_z/logit_diff_estimate", cut),
+        ("choice/mlp_out_stratum", flip),
+        ("edges/logit_diff", Path.unlink),
+        ("completion/estimates", cut),
+    ):
+        [file, *_] = sorted(f for f in (out / part / "c").rglob("*") if f.is_file())
+        records = out.glob("completion/*_*/c/*")  # of blocks
+        before = {record: record.stat().st_mtime_ns for record in records}
+        break_it(file)
+        ps.sweep(model, pairs, out=out, resume=True, **settings)
+        assert arrays(out) == whole, part
+        log = (job_folder(out) / "rank-0.log").read_text()
+        assert f"({part}/c/" in log
+        assert ps.check(out).damages == ()
+        again = sum(record.stat().st_mtime_ns != at for record, at in before.items())
+        assert (again == 0) == part.startswith("edges")
+        assert (again == len(before)) == part.startswith("choice")

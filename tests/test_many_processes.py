@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,19 +26,13 @@ import patchsweep as ps
 from patchsweep.distributed import alone, launched
 from patchsweep.store import job_folder
 from test_resume import PATIENCE, blocks_done, check_what_is_left, slow_from, wait
-from test_sweep import arrays, one_thread, rows, save, write_pairs, write_spec
+from tiny import arrays, rows, save, write_pairs, write_spec
 
 pytestmark = pytest.mark.multiproc
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
 ACCELERATE += " --dynamo_backend no --main_process_port 0 --num_processes"
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node"  # starts in half the time
 RESTARTS = "torch.distributed.run --standalone --max-restarts 1 --nproc-per-node"
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)
@@ -64,8 +58,7 @@ def made(folder: Path, pairs: int = 9, **settings: Any) -> Job:
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("many") / "job"
-    with one_thread():
-        job = made(folder, components=["head_z", "mlp_out"])
+    job = made(folder, components=["head_z", "mlp_out"])
     assert ps.open(job.whole).attrs["plan"]["waves"] > 100
     return job
 

@@ -26,7 +26,7 @@ from patchsweep.store import Store
 from patchsweep.values import Values
 from patchsweep.wave import Launched, launch_wave, run_wave, wavefront
 from test_cost import COMPONENTS, Letters
-from test_sweep import values as values_of
+from tiny import values as values_of
 
 # Of each the result's size or value is needed on the host, for which a GPU is waited for.
 WAITS = {

@@ -26,7 +26,7 @@ from patchsweep.report.figures import _figures, plot
 from patchsweep.report.page import page, write_page
 from patchsweep.results import Results
 from patchsweep.sites import Status, unit_name
-from test_sweep import build, pairs_of, rows, tokenizer
+from tiny import build, pairs_of, rows, tokenizer
 
 METRICS = ["logit_diff", "prob", "kl"]
 SETTINGS: dict[str, Any] = {

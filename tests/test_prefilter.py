@@ -21,7 +21,7 @@ from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
 from test_exact import three
-from test_sweep import arrays, one_thread
+from tiny import arrays
 
 COMPONENTS = ["head_z", "head_k", "mlp_out", "neuron"]
 METRICS = ["logit_diff", "logprob"]
@@ -38,8 +38,7 @@ def sweep(out: Path, prefilter: Any, pairs: Sequence[Pair] = (), **more: Any) ->
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> ps.Results:
     """The sweep without a prefilter."""
-    with one_thread():
-        return sweep(tmp_path_factory.mktemp("prefilter") / "whole", None)
+    return sweep(tmp_path_factory.mktemp("prefilter") / "whole", None)
 
 
 # Choosing.

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,17 +22,7 @@ import zarr
 import patchsweep as ps
 from patchsweep.sites import Block, Status
 from patchsweep.store import Store, job_folder
-from test_sweep import (
-    arrays,
-    build,
-    one_thread,
-    rows,
-    save,
-    tokenizer,
-    values,
-    write_pairs,
-    write_spec,
-)
+from tiny import arrays, build, rows, save, tokenizer, values, write_pairs, write_spec
 
 PATIENCE = 120  # seconds
 
@@ -45,12 +35,6 @@ class Job:
     whole: Path
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
-
-
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("job")
@@ -58,8 +42,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     settings = {"components": ["head_z", "mlp_out"], "metrics": ["logit_diff", "kl"]}
     model = save(folder / "model")
     spec = write_spec(folder, model, **settings, token_budget=60, out=None)
-    with one_thread():
-        ps.run(ps.load_spec(spec, [f"out={folder / 'whole.zarr'}"]))
+    ps.run(ps.load_spec(spec, [f"out={folder / 'whole.zarr'}"]))
     assert ps.open(folder / "whole.zarr").attrs["plan"]["waves"] > 100
     return Job(spec, folder / "whole.zarr")
 

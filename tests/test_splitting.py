@@ -25,7 +25,7 @@ from patchsweep.sites import Block
 from patchsweep.spec import parse_settings
 from patchsweep.store import ESTIMATED, ESTIMATED_SPLIT, SCORED, SCORED_SPLIT, WAVES_SPLIT, Store
 from patchsweep.wave import Launched, WaveResult
-from test_sweep import arrays, build, one_thread, rows, tokenizer, values
+from tiny import arrays, build, rows, tokenizer, values
 
 SETTINGS: dict[str, Any] = {
     "components": ["head_z", "head_k", "mlp_out", "embed"],
@@ -35,12 +35,6 @@ SETTINGS: dict[str, Any] = {
     "token_budget": 400,
 }
 LIMIT = 200  # tokens in a layer call
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 def model(dtype: torch.dtype = torch.float64) -> ps.Model:
@@ -135,9 +129,8 @@ def test_parts_hold_every_cell_once_and_fit() -> None:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results of a run that nothing disturbed."""
-    with one_thread():
-        out = tmp_path_factory.mktemp("whole") / "r.zarr"
-        ps.sweep(model(), pairs(2), out=out, **SETTINGS)
+    out = tmp_path_factory.mktemp("whole") / "r.zarr"
+    ps.sweep(model(), pairs(2), out=out, **SETTINGS)
     return out
 
 
@@ -309,7 +302,7 @@ import gc
 import resource
 import psutil
 import patchsweep as ps
-from test_sweep import build, rows, tokenizer
+from tiny import build, rows, tokenizer
 
 model = ps.wrap(build(layers=2, intermediate_size=2**16), tokenizer())
 pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(4)]

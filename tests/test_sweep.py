@@ -1,170 +1,24 @@
-"""Sweeps through the library: bad input, values that are not finite, determinism, memory.
-
-The small model, pairs and spec here are those of test_cli.py and test_resume.py too.
-"""
+"""Sweeps through the library: bad input, values that are not finite, determinism."""
 
 from __future__ import annotations
 
 import json
-import os
-import string
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
-import zarr
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 import patchsweep as ps
 from patchsweep.sites import Status
-
-WORDS = ["?", *string.ascii_letters]
-BROKEN = "Z"  # the word whose embedding `broken` makes infinite
-
-
-def build(layers: int = 3, seed: int = 0, intermediate_size: int = 24) -> LlamaForCausalLM:
-    """A tiny Llama whose random weights are large enough for effects far above rounding."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def tokenizer() -> PreTrainedTokenizerFast:
-    """Every letter is a word."""
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="?"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="?")
-
-
-def save(folder: Path, hf_model: PreTrainedModel | None = None) -> Path:
-    """The folder, with a model and the tokenizer in it."""
-    (hf_model or build()).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
-
-
-def broken() -> LlamaForCausalLM:
-    hf_model = build()
-    with torch.no_grad():
-        hf_model.get_input_embeddings().weight[WORDS.index(BROKEN)] = float("inf")
-    return hf_model
-
-
-def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Pairs of 5 to 8 lower-case letters that differ in one to three places."""
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        length = rng.integers(5, 9)
-        clean = rng.choice(list(string.ascii_lowercase), length)
-        corrupt = clean.copy()
-        for place in rng.permutation(length - 1)[: rng.integers(1, 4)]:
-            corrupt[place] = rng.choice(list(string.ascii_uppercase[:20]))
-        answer, wrong = rng.choice(list(string.ascii_lowercase), 2, replace=False)
-        made.append(
-            {
-                "clean": " ".join(clean),
-                "corrupt": " ".join(corrupt),
-                "answer": f" {answer}",
-                "wrong": f" {wrong}",
-                "labels": {"END": -1},
-            }
-        )
-    return made
-
-
-def write_pairs(path: Path, pairs: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in pairs))
-    return path
-
-
-def write_spec(folder: Path, model: Path, **changes: Any) -> Path:
-    """A spec beside `pairs.jsonl`, with some keys changed (None: left out)."""
-    data = {
-        "model": str(model),
-        "device": "cpu",
-        "prompts": {"file": "pairs.jsonl"},
-        "components": ["head_z", "mlp_out", "resid_pre"],
-        "direction": "both",
-        "metrics": ["logit_diff", "prob", "rank", "kl"],
-        "out": str(folder / "r.zarr"),
-        **changes,
-    }
-    path = folder / "spec.yaml"
-    path.write_text(yaml.safe_dump({k: v for k, v in data.items() if v is not None}))
-    return path
-
-
-def arrays(path: Path) -> dict[str, bytes]:
-    """Every array of a results folder, as raw bytes."""
-    members = zarr.open_group(path, mode="r").members(max_depth=None)
-    found = {n: np.asarray(a[...]) for n, a in members if isinstance(a, zarr.Array)}
-    assert found
-    text = {n: json.dumps(a.tolist()).encode() for n, a in found.items() if a.dtype.kind in "OUT"}
-    return {n: text[n] if n in text else a.tobytes() for n, a in found.items()}
-
-
-def values(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The arrays of metrics, and of their statuses, of every component."""
-    group = zarr.open_group(path, mode="r")
-    metrics = [m["name"] for m in group.attrs["metrics"]]
-    names = [
-        f"{component}/{metric}{suffix}"
-        for component in group.attrs["components"]
-        for metric in metrics
-        for suffix in ("", "_status")
-    ]
-    return {name: np.asarray(group[name][...]) for name in names}
-
-
-SETTINGS: dict[str, Any] = {
-    "components": ["head_z", "mlp_out", "resid_pre"],
-    "metrics": ["logit_diff", "prob", "rank", "kl"],
-    "direction": "both",
-}
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """For tiny products more threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
+from tiny import BROKEN, SETTINGS, arrays, broken, build, pairs_of, rows, tokenizer, values
 
 
 @pytest.fixture
 def model() -> ps.Model:
     return ps.wrap(build(), tokenizer(), "tiny")
-
-
-def pairs_of(model: ps.Model, made: list[dict[str, Any]]) -> list[ps.Pair]:
-    return [ps.make_pair(model.tokenizer, **row) for row in made]
 
 
 @pytest.mark.parametrize(
@@ -321,113 +175,6 @@ def test_values_that_are_not_finite(
     )
     json.loads((tmp_path / "r" / "zarr.json").read_text(), parse_constant=pytest.fail)
     assert capsys.readouterr() == ("", "")
-
-
-MEMORY = """
-import json, sys
-from pathlib import Path
-import psutil, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-import patchsweep as ps
-from patchsweep.planning import plan_sweep
-from patchsweep.spec import parse_settings
-
-counts, settings, folder = json.loads(sys.argv[1])
-torch.manual_seed(0)
-config = LlamaConfig(
-    vocab_size=20_000, hidden_size=512, intermediate_size=1408, num_hidden_layers=4,
-    num_attention_heads=8, num_key_value_heads=4,
-)
-model = ps.wrap(LlamaForCausalLM(config), type("T", (), {"decode": lambda self, t: str(t)})())
-pairs = []
-for i in range(max(counts)):
-    clean, corrupt = torch.randint(20_000, (2, 16)).tolist()
-    corrupt[:9], corrupt[10:] = clean[:9], clean[10:]
-    pairs.append(ps.Pair(tuple(clean), tuple(corrupt), (1,), (2,)))
-with torch.no_grad():
-    model.hf_model(torch.tensor([pairs[0].clean]))
-before = psutil.Process().memory_info().rss
-for n in counts:
-    plan = plan_sweep(model.dimensions, pairs[:n], parse_settings(settings), model.device)
-    ps.sweep(model, pairs[:n], out=Path(folder, str(n)), **settings)
-    # This process's own: the peak that getrusage tells may be that of the process it came from.
-    status = Path("/proc/self/status").read_text().split()
-    peak = int(status[status.index("VmHWM:") + 1]) * 1024
-    print(json.dumps({"taken": peak - before, **plan.counts()}))
-"""
-
-
-@pytest.mark.multiproc
-def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
-    """And four times the pairs are more waves, not more memory."""
-    settings = {**SETTINGS, "direction": "denoise", "token_budget": 512}
-    command = [sys.executable, "-c", MEMORY, json.dumps([[1, 4, 16], settings, str(tmp_path)])]
-    # One arena: what is freed can be used again, whichever thread had it.
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    sweeps = [json.loads(line) for line in done.stdout.splitlines()]
-    first, few, many = sweeps
-    assert [sweep["waves"] for sweep in sweeps] == [2, 8, 32]
-    assert {sweep["peak_tokens"] for sweep in sweeps} == {first["peak_tokens"]}
-    assert first["peak_tokens"] > 400
-    assert first["peak_bytes"] < 8 * first["taken"], first
-    assert all(sweep["taken"] < sweep["peak_bytes"] for sweep in sweeps), sweeps
-    # The allocator settles during the first sweeps; 24 more waves would take far more than this.
-    assert many["taken"] < few["taken"] + 24 * 2**20, sweeps
-
-
-FLAT = """
-import json, sys
-import psutil, torch
-from transformers import LlamaConfig, LlamaForCausalLM
-import patchsweep as ps
-from patchsweep.store import Store
-
-torch.manual_seed(0)
-torch.set_num_threads(1)
-config = LlamaConfig(
-    vocab_size=50, hidden_size=16, intermediate_size=512, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=2,
-)
-model = ps.wrap(LlamaForCausalLM(config), type("T", (), {"decode": lambda self, t: str(t)})())
-pairs = []
-for _ in range(123):
-    clean, corrupt = torch.randint(3, 26, (8,)), torch.randint(26, 50, (8,))
-    pairs.append(ps.Pair(tuple(clean.tolist()), tuple(corrupt.tolist()), (1,), (2,)))
-write, taken, cells = Store.write_block, [], 0
-
-def watched(self, block, values, status):
-    global cells
-    write(self, block, values, status)
-    cells += status["logit_diff"].size
-    taken.append((cells, psutil.Process().memory_info().rss))
-
-Store.write_block = watched
-metrics = ["logit_diff", "prob", "rank", "kl"]
-ps.sweep(model, pairs, components=["neuron"], metrics=metrics, out=sys.argv[1], token_budget=8192)
-print(json.dumps(taken))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.multiproc
-def test_memory_is_flat_over_a_million_cells(tmp_path: Path) -> None:
-    """What is resident in the second tenth of them is so in the last one, but for less than half of
-    what the values take. Each time the least: what a wave needs comes and goes."""
-    command = [sys.executable, "-c", FLAT, str(tmp_path / "r.zarr")]
-    # What is freed goes back at once: what is resident is what is used.
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    env["MALLOC_TRIM_THRESHOLD_"] = "131072"
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    taken = json.loads(done.stdout)
-    cells = taken[-1][0]
-    assert cells >= 1_000_000
-    second = min(resident for n, resident in taken if 0.1 < n / cells <= 0.2)
-    last = min(resident for n, resident in taken if n / cells > 0.9)
-    values = cells * len(SETTINGS["metrics"]) * (4 + 1)  # with their statuses, in bytes
-    assert last - second < values / 2, (second, last)
 
 
 def test_what_is_refused_replaces_nothing(model: ps.Model, tmp_path: Path) -> None:

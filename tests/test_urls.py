@@ -30,19 +30,13 @@ from patchsweep.store import Store, job_folder, locked, remove
 from patchsweep.store.bucket import _objects
 from test_integrity import GRID, PAIRS, WRITES, fill
 from test_many_processes import TORCHRUN, said, start
-from test_sweep import build, one_thread, rows, save, tokenizer, write_pairs, write_spec
+from tiny import build, rows, save, tokenizer, write_pairs, write_spec
 
 SETTINGS: dict[str, Any] = {
     "components": ["head_z", "mlp_out"],
     "metrics": ["logit_diff", "kl"],
     "token_budget": 200,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @dataclass(frozen=True)
@@ -62,8 +56,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     model = ps.wrap(build(), tokenizer())
     pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(2)]
     made = Whole(model, pairs, tmp_path_factory.mktemp("whole") / "r.zarr")
-    with one_thread():
-        made.sweep(made.out)
+    made.sweep(made.out)
     return made
 
 
