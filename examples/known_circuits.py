@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import patchsweep as ps
-from patchsweep.tasks.nobel import KNOWN_SETS, circuit_pairs, known_circuits
+from patchsweep.tasks.known_circuits import KNOWN_SETS, circuit_pairs, known_circuits
 
 folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/known-circuits")
 COLUMNS = list(product(["logit_diff", "prob"], ["denoise", "noise"]))

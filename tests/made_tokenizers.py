@@ -17,16 +17,17 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-ioi, greater_than, docstring, facts, arithmetic = (
+ioi, greater_than, docstring, facts, arithmetic, nobel = (
     import_module(f"patchsweep.tasks.{name}")
-    for name in ("ioi", "greater_than", "docstring", "facts", "arithmetic")
+    for name in ("ioi", "greater_than", "docstring", "facts", "arithmetic", "nobel")
 )
 
 
 def _texts() -> list[str]:
     """Every word of the tasks, in its place after a space; what is in them often comes first."""
     lists = (ioi.NAMES, ioi.PLACES, ioi.OBJECTS, greater_than.NOUNS)
-    lists += (docstring.ARGUMENTS, docstring.DESCRIPTIONS)
+    lists += (docstring.ARGUMENTS, docstring.DESCRIPTIONS, nobel.OTHERS)
+    lists += (*nobel.WORDS.values(), nobel.ANSWER, nobel.WRONG)
     words = [f"the {word}," for words in lists for word in words.split()]
     said = [
         f"{relation.prompt.format(SUBJECT=subject)} {answer}"

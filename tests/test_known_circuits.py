@@ -17,7 +17,7 @@ from torch import Tensor
 
 import patchsweep as ps
 from patchsweep.sites import parse_site
-from patchsweep.tasks.nobel import (
+from patchsweep.tasks.known_circuits import (
     ANSWERS,
     HEADS,
     KNOWN,

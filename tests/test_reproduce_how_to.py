@@ -18,7 +18,7 @@ from oracle.families import FAMILIES
 from patchsweep.loading import load_tokenizer
 from patchsweep.reproduce import docstring, gates, heads, how_to
 from patchsweep.reproduce.experiment import Report, Setting
-from patchsweep.tasks.nobel import KNOWN, KNOWN_SETS
+from patchsweep.tasks.known_circuits import KNOWN, KNOWN_SETS
 
 LLAMA = FAMILIES["llama"]
 

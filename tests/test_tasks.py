@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from patchsweep.errors import BadInput
 from patchsweep.loading import load_tokenizer
 from patchsweep.pairs import Pair
-from patchsweep.tasks import TASKS, arithmetic, docstring, facts, find, greater_than, ioi
+from patchsweep.tasks import TASKS, arithmetic, docstring, facts, find, greater_than, ioi, nobel
 from patchsweep.tasks.task import in_random_order
 
 RELATIONS = import_module("patchsweep.tasks.facts").RELATIONS
@@ -81,6 +81,7 @@ def changed(task: str, options: dict[str, str]) -> set[str]:
         "arithmetic": {"operands": {"A", "B"}, "first": {"A"}, "second": {"B"}},
         "greater_than": {"": {"YY"}},
         "facts": {"": {"SUBJECT"}},
+        "nobel": {"both": {"FIRST", "SECOND"}, "first": {"FIRST"}, "second": {"SECOND"}},
     }[task][corruption]
 
 
@@ -300,6 +301,21 @@ def test_arithmetic(kind: str, seed: int, data: st.DataObject) -> None:
             assert [part(t, p, name, run) for name in "AB"] == [numbers[2][0], numbers[2][2]]
         assert solved["clean"][:2] == solved["corrupt"][:2]
         assert not {solved["clean"][2], solved["corrupt"][2]} & {*solved["clean"][:2]}
+
+
+@KINDS
+@settings(max_examples=3)
+@given(seed=SEEDS, corruption=st.sampled_from(nobel.options["corruption"]))
+def test_nobel(kind: str, seed: int, corruption: str) -> None:
+    t = tokenizer(kind)
+    for p in nobel(t, 9, seed, corruption=corruption):
+        assert text(t, p.clean) == "the Nobel Peace"
+        assert [words(t, ids_) for ids_ in (p.answer, p.wrong)] == [["Prize"], ["Medal"]]
+        said = [part(t, p, name) for name in ("FIRST", "SECOND")]
+        other = [part(t, p, name, "corrupt") for name in ("FIRST", "SECOND")]
+        assert said == ["Nobel", "Peace"]
+        assert len({*other}) == 2
+        assert text(t, p.corrupt) == f"the {other[0]} {other[1]}"
 
 
 @pytest.mark.parametrize("kind", ["smollm2", "metaspace"])

@@ -9,7 +9,7 @@ from patchsweep.model import wrap
 from patchsweep.reproduce.experiment import Finding, Setting, Table
 from patchsweep.results import Results
 from patchsweep.sites import parse_site
-from patchsweep.tasks.nobel import KNOWN, KNOWN_SETS, Effect, circuit_pairs, known_circuits
+from patchsweep.tasks.known_circuits import KNOWN, KNOWN_SETS, Effect, circuit_pairs, known_circuits
 
 FOUND = 0.05  # a smaller effect finds nothing
 LABELS = ("WORD", "END")

@@ -8,13 +8,24 @@ from patchsweep.tasks.docstring import docstring
 from patchsweep.tasks.facts import facts
 from patchsweep.tasks.greater_than import greater_than
 from patchsweep.tasks.ioi import ioi
+from patchsweep.tasks.nobel import nobel
 from patchsweep.tasks.task import Task, nearest
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (ioi, greater_than, docstring, facts, arithmetic)
+    task.name: task for task in (ioi, greater_than, docstring, facts, arithmetic, nobel)
 }
 
-__all__ = ["TASKS", "Task", "arithmetic", "docstring", "facts", "find", "greater_than", "ioi"]
+__all__ = [
+    "TASKS",
+    "Task",
+    "arithmetic",
+    "docstring",
+    "facts",
+    "find",
+    "greater_than",
+    "ioi",
+    "nobel",
+]
 
 
 def find(name: str) -> Task:
