@@ -45,6 +45,7 @@ LEVELS = (
     ("joint",),
     ("engine",),
     ("demo", "verification", "reproduce"),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
@@ -56,7 +57,7 @@ KEEPERS = (
 )  # what they know is on disk
 COMPUTES = {"torch", "patchsweep_kernels"} | {
     f"patchsweep.{name}"
-    for name in ("model", "attention", "wave", "metrics", "sources", "engine", "cli")
+    for name in ("model", "attention", "wave", "metrics", "sources", "engine", "commands")
 }
 
 Imports = Mapping[str, set[str]]
