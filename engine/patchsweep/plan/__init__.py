@@ -8,6 +8,7 @@ and the token budget; where only chosen cells are run, of these as well.
 
     costs.py   what runs take
     waves.py   blocks, and waves of them, under the budget
+    halves.py  a wave that does not fit the memory, in parts
     chunks.py  how many blocks a chunk holds
     plan.py    the plan and its totals
 """

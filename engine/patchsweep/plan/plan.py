@@ -18,7 +18,8 @@ from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
 from patchsweep.pairs import Pair
 from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
-from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, split_wave, tiled
+from patchsweep.plan.halves import split_wave
+from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, tiled
 from patchsweep.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -131,7 +132,7 @@ class Plan:
         return self.layout(b).exists[pairs, :, entries]
 
     def split(self, wave: Wave, depth: int) -> tuple[Wave, ...]:
-        """A wave of this plan in parts (`waves.split_wave`)."""
+        """A wave of this plan in parts (`halves.split_wave`)."""
         return split_wave(wave, depth, self._costs, self.tail_weights)
 
     @cached_property

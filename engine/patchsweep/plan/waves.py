@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -127,62 +127,22 @@ def packed_units(
     in them are in order of their cost."""
     if grids == chunks:
         every = (block for grid in grids.values() for block in blocks(grid))
-        return tuple(_numbered(_alone(every, costs, budget, tail_weights, cut)))
+        return tuple(numbered(alone(every, costs, budget, tail_weights, cut)))
     units = [
         _waves(unit, costs, budget, tail_weights, cut) for unit in _units(grids, chunks, costs)
     ]
     units.sort(key=lambda unit: -sum(w.flops for w in unit))
-    return tuple(_numbered(units))
+    return tuple(numbered(units))
 
 
-def split_wave(wave: Wave, depth: int, costs: Costs, tail_weights: int) -> tuple[Wave, ...]:
-    """The same as several waves, each with 1/2^depth of its tokens or with one cell. Their blocks
-    are pieces of the wave's, of the same index: they have fewer pairs first, then positions, then
-    units."""
-    budget = wave.tokens >> depth
-    beside = costs.beside(wave.source, wave.sample)
-
-    def fits(b: Block) -> bool:
-        part = beside.part(b.pairs, range(1), 1) + costs.of_block(b)
-        return int(part.tokens.max()) <= budget
-
-    pieces = (piece for block in wave.blocks for piece in _pieces(block, fits))
-    units = _numbered(_alone(pieces, costs, budget, tail_weights))
-    return tuple(wave for unit in units for wave in unit)
-
-
-def _pieces(block: Block, fits: Callable[[Block], bool]) -> Iterator[Block]:
-    """A block halved until its pieces fit, or are one cell."""
-    halves = _halves(block)
-    if not halves or fits(block):
-        yield block
-        return
-    for half in halves:
-        yield from _pieces(half, fits)
-
-
-def _halves(b: Block) -> list[Block]:
-    if len(b.pairs) > 1:
-        return [replace(b, pairs=half) for half in _halved(b.pairs)]
-    if len(b.positions) > 1:
-        return [replace(b, positions=half) for half in _halved(b.positions)]
-    if len(b.units) > 1:
-        return [replace(b, units=half) for half in _halved(b.units)]
-    return []
-
-
-def _halved(whole: range) -> tuple[range, range]:
-    return whole[: len(whole) // 2], whole[len(whole) // 2 :]
-
-
-def _alone(
+def alone(
     members: Iterable[Block], costs: Costs, budget: int, tail_weights: int, cut: Cut | None = None
 ) -> list[list[Wave]]:
     """Blocks as waves, each a unit."""
     return [[wave] for wave in _waves(members, costs, budget, tail_weights, cut)]
 
 
-def _numbered(units: Iterable[Sequence[Wave]]) -> Iterator[tuple[Wave, ...]]:
+def numbered(units: Iterable[Sequence[Wave]]) -> Iterator[tuple[Wave, ...]]:
     """The same, numbered one after another; of all units that settle some pairs of a source the
     first owns their baselines, and in it the first wave of each pair."""
     count, owned = itertools.count(), set()
