@@ -24,7 +24,7 @@ from patchsweep.planning import plan_spec
 from patchsweep.prompts import TRIED, answers_right, build_pairs
 from patchsweep.report.show import show
 from patchsweep.spec import Prompts, parse_spec
-from patchsweep.store import Store
+from patchsweep.store import Store, stored_pairs
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_a_sweep_from_a_spec(model: Model, tmp_path: Path) -> None:
     assert parse_spec(spec.model_dump(mode="json")) == spec
     results = run(spec)
     pairs = built(model, **prompts)
-    assert Store.open(tmp_path / "r.zarr").pairs() == pairs
+    assert stored_pairs(Store.open(tmp_path / "r.zarr")) == pairs
     assert list(plan_spec(spec).pairs) != pairs  # knows no weights
     assert (results.effect("head_z", "logit_diff", "denoise") != 0).any()
     out = io.StringIO()

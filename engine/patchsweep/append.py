@@ -20,7 +20,7 @@ from patchsweep.plan import Cut, Plan
 from patchsweep.prepare import digest
 from patchsweep.sites import Block, Grid, Status, blocks
 from patchsweep.spec import Gaussian, Mean, Resample, Sweep
-from patchsweep.store import EDGES, Store
+from patchsweep.store import EDGES, Store, stored_pairs
 from patchsweep.values import Values
 
 Map = NDArray[np.bool_]
@@ -66,7 +66,7 @@ def refusal(
     directions = {c: x for c, x in values.directions.items() if c in store.metrics}
     old_values = replace(values, directions=directions)
     same_values = digest(old_values, plan, tokenizer) == before["values"]
-    return _refused_pairs(store.pairs(), store, plan, settings, same_values) or (
+    return _refused_pairs(stored_pairs(store), store, plan, settings, same_values) or (
         None if same_values else "it has other vectors, probes or another autoencoder"
     )
 

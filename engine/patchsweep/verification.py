@@ -23,6 +23,7 @@ from patchsweep.schedule import Schedule, make_schedule
 from patchsweep.sites import RUN, SETS
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.stacked import only
+from patchsweep.store import stored_pairs
 from patchsweep.wave import values_of_rows
 
 # Largest difference of two ways to compute the same, as a share of the value where that is above 1.
@@ -68,7 +69,7 @@ def verify(
     if model.fingerprint != attrs["model_fingerprint"]:
         raise BadInput(f"{found.path} holds the results of another model: give that one")
     sae = load_autoencoder(settings)
-    pairs = found.store.pairs()
+    pairs = stored_pairs(found.store)
     plan = plan_sweep(
         model.dimensions,
         pairs,

@@ -46,6 +46,7 @@ outlives a power cut. A zip file of such a folder (`pack`) can be read. At a URL
 are objects of the same names.
 """
 
+from patchsweep.store.array_store import Damaged
 from patchsweep.store.arrays import (
     CHOSEN,
     EDGES,
@@ -65,7 +66,8 @@ from patchsweep.store.place import (
     path_or_url,
     put_back,
 )
-from patchsweep.store.store import SCHEMA, Damaged, Store, pack, remove
+from patchsweep.store.prompts import stored_pairs
+from patchsweep.store.store import SCHEMA, Store, pack, remove
 
 __all__ = [
     "CHOSEN",
@@ -88,4 +90,5 @@ __all__ = [
     "path_or_url",
     "put_back",
     "remove",
+    "stored_pairs",
 ]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import ZstdCodec
 
-from patchsweep.pairs import Pair
 from patchsweep.sites import DIMENSIONS, Grid, unit_name
 
 RUNS = ("clean", "corrupt")
@@ -156,39 +155,3 @@ def create_baseline(
     put(group, "source", ("source",), sources)
     put(group, "sample", ("sample",), np.arange(samples))
     put(group, "pair", ("pair",), np.arange(pairs))
-
-
-def create_prompts(
-    root: zarr.Group, pairs: Sequence[Pair], token_strings: Callable[[int], str]
-) -> None:
-    def texts(sets: Sequence[tuple[int, ...]]) -> list[list[str]]:
-        return [[token_strings(token) for token in tokens] for tokens in sets]
-
-    answer, wrong = [pair.answer for pair in pairs], [pair.wrong for pair in pairs]
-    group = root.create_group(
-        "prompts",
-        attributes={
-            "labels": [dict(pair.labels) for pair in pairs],
-            "answer": [list(tokens) for tokens in answer],
-            "wrong": [list(tokens) for tokens in wrong],
-            "answer_text": texts(answer),
-            "wrong_text": texts(wrong),
-            "aligned": [pair.align is not None for pair in pairs],
-            "others": [dict(pair.others) for pair in pairs],
-            "continuation": [list(pair.continuation) for pair in pairs],
-        },
-    )
-    width = max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))
-    dims = ("pair", "position")
-    for run in RUNS:
-        rows = [getattr(pair, run) for pair in pairs]
-        tokens = [[*row, *[-1] * (width - len(row))] for row in rows]
-        strings = [[*row, *[""] * (width - len(row))] for row in texts(rows)]
-        put(group, f"{run}_tokens", dims, np.array(tokens, dtype=np.int32))
-        put(group, f"{run}_text", dims, np.array(strings, dtype=object))
-    put(group, "length", ("pair",), np.array([len(pair) for pair in pairs], dtype=np.int32))
-    align = [[*pair.alignment.tolist(), *[-1] * (width - len(pair))] for pair in pairs]
-    put(group, "align", dims, np.array(align, dtype=np.int32))
-    put(group, "group", ("pair",), np.array([pair.group for pair in pairs], dtype=object))
-    put(group, "pair", ("pair",), np.arange(len(pairs)))
-    put(group, "position", ("position",), np.arange(width))

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import zipfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xarray as xr
-import zarr
 from numpy.typing import NDArray
-from zarr.core.metadata import ArrayV3Metadata
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import SETS, Block, Grid
+from patchsweep.store.array_store import ArrayStore
 from patchsweep.store.arrays import (
     CHOSEN,
     EDGES,
@@ -30,39 +27,18 @@ from patchsweep.store.arrays import (
     create_component,
     create_edges,
     create_estimates,
-    create_prompts,
     create_splits,
     put,
 )
 from patchsweep.store.files import MARK, writing
-from patchsweep.store.place import Place, check_free, place_of, schema_of
+from patchsweep.store.place import check_free, place_of, schema_of
+from patchsweep.store.prompts import create_prompts
 
 SCHEMA = 2
 
 
-class Damaged(BadInput):
-    """A chunk is not what was written."""
-
-
-class Store:
-    """The arrays of one sweep in a folder or at a URL. Writing needs `create` or `open(..., "r+")`.
-
-    path: of the folder, or the URL. `here` holds the names of the files that are there.
-    """
-
-    def __init__(
-        self,
-        place: Place,
-        group: zarr.Group,
-        fsync: bool = False,
-        here: Container[str] | None = None,
-    ) -> None:
-        self.path = place.at
-        self._place = place
-        self._group = group
-        self._fsync = fsync
-        self._here = place if here is None else here
-        self._arrays: dict[str, zarr.Array[Any]] = {}
+class Store(ArrayStore):
+    """The results of one sweep. Writing needs `create` or `open(..., "r+")`."""
 
     @classmethod
     def create(
@@ -136,11 +112,6 @@ class Store:
         """The same, but `has` answers as of now: to ask after every file one by one takes long
         where they are far away."""
         return Store(self._place, self._group, self._fsync, self._place.listed())
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """The root attributes."""
-        return dict(self._group.attrs)
 
     @cached_property
     def metrics(self) -> tuple[str, ...]:
@@ -218,16 +189,6 @@ class Store:
         for region in self.written(WAVES_SPLIT):
             found[region] = self.read(WAVES_SPLIT, region)
         return found
-
-    def written(self, name: str) -> Iterator[tuple[slice, ...]]:
-        """The regions of those chunks of an array that are there, where they are few of many."""
-        start = f"{name}/c/"
-        for file in self._place.files():
-            if file.startswith(start):
-                chunks = zip(
-                    file.removeprefix(start).split("/"), self._array(name).chunks, strict=True
-                )
-                yield tuple(slice(int(i) * n, (int(i) + 1) * n) for i, n in chunks)
 
     def _records(self, name: str) -> bool:
         """Whether there is such a record: older results lack some."""
@@ -331,148 +292,6 @@ class Store:
         names = [f"baseline/{m}{kind}" for m in self.metrics for kind in ("", "_noise_floor")]
         region = _baseline_of(source, sample, pairs)
         return all(self.has(key) for name in names for key in self.keys(name, region))
-
-    def _write(self, arrays: Mapping[str, NDArray[Any]], region: tuple[slice, ...]) -> None:
-        """Write one region of some arrays; on the disk when this returns, if so asked."""
-        with self._place.writing("continue with --resume"):
-            for name, found in arrays.items():
-                self._array(name)[region] = found
-            if self._fsync:
-                keys = [key for name in arrays for key in self.keys(name, region)]
-                self._place.settle(keys)
-
-    def _mark(self, name: str, region: tuple[slice, ...]) -> None:
-        """Record that what was written before is done."""
-        shape = [len(range(n)[part]) for n, part in zip(self.shape(name), region, strict=True)]
-        self._write({name: np.ones(shape, np.uint8)}, region)
-
-    def set_attrs(self, **attrs: Any) -> None:
-        """Add or replace root attributes. One process only."""
-        with self._place.writing("continue with --resume"):
-            self._group.update_attributes(attrs)
-            if self._fsync:
-                self._place.settle(["zarr.json"])
-
-    def remove(self, keys: Iterable[str]) -> None:
-        """Delete chunks, in order: what they held is not done any more."""
-        with self._place.writing("continue with --resume"):
-            self._place.remove(keys, self._fsync)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The sizes of an array."""
-        return self._array(name).shape
-
-    def chunks(self, name: str) -> Iterator[tuple[slice, ...]]:
-        """The regions of an array's chunks."""
-        array = self._array(name)
-        starts = (range(0, n, c) for n, c in zip(array.shape, array.chunks, strict=True))
-        for at in itertools.product(*starts):
-            yield tuple(slice(i, i + c) for i, c in zip(at, array.chunks, strict=True))
-
-    def keys(self, name: str, region: tuple[slice, ...]) -> list[str]:
-        """The files of the chunks that a region of an array lies in, whether or not they exist.
-        Dimensions that the region leaves out at the end are whole."""
-        array = self._array(name)
-        tiles = []
-        parts = (*region, *[slice(None)] * (array.ndim - len(region)))
-        for part, size, chunk in zip(parts, array.shape, array.chunks, strict=True):
-            start, stop, _ = part.indices(size)
-            tiles.append(range(start // chunk, -(-stop // chunk)))
-        assert isinstance(array.metadata, ArrayV3Metadata)
-        encode = array.metadata.encode_chunk_key
-        return [f"{name}/{encode(at)}" for at in itertools.product(*tiles)]
-
-    def has(self, key: str) -> bool:
-        """Whether a file is there."""
-        return key in self._here
-
-    @property
-    def name(self) -> str:
-        """The last part of the path."""
-        return self._place.name
-
-    def opened(self, group: str) -> xr.Dataset:
-        """A group as xarray opens it, lazily."""
-        files = self._group.store
-        found: xr.Dataset = xr.open_zarr(files, group=group, consolidated=False, chunks=None)
-        return found
-
-    def arrays(self) -> list[str]:
-        """The names of all arrays."""
-        try:
-            with self._place.reading():
-                members = self._group.members(max_depth=None)
-        except BadInput:
-            raise
-        except (ValueError, KeyError, TypeError) as exc:
-            raise self._unreadable("zarr.json", exc) from exc
-        return [name for name, member in members if isinstance(member, zarr.Array)]
-
-    def _unreadable(self, name: str, exc: Exception) -> BadInput:
-        cause = " ".join(str(exc).split())
-        return BadInput(f"{self.path} is damaged, {name}: {cause}: run with --overwrite")
-
-    def read(self, name: str, region: Any = ...) -> NDArray[Any]:
-        """The array `<group>/<array>`, or a region of it; Damaged if a chunk of it is, BadInput
-        if it cannot be reached."""
-        array = self._array(name)
-        try:
-            with self._place.reading():
-                return np.asarray(array[region])
-        except BadInput:
-            raise
-        except (RuntimeError, ValueError, OSError) as exc:
-            cause = " ".join(str(exc).split())
-            raise Damaged(
-                f"cannot read {self.path}/{name}: {cause}; "
-                f"'patchsweep check {self.path}' says what must be redone"
-            ) from exc
-
-    def group_attrs(self, name: str) -> dict[str, Any]:
-        """The attributes of a group, for example `prompts`."""
-        return dict(self._group[name].attrs)
-
-    def array_attrs(self, name: str) -> dict[str, Any]:
-        """The attributes of the array `<group>/<array>`."""
-        return dict(self._array(name).attrs)
-
-    def pairs(self) -> list[Pair]:
-        """The prompt pairs of the sweep."""
-        said = self.group_attrs("prompts")
-        clean, corrupt, align = (
-            self.read(f"prompts/{name}").tolist()
-            for name in ("clean_tokens", "corrupt_tokens", "align")
-        )
-        length, group = (self.read(f"prompts/{name}").tolist() for name in ("length", "group"))
-        return [
-            Pair(
-                clean=tuple(clean[i][:n]),
-                corrupt=tuple(t for t in corrupt[i] if t >= 0),
-                answer=tuple(said["answer"][i]),
-                wrong=tuple(said["wrong"][i]),
-                labels=said["labels"][i],
-                group=group[i],
-                align=tuple(align[i][:n]) if said["aligned"][i] else None,
-                others={k: tuple(v) for k, v in said["others"][i].items()},
-                continuation=tuple(said["continuation"][i]),
-            )
-            for i, n in enumerate(length)
-        ]
-
-    def _array(self, name: str) -> zarr.Array[Any]:
-        if name not in self._arrays:
-            try:
-                with self._place.reading():
-                    array = self._group.get(name)
-            except BadInput:
-                raise
-            except (ValueError, KeyError, TypeError) as exc:
-                raise self._unreadable(name, exc) from exc
-            if not isinstance(array, zarr.Array):
-                raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")
-            # Zarr keeps this setting in memory only; without it a chunk of fill values is deleted.
-            self._arrays[name] = array.with_config({"write_empty_chunks": True})
-        return self._arrays[name]
 
     def _grid(self, name: str) -> Grid:
         array = self._array(f"{name}/{self.metrics[0]}")
