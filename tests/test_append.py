@@ -17,7 +17,7 @@ from patchsweep.plan import Wave, chunks
 from patchsweep.sites import Block, Status
 from patchsweep.store import Store, job_folder, stored_pairs
 from patchsweep.wave import WaveResult
-from test_many_processes import TORCHRUN, said, start
+from processes import TORCHRUN, launch, said
 from tiny import arrays, build, pairs_of, rows, save, tokenizer, values, write_pairs, write_spec
 
 FEW, ALL = 5, 9
@@ -361,7 +361,7 @@ def test_two_processes(tmp_path: Path) -> None:
         ps.run(given, append=True)
     out = tmp_path / "two.zarr"
     more = ["--out", out, "--set", f"prompts.n={ALL}"]
-    process = start(TORCHRUN, 2, spec, *more, "--append")
+    process = launch(TORCHRUN, 2, spec, *more, "--append")
     assert said(process) == []
     assert process.returncode == 0
     assert arrays(out) == arrays(tmp_path / "one.zarr")

@@ -23,7 +23,7 @@ from patchsweep.sites import Grid, blocks
 from patchsweep.spec import parse_settings
 from patchsweep.store import Store
 from patchsweep.wave import WaveResult, launch_wave
-from test_many_processes import TORCHRUN, said, start
+from processes import TORCHRUN, launch, said
 from tiny import arrays, build, rows, save, tokenizer, write_pairs, write_spec
 
 METRICS = ("logit_diff", "prob")
@@ -347,7 +347,7 @@ def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.Assembly, "take", _interrupted)
     with pytest.raises(KeyboardInterrupt):
         ps.run(spec.model_copy(update={"out": out}))
-    process = start(TORCHRUN, 2, file, "--out", out, "--resume")
+    process = launch(TORCHRUN, 2, file, "--out", out, "--resume")
     assert said(process) == []
     assert process.returncode == 0
     assert ps.open(out).attrs["blocks_per_chunk"] > 1

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,79 +19,41 @@ import zarr
 import patchsweep as ps
 from patchsweep.distributed import alone, launched
 from patchsweep.store import job_folder
-from test_resume import PATIENCE, blocks_done, check_what_is_left, slow_from, wait
-from tiny import arrays, rows, save, write_pairs, write_spec
+from processes import (
+    TORCHRUN,
+    Job,
+    Process,
+    blocks_done,
+    check_equal,
+    disturb,
+    launch,
+    made,
+    many_waves,
+    said,
+    slow_from,
+    wait,
+)
+from tiny import arrays
 
 pytestmark = pytest.mark.multiproc
 ACCELERATE = "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no"
 ACCELERATE += " --dynamo_backend no --main_process_port 0 --num_processes"
-TORCHRUN = "torch.distributed.run --standalone --nproc-per-node"  # starts in half the time
+TWO = partial(launch, TORCHRUN, 2)  # starts in half the time
 RESTARTS = "torch.distributed.run --standalone --max-restarts 1 --nproc-per-node"
-
-
-@dataclass(frozen=True)
-class Job:
-    """A sweep of many waves, and the results of one process."""
-
-    spec: Path
-    whole: Path
-
-
-def made(folder: Path, pairs: int = 9, **settings: Any) -> Job:
-    """The job of some settings; its results are made by this very process."""
-    folder.mkdir()
-    write_pairs(folder / "pairs.jsonl", rows(pairs))
-    model = save(folder / "model")
-    given = {"metrics": ["logit_diff", "kl"], "token_budget": 60, "out": None, **settings}
-    spec = write_spec(folder, model, **given)
-    out = folder / "whole.zarr"
-    ps.run(ps.load_spec(spec, [f"out={out}"]))
-    return Job(spec, out)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    folder = tmp_path_factory.mktemp("many") / "job"
-    job = made(folder, components=["head_z", "mlp_out"])
-    assert ps.open(job.whole).attrs["plan"]["waves"] > 100
-    return job
+    return many_waves(tmp_path_factory.mktemp("many") / "job")
 
 
-def start(
-    how: str, count: int, *arguments: str | Path, **environment: str
-) -> subprocess.Popen[str]:
-    """Start processes on a sweep through a launcher."""
-    command = [sys.executable, "-m", *how.split(), str(count), "-m", "patchsweep", "run"]
-    return subprocess.Popen(
-        [*command, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
-    )
-
-
-def said(process: subprocess.Popen[str]) -> list[str]:
-    """What the processes themselves said until they ended; launchers say more."""
-    _, err = process.communicate(timeout=PATIENCE)
-    return [line for line in err.splitlines() if line.startswith("patchsweep: ")]
-
-
-def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(launcher: Process) -> list[psutil.Process]:
     return [p for p in psutil.Process(launcher.pid).children() if "patchsweep" in p.cmdline()]
-
-
-def check_equal(out: Path, job: Job) -> None:
-    assert ps.open(out).complete
-    assert arrays(out) == arrays(job.whole)
-    now, before = (dict(ps.open(path).attrs) for path in (out, job.whole))
-    assert now["joint"] == before["joint"]
-    assert now["plan"] == before["plan"]
 
 
 def test_as_many_as_there_are_end_alike(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "r.zarr"
-    process = start(ACCELERATE, 4, job.spec, "--out", out)
+    process = launch(ACCELERATE, 4, job.spec, "--out", out)
     assert said(process) == []
     assert process.returncode == 0
     check_equal(out, job)
@@ -118,7 +74,7 @@ def test_what_is_estimated_and_chosen_ends_alike(tmp_path: Path) -> None:
     estimated = {"components": ["head_z", "mlp_out"], "metrics": ["logit_diff"], "edges": "eap"}
     job = made(tmp_path / "job", **estimated, prefilter={"keep": "30%", "audit": 4})
     out = tmp_path / "r.zarr"
-    process = start(ACCELERATE, 2, job.spec, "--out", out)
+    process = launch(ACCELERATE, 2, job.spec, "--out", out)
     assert said(process) == []
     assert process.returncode == 0
     check_equal(out, job)
@@ -126,37 +82,20 @@ def test_what_is_estimated_and_chosen_ends_alike(tmp_path: Path) -> None:
     assert {"head_z/logit_diff_estimate", "edges/logit_diff", "choice/head_z_status"} <= set(whole)
 
 
-def disturb(job: Job, out: Path, how: list[Callable[..., None]], seed: int) -> None:
-    """Run `job` into `out` with two processes, ended in every round in another way."""
-    rng = np.random.default_rng(seed)
-    total = blocks_done(job.whole)
-    command: list[str | Path] = [job.spec, "--out", out]
-    for i, ending in enumerate(how):
-        goal = total * 2 / 3 * (i + rng.uniform()) / len(how)
-        goal = max(goal, blocks_done(out) + 1)  # both are at work by then
-        process = start(TORCHRUN, 2, *command, **slow_from(goal + 2))
-        wait(process, lambda goal=goal: blocks_done(out) >= goal)  # type: ignore[misc]
-        time.sleep(rng.uniform(0, 0.05))  # somewhere within a wave
-        ending(process, rng, job, out)
-        check_what_is_left(out, job.whole)
-        command = [job.spec, "--out", out, "--resume"]
-    assert 0 < blocks_done(out) < total
-
-
-def kill_one(process: subprocess.Popen[str], rng: np.random.Generator, *_: Any) -> None:
+def kill_one(process: Process, rng: np.random.Generator, *_: Any) -> None:
     """The launcher ends the other one."""
     workers(process)[rng.integers(2)].kill()
     check_go_on(said(process), "terminated")
     assert process.returncode != 0
 
 
-def kill_all(process: subprocess.Popen[str], *_: Any) -> None:
+def kill_all(process: Process, *_: Any) -> None:
     for each in [psutil.Process(process.pid), *workers(process)]:
         each.kill()
     assert said(process) == []
 
 
-def terminate(process: subprocess.Popen[str], _: Any, job: Job, out: Path) -> None:
+def terminate(process: Process, _: Any, job: Job, out: Path) -> None:
     """First, nobody else may write there, the same sweep or another one."""
     for direction in ("denoise", "noise"):
         spec = ps.load_spec(job.spec, [f"out={out}", f"direction={direction}"])
@@ -180,11 +119,11 @@ def check_go_on(lines: list[str], word: str) -> None:
 
 def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "r.zarr"
-    disturb(job, out, [kill_one, kill_all, terminate], seed=0)
+    disturb(job, out, TWO, [kill_one, kill_all, terminate], seed=0)
     # A launcher that may starts the group again, which goes on with what is there.
     out.rename(tmp_path / "s.zarr")
     slow = slow_from(blocks_done(tmp_path / "s.zarr") + 2)
-    process = start(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume", **slow)
+    process = launch(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume", **slow)
     wait(process, partial(_any_computed, job_folder(tmp_path / "s.zarr")))
     workers(process)[0].kill()
     ended, again = said(process)
@@ -201,8 +140,8 @@ def _any_computed(folder: Path) -> bool:
 @pytest.mark.slow
 def test_thirty_kills(tmp_path: Path) -> None:
     job = made(tmp_path / "job", pairs=20, components=["head_z", "mlp_out"])
-    disturb(job, tmp_path / "r.zarr", [kill_one, kill_all] * 15, seed=1)
-    assert start(TORCHRUN, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
+    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all] * 15, seed=1)
+    assert launch(TORCHRUN, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
 
 
@@ -218,21 +157,21 @@ def test_three_kills_of_a_real_model(tmp_path: Path) -> None:
     }
     spec.write_text(yaml.safe_dump(said))
     job = Job(spec, tmp_path / "whole.zarr")
-    assert start(TORCHRUN, 1, spec, "--out", job.whole).wait() == 0
-    disturb(job, tmp_path / "r.zarr", [kill_one, kill_all, kill_one], seed=2)
-    assert start(TORCHRUN, 2, spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
+    assert launch(TORCHRUN, 1, spec, "--out", job.whole).wait() == 0
+    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all, kill_one], seed=2)
+    assert launch(TORCHRUN, 2, spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
 
 
 def test_what_is_wrong_is_said_once(job: Job) -> None:
-    process = start(ACCELERATE, 2, job.spec, "--out", job.whole)
+    process = launch(ACCELERATE, 2, job.spec, "--out", job.whole)
     mend = "use --resume to continue it or --overwrite to replace it"
     assert said(process) == [f"patchsweep: {job.whole} exists already: {mend}"]
     assert process.returncode != 0
 
 
 def test_a_launcher_that_starts_one_process(job: Job, tmp_path: Path) -> None:
-    process = start(ACCELERATE.replace("--multi_gpu", "--cpu"), 2, job.spec, "--out", tmp_path)
+    process = launch(ACCELERATE.replace("--multi_gpu", "--cpu"), 2, job.spec, "--out", tmp_path)
     [line] = said(process)
     assert "was told to start several processes and has started one" in line
     assert process.returncode != 0

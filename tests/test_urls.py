@@ -28,8 +28,8 @@ from patchsweep.pairs import Pair
 from patchsweep.spec import parse_spec
 from patchsweep.store import Store, job_folder, locked, remove
 from patchsweep.store.bucket import _objects
+from processes import TORCHRUN, launch, said
 from test_integrity import GRID, PAIRS, WRITES, fill
-from test_many_processes import TORCHRUN, said, start
 from tiny import build, rows, save, tokenizer, write_pairs, write_spec
 
 SETTINGS: dict[str, Any] = {
@@ -420,7 +420,7 @@ def test_many_processes(whole: Whole, tmp_path: Path, monkeypatch: pytest.Monkey
     write_pairs(tmp_path / "pairs.jsonl", rows(2))
     model = save(tmp_path / "model")
     spec = write_spec(tmp_path, model, **SETTINGS, out=None, direction="denoise")
-    process = start(TORCHRUN, 2, spec, "--out", (tmp_path / "r.zarr").as_uri())
+    process = launch(TORCHRUN, 2, spec, "--out", (tmp_path / "r.zarr").as_uri())
     assert said(process) == []
     assert process.returncode == 0
     assert chunks(in_folder(tmp_path / "r.zarr")) == chunks(in_folder(whole.out))
