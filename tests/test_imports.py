@@ -42,7 +42,7 @@ LEVELS = (
     ("means", "selftest", "attribution", "splitting"),
     ("prepare", "backends"),
     ("append", "assembly", "planning", "provenance"),
-    ("joint",),
+    ("joint", "output"),
     ("engine",),
     ("demo", "verification", "reproduce"),
     ("commands",),

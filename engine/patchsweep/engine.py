@@ -3,43 +3,43 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from patchsweep import append as appending
 from patchsweep import attribution
 from patchsweep import results as results_of
 from patchsweep.assembly import Assembly
-from patchsweep.backends import opened, taken
+from patchsweep.backends import Backend, opened, taken
 from patchsweep.distributed import Processes, alone, launched, restarted
-from patchsweep.edges import Node, receivers, senders
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
+from patchsweep.forward import Forward
 from patchsweep.integrity import withdraw
 from patchsweep.job import Progress, job, log
 from patchsweep.joint import joint_effects
-from patchsweep.layout import NAMES
 from patchsweep.memory import enough_memory
 from patchsweep.model import Model, load_model
 from patchsweep.offload import unreachable
+from patchsweep.output import found, further, shared
 from patchsweep.pairs import Pair
 from patchsweep.plan import Cut, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import digest, prepare
 from patchsweep.prompts import build_pairs
-from patchsweep.provenance import check_append, check_same, difference, provenance
+from patchsweep.provenance import provenance
 from patchsweep.results import Results
 from patchsweep.sae import SAE
 from patchsweep.spec import Spec, Sweep, parse_settings
 from patchsweep.splitting import Launch, Splitting
-from patchsweep.store import WAVES_SPLIT, Store, check_free, exists, put_back, remove
-from patchsweep.wave import launch_wave, wavefront
+from patchsweep.store import WAVES_SPLIT, Store, remove
+from patchsweep.values import Values
+from patchsweep.wave import launch_wave
 from patchsweep.writer import background
 
 T = TypeVar("T")
@@ -115,10 +115,10 @@ def carry_out(
     processes = processes or alone()
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
-    found = None
+    there = None
     if processes.first:
-        found = _found(out, settings, resume or overwrite or append)
-    existing = None if overwrite else found
+        there = found(out, settings, resume or overwrite or append)
+    existing = None if overwrite else there
     sae = load_autoencoder(settings)
     plan = _planned(model, pairs, settings, sae, existing, append, processes)
     fingerprint = model.fingerprint
@@ -128,58 +128,24 @@ def carry_out(
         enough_memory(),
         opened(model, plan, settings, sae, fingerprint) as backend,
     ):
-        forward, carry = backend.forward, backend.carry
-        estimators = attribution.chosen(settings)
-        if (estimators or settings.edges) and carry is not wavefront:
-            names = () if estimators else attribution.EDGES
-            raise attribution.not_on(backend.record["backend_reason"], *names)
-        values = prepare(forward, plan, settings, model.tokenizer, sae, carry)
-        attrs = provenance(model, plan, settings, fingerprint) | backend.record
-        attrs["plan"] = taken(plan, attrs["backend"]).counts()
-        attrs["values"] = digest(values, plan, model.tokenizer)
-        attrs["noise_scale"] = values.noise_scale
+        attribution.check_backend(settings, backend.record)
+        values = prepare(backend.forward, plan, settings, model.tokenizer, sae, backend.carry)
+        attrs = _attributes(model, plan, settings, fingerprint, backend, values)
         fill = None
-        if existing and (what := difference(existing, attrs)):
-            refused = appending.refusal(existing, plan, settings, attrs, values, model.tokenizer)
-            check_append(existing, what, refused, append)
-            attrs |= appending.described(existing)
-            fill = partial(appending.copy, existing)
         if existing:
+            fill = further(existing, append, plan, settings, attrs, values, model.tokenizer)
+            attrs |= appending.described(existing) if fill else {}
             for damage in withdraw(existing):
                 log.warning("done again: %s", damage)
         if fill or not existing:
-            attribution.tried(forward, plan, settings, values)
-        if overwrite and found:
+            attribution.tried(backend.forward, plan, settings, values)
+        if overwrite and there:
             remove(out)  # only now can nothing be refused any more
-        if processes.first:
-            goes_on = existing if not fill else None
-            store = goes_on or _create(out, plan, settings, model, attrs, fill)
-        else:
-            processes.told("created")
-            store = Store.open(out, "r+", settings.fsync)
-            check_same(store, attrs)
-        done = {name: store.done(name) for name in plan.grids}
-        processes.tell("created", 1)
-        if estimators:
-            attribution.write_estimates(forward, plan, settings, values, store, processes)
-            plan = _chosen(plan, settings, store, processes)
-        if settings.edges:
-            attribution.write_edges(forward, plan, settings, values, store, processes)
-        launch = partial(launch_wave, forward, values=values, carry=carry)
-        _run_waves(launch, forward.waves_in_flight, plan, settings, store, done, processes)
-        with processes.after_first("finished"):
-            if processes.first:
-                store.set_attrs(joint=joint_effects(launch, plan, settings, results_of.open(out)))
+        goes_on = existing if not fill else None
+        store = shared(out, goes_on, plan, settings, model, attrs, fill, processes)
+        _filled(backend, plan, settings, values, store, processes)
     processes.leave()
     return results_of.open(out)
-
-
-def _found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:
-    """The results that are there already. BadInput if there are some, and none are wanted."""
-    put_back(out)
-    if not wanted:
-        check_free(out)
-    return Store.open(out, "r+", settings.fsync) if exists(out) else None
 
 
 def _planned(
@@ -210,13 +176,57 @@ def _planned(
     return plan
 
 
-def _chosen(plan: Plan, settings: Sweep, store: Store, processes: Processes) -> Plan:
-    """The plan with only the chosen cells of what was estimated, chosen by the first process."""
-    processes.wait("estimated")
-    with processes.after_first("chosen"):
-        plan = attribution.chosen_cells(plan, settings, store)
+def _attributes(
+    model: Model, plan: Plan, settings: Sweep, fingerprint: str, backend: Backend, values: Values
+) -> dict[str, Any]:
+    """The root attributes of the results."""
+    attrs = provenance(model, plan, settings, fingerprint) | backend.record
+    attrs["plan"] = taken(plan, attrs["backend"]).counts()
+    attrs["values"] = digest(values, plan, model.tokenizer)
+    attrs["noise_scale"] = values.noise_scale
+    return attrs
+
+
+def _filled(
+    backend: Backend,
+    plan: Plan,
+    settings: Sweep,
+    values: Values,
+    store: Store,
+    processes: Processes,
+) -> None:
+    """Compute and write what is not there yet; returns when nothing is missing."""
+    done = {name: store.done(name) for name in plan.grids}
+    processes.tell("created", 1)
+    plan = _estimated(backend.forward, plan, settings, values, store, processes)
+    launch = partial(launch_wave, backend.forward, values=values, carry=backend.carry)
+    in_flight = backend.forward.waves_in_flight
+    _run_waves(launch, in_flight, plan, settings, store, done, processes)
+    with processes.after_first("finished"):
         if processes.first:
-            store.set_attrs(plan=plan.counts())
+            whole = results_of.open(store.path)
+            store.set_attrs(joint=joint_effects(launch, plan, settings, whole))
+
+
+def _estimated(
+    forward: Forward,
+    plan: Plan,
+    settings: Sweep,
+    values: Values,
+    store: Store,
+    processes: Processes,
+) -> Plan:
+    """Write what is estimated; the plan with only those cells that are run after that, chosen by
+    the first process."""
+    if attribution.chosen(settings):
+        attribution.write_estimates(forward, plan, settings, values, store, processes)
+        processes.wait("estimated")
+        with processes.after_first("chosen"):
+            plan = attribution.chosen_cells(plan, settings, store)
+            if processes.first:
+                store.set_attrs(plan=plan.counts())
+    if settings.edges:
+        attribution.write_edges(forward, plan, settings, values, store, processes)
     return plan
 
 
@@ -281,47 +291,3 @@ def _ahead(coming: Iterator[T], count: int) -> Iterator[T]:
         if len(taken) > count:
             yield taken.popleft()
     yield from taken
-
-
-def _create(
-    out: str | Path,
-    plan: Plan,
-    settings: Sweep,
-    model: Model,
-    attrs: dict[str, Any],
-    fill: Callable[[Store], None] | None = None,
-) -> Store:
-    double = model.hf_model.dtype == torch.float64
-    return Store.create(
-        out,
-        list(plan.chunks.grids.values()),
-        [m.column for m in settings.metrics],
-        plan.pairs,
-        lambda token: model.tokenizer.decode([token]),
-        attrs,
-        "float64" if double else "float32",
-        _site_columns(plan),
-        (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
-        settings.fsync,
-        fill,
-    )
-
-
-def _texts(nodes: Sequence[Node]) -> list[str]:
-    return list(map(str, nodes))
-
-
-def _site_columns(plan: Plan) -> dict[str, Any]:
-    """The sites of the sets, as the results keep them, [site]."""
-    table = plan.layouts.table
-    if table is None:
-        return {}
-    sources = ["", *(s.name for s in plan.sources)]
-    return {
-        "set": table.set,
-        "component": [NAMES[code] for code in table.component],
-        "layer": table.layer,
-        "unit": table.unit,
-        "position": [table.entries[entry] for entry in table.entry],
-        "source": [sources[number + 1] for number in table.source],
-    }

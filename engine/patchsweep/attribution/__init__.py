@@ -17,13 +17,12 @@ from patchsweep.attribution.eap import score_edges
 from patchsweep.attribution.estimate import STEPS, Estimates, estimate_pairs
 from patchsweep.attribution.estimators import (
     DEFAULT,
-    EDGES,
     ESTIMATORS,
     Estimator,
     check,
+    check_backend,
     check_edges,
     chosen,
-    not_on,
 )
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.attribution.sweep import (
@@ -36,18 +35,17 @@ from patchsweep.attribution.sweep import (
 
 __all__ = [
     "DEFAULT",
-    "EDGES",
     "ESTIMATORS",
     "STEPS",
     "Estimates",
     "Estimator",
     "check",
+    "check_backend",
     "check_edges",
     "chosen",
     "chosen_cells",
     "estimate_pairs",
     "expected",
-    "not_on",
     "pair_ranges",
     "score_edges",
     "tried",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from patchsweep.errors import BadInput
 from patchsweep.metrics import DIVERGENCES
@@ -32,7 +32,7 @@ DEFAULT: dict[str, Estimator] = {
 }
 THROUGH_PATTERNS = ("head_q", "head_k", "head_pattern")
 NO_GRADIENT = ("rank", "accuracy")
-EDGES = ("scores of edges", "edges")  # what `not_on` says of them
+EDGES = ("scores of edges", "edges")  # what `_not_on` says of them
 
 
 def chosen(settings: Sweep) -> dict[str, str]:
@@ -62,7 +62,7 @@ def chosen(settings: Sweep) -> dict[str, str]:
     except BadInput as error:
         raise BadInput(f"{key}: {error}") from error
     if settings.backend == "nnsight":
-        raise not_on("it is asked for")
+        raise _not_on("it is asked for")
     return estimators
 
 
@@ -83,10 +83,18 @@ def check_edges(settings: Sweep) -> None:
                 "resample, or leave edges out"
             )
     if settings.backend == "nnsight":
-        raise not_on("it is asked for", *EDGES)
+        raise _not_on("it is asked for", *EDGES)
 
 
-def not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:
+def check_backend(settings: Sweep, record: Mapping[str, Any]) -> None:
+    """BadInput where a sweep with estimates or edges runs through nnsight after all; `record` says
+    why it does (`backends.Backend`)."""
+    estimators = chosen(settings)
+    if (estimators or settings.edges) and record["backend"] == "nnsight":
+        raise _not_on(record["backend_reason"], *(() if estimators else EDGES))
+
+
+def _not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:
     """What is said where a sweep runs through nnsight, for this reason."""
     return BadInput(
         f"{what} are not made through nnsight ({reason}): leave {keys} out, or use the wavefront"

@@ -1,0 +1,114 @@
+"""Where a sweep's results go: what is there already, gone on with, made larger or created."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from patchsweep import append as appending
+from patchsweep.distributed import Processes
+from patchsweep.edges import Node, receivers, senders
+from patchsweep.layout import NAMES
+from patchsweep.model import Model
+from patchsweep.plan import Plan
+from patchsweep.provenance import check_append, check_same, difference
+from patchsweep.spec import Sweep
+from patchsweep.store import Store, check_free, exists, put_back
+from patchsweep.values import Values
+
+Fill = Callable[[Store], None]
+
+
+def found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:
+    """The results that are there already. BadInput if there are some, and none are wanted."""
+    put_back(out)
+    if not wanted:
+        check_free(out)
+    return Store.open(out, "r+", settings.fsync) if exists(out) else None
+
+
+def further(
+    existing: Store,
+    append: bool,
+    plan: Plan,
+    settings: Sweep,
+    attrs: dict[str, Any],
+    values: Values,
+    tokenizer: Any,
+) -> Fill | None:
+    """What fills larger results with those that are there, if something is appended to them; None
+    if they are only gone on with. BadInput if they are of another sweep."""
+    what = difference(existing, attrs)
+    if not what:
+        return None
+    refused = appending.refusal(existing, plan, settings, attrs, values, tokenizer)
+    check_append(existing, what, refused, append)
+    return partial(appending.copy, existing)
+
+
+def shared(
+    out: str | Path,
+    goes_on: Store | None,
+    plan: Plan,
+    settings: Sweep,
+    model: Model,
+    attrs: dict[str, Any],
+    fill: Fill | None,
+    processes: Processes,
+) -> Store:
+    """The results that all processes write to: created by the first of them where it does not go on
+    with what is there. BadInput in the others if they were not started on the same sweep."""
+    if processes.first:
+        return goes_on or _created(out, plan, settings, model, attrs, fill)
+    processes.told("created")
+    store = Store.open(out, "r+", settings.fsync)
+    check_same(store, attrs)
+    return store
+
+
+def _created(
+    out: str | Path,
+    plan: Plan,
+    settings: Sweep,
+    model: Model,
+    attrs: dict[str, Any],
+    fill: Fill | None,
+) -> Store:
+    double = model.hf_model.dtype == torch.float64
+    return Store.create(
+        out,
+        list(plan.chunks.grids.values()),
+        [m.column for m in settings.metrics],
+        plan.pairs,
+        lambda token: model.tokenizer.decode([token]),
+        attrs,
+        "float64" if double else "float32",
+        _site_columns(plan),
+        (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
+        settings.fsync,
+        fill,
+    )
+
+
+def _texts(nodes: Sequence[Node]) -> list[str]:
+    return list(map(str, nodes))
+
+
+def _site_columns(plan: Plan) -> dict[str, Any]:
+    """The sites of the sets, as the results keep them, [site]."""
+    table = plan.layouts.table
+    if table is None:
+        return {}
+    sources = ["", *(s.name for s in plan.sources)]
+    return {
+        "set": table.set,
+        "component": [NAMES[code] for code in table.component],
+        "layer": table.layer,
+        "unit": table.unit,
+        "position": [table.entries[entry] for entry in table.entry],
+        "source": [sources[number + 1] for number in table.source],
+    }
