@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictStr
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictStr, ValidationError
 
 from patchsweep.errors import BadInput
 from patchsweep.store import path_or_url
@@ -24,6 +24,23 @@ PathOrUrl = Annotated[Path | StrictStr, BeforeValidator(_path_or_url)]  # text: 
 
 class Data(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+D = TypeVar("D", bound=Data)
+
+
+def made(kind: type[D], options: Mapping[str, Any], where: str = "") -> D:
+    """A part of a spec from its options. ValueError, which begins with `where`, for the first that
+    is wrong."""
+    try:
+        return kind.model_validate(dict(options))
+    except ValidationError as error:
+        raise ValueError(f"{where}{explain(in_order(error)[0], kind)}") from error
+
+
+def in_order(error: ValidationError) -> list[Any]:
+    """Errors, misspelt keys first: each also leaves the right one missing."""
+    return sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
 
 
 def named(value: object, what: str) -> tuple[str, Mapping[str, Any]]:
@@ -72,5 +89,9 @@ def explain(error: Any, kind: type[BaseModel]) -> str:
         return f"{colon}{error['ctx']['error']}"
     if error["type"] == "path_type":
         return f"{colon}should be a path, and is {error['input']!r}"
+    if error["type"] in ("model_type", "dict_type"):
+        return f"{colon}should be a mapping, {{key: value}}, and is {error['input']!r}"
+    if error["type"] == "tuple_type":
+        return f"{colon}should be a list, and is {error['input']!r}"
     message = error["msg"].replace("Input should be", "should be")
     return f"{colon}{message}, and is {error['input']!r}"

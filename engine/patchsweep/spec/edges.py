@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt
 
-from patchsweep.spec.data import Data, explain, named
+from patchsweep.spec.data import Data, made, named
 
 
 class Edges(Data):
@@ -32,10 +32,7 @@ def _edges(value: object) -> object:
         if options:
             raise ValueError("eap has no options: write eap")
         return Edges(name="eap", steps=1)
-    try:
-        return Edges(name="eap_ig", steps=Options(**options).steps)
-    except ValidationError as error:
-        raise ValueError(f"eap_ig: {explain(error.errors()[0], Options)}") from error
+    return Edges(name="eap_ig", steps=made(Options, options, "eap_ig: ").steps)
 
 
 def _edges_data(edges: Edges | None) -> Any:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator
 
-from patchsweep.spec.data import Data, explain
+from patchsweep.spec.data import Data, made
 
 
 def _estimators(value: object) -> object:
@@ -72,12 +72,7 @@ class Prefilter(Data):
 
 
 def _prefilter(value: object) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    try:
-        return Prefilter(**value)
-    except ValidationError as error:
-        raise ValueError(explain(error.errors()[0], Prefilter)) from error
+    return made(Prefilter, value) if isinstance(value, Mapping) else value
 
 
 MaybePrefilter = Annotated[Prefilter | None, BeforeValidator(_prefilter)]

@@ -7,11 +7,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr
 
 from patchsweep.errors import BadInput
 from patchsweep.sites import Direction, Site, parse_site
-from patchsweep.spec.data import Data, PathOrUrl, explain, list_of
+from patchsweep.spec.data import Data, PathOrUrl, list_of, made
 
 
 def _site(value: object) -> Site:
@@ -44,10 +44,7 @@ def _set(value: object) -> object:
     if isinstance(value, Complement):
         return value
     if isinstance(value, Mapping):
-        try:
-            return Complement(**value)
-        except ValidationError as error:
-            raise ValueError(explain(error.errors()[0], Complement)) from error
+        return made(Complement, value)
     return tuple(_site(site) for site in list_of(value, "site"))
 
 
@@ -68,13 +65,33 @@ class FromResults(Data):
     top: Annotated[StrictInt, Field(ge=1)] = 100
 
 
+def _ranking(value: object) -> object:
+    """A list of sites, or the cells of results."""
+    if isinstance(value, FromResults):
+        return value
+    if isinstance(value, Mapping):
+        return made(FromResults, value)
+    return tuple(_site(site) for site in list_of(value, "site"))
+
+
+def _sizes(value: object) -> object:
+    if isinstance(value, str):
+        if value != "auto":
+            raise ValueError(f"'{value}' is not known: use auto or a list such as [1, 10, 100]")
+        return value
+    for n in (sizes := list_of(value, "number of sites")):
+        if type(n) is not int or n < 1:
+            raise ValueError(f"{n!r} is no number of sites: use whole numbers above 0")
+    return sizes
+
+
 class Circuit(Data):
     """A curve of performance against circuit size: the best k sites of a ranking, for k in `sizes`,
     and all other sites of the components `within` (those of the ranking if left out)."""
 
-    ranking: tuple[SiteText, ...] | FromResults
+    ranking: Annotated[tuple[SiteText, ...] | FromResults, BeforeValidator(_ranking)]
     within: tuple[StrictStr, ...] = ()
-    sizes: Literal["auto"] | tuple[Annotated[StrictInt, Field(ge=1)], ...] = "auto"
+    sizes: Annotated[Literal["auto"] | tuple[int, ...], BeforeValidator(_sizes)] = "auto"
 
 
 class Autoencoder(Data):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr, ValidationError
+from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr
 
-from patchsweep.spec.data import Data, explain, list_of, named
+from patchsweep.spec.data import Data, list_of, made, named
 
 
 def _positive(value: object) -> object:
@@ -20,6 +20,15 @@ def _positive(value: object) -> object:
     return tuple(float(n) for n in numbers)
 
 
+def _tokens(value: object) -> object:
+    if value == "differ":
+        return value
+    for token in (tokens := list_of(value, "index or label")):
+        if type(token) not in (int, str):
+            raise ValueError(f"{token!r} is no token index and no label")
+    return tokens
+
+
 class Gaussian(Data):
     """Corrupt by Gaussian noise on token embeddings (Meng et al. 2022, ROME).
 
@@ -29,7 +38,9 @@ class Gaussian(Data):
     """
 
     sigma: Annotated[tuple[float, ...], BeforeValidator(_positive)] = (3.0,)
-    tokens: Literal["differ"] | tuple[StrictInt | StrictStr, ...] = "differ"
+    tokens: Annotated[Literal["differ"] | tuple[int | str, ...], BeforeValidator(_tokens)] = (
+        "differ"
+    )
     samples: Annotated[StrictInt, Field(ge=1)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     std: Literal["tokens", "table"] = "tokens"
@@ -44,10 +55,7 @@ def _corrupt(value: object) -> object:
         name, options = named(value, "corruption")
         if name != "gaussian":
             raise ValueError(f"unknown corruption '{name}': use pairs or gaussian")
-        try:
-            return Gaussian(**options)
-        except ValidationError as error:
-            raise ValueError(f"gaussian: {explain(error.errors()[0], Gaussian)}") from error
+        return made(Gaussian, options, "gaussian: ")
     return value
 
 
@@ -105,13 +113,8 @@ def _sources(value: object) -> tuple[SourceOf, ...]:
                 "source mean needs the prompts to average over: write "
                 "{mean: {prompts: clean}}, corrupt, or a pairs file"
             )
-        try:
-            made: Any = SOURCES[name](**options) if name in SOURCES else None
-        except ValidationError as error:
-            raise ValueError(
-                f"source {name}: {explain(error.errors()[0], SOURCES[name])}"
-            ) from error
-        out.append((name, made))
+        of: Any = made(SOURCES[name], options, f"source {name}: ") if name in SOURCES else None
+        out.append((name, of))
     list_of([name for name, _ in out], "source")
     return tuple(out)
 

@@ -20,7 +20,7 @@ from pydantic import (
 from patchsweep.errors import BadInput
 from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
-from patchsweep.spec.data import Data, PathOrUrl, explain, list_of
+from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
@@ -106,6 +106,8 @@ class Sweep(Data):
         if isinstance(value, Mapping):
             if not value:
                 raise ValueError("the mapping is empty: name at least one group of positions")
+            if wrong := [name for name in value if not isinstance(name, str)]:
+                raise ValueError(f"{wrong[0]!r} names a group of positions: quote it")
             return {name: cls._entries(entries) for name, entries in value.items()}
         return cls._entries(value)
 
@@ -159,7 +161,10 @@ class Spec(Sweep):
     @classmethod
     def _max_memory(cls, value: object) -> object:
         if value is not None:
-            memory_limits(value)
+            try:
+                memory_limits(value)
+            except BadInput as error:
+                raise ValueError(str(error).removeprefix("max_memory: ")) from error
         return value
 
     @model_validator(mode="after")
@@ -184,8 +189,7 @@ def _validated(kind: type[S], data: Mapping[str, Any], where: str) -> S:
     try:
         return kind.model_validate(data)
     except ValidationError as error:
-        # A misspelt key also leaves the right one missing: name the misspelt one.
-        found = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+        found = in_order(error)
         more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
         raise BadInput(f"{where}: {explain(found[0], _owner(found[0]))}{more}") from error
 
