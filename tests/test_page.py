@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,39 @@ def test_sets_alone(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn, np.concatenate(effects))
 
 
+def test_every_source_has_its_windows_and_sets(tmp_path: Path) -> None:
+    """And its own tokens: no corrupt prompt was run."""
+    model = ps.wrap(build(2), tokenizer())
+    mean = {"mean": {"prompts": "clean", "by": "position"}}
+    given: dict[str, Any] = {"source": ["zero", mean], "direction": "noise", "windows": [2]}
+    given |= {"sets": {"one": ["mlp_out.0@2"]}, "components": ["mlp_out"]}
+    pairs = pairs_of(model, rows(2))
+    named = [replace(p, origin=name) for p, name in zip(pairs, ("ioi", "p.jsonl"), strict=True)]
+    results = ps.sweep(model, named, out=tmp_path / "r.zarr", **given)
+    # Where pairs are from is for titles: the same sweep goes on without it.
+    ps.sweep(model, pairs, out=tmp_path / "r.zarr", resume=True, **given)
+    text = page(results)
+    assert f"<h1>{model.name}, ioi + p.jsonl, 2 pairs</h1>" in text
+    [component] = embedded(text)["components"]
+    sums = []
+    for way in component["ways"]:
+        asked = "mlp_out", 2, "logit_diff", "noise", way["source"]
+        joint, total = results.windows(*asked)
+        assert np.array_equal(joint[0, 2], results.effect("sets", *asked[2:])[0, 0, 2])
+        found = way["metrics"]["logit_diff"]["windows"]["2"]
+        for mine, true in zip(found, (joint, total), strict=True):
+            np.testing.assert_allclose(floats(mine), true, rtol=1e-4)
+        sums.append(total)
+        assert f"<h2>Sets, noise, from {way['source']}: largest" in text
+    assert not np.array_equal(*sums)
+    names = {file.name for file in plot(results, tmp_path, formats=("svg",))}
+    for source in ("zero", "mean"):
+        assert f"mlp_out-logit_diff-noise-{source}-window_2_joint.svg" in names
+        assert f"sets-logit_diff-{source}.svg" in names
+    assert component["tokens"]["corrupt"] == component["tokens"]["clean"]
+    assert results.store.read("prompts/corrupt_text").tolist() != component["tokens"]["clean"]
+
+
 def test_hostile_names_do_not_leave_the_data(tmp_path: Path) -> None:
     """A model's name, and a token, that would close the script element."""
     model = ps.wrap(build(2), Hostile(), "</script><b>")
@@ -248,9 +282,14 @@ const found = steps.map(({ choose, over }) => {
     detections: rowsOf("detections").length,
     points: document.querySelectorAll("#scatter circle").length };
 });
+const keys = ["ArrowRight", "ArrowDown"].map((key) => {
+  const press = new KeyboardEvent("keydown", { key, bubbles: true });
+  document.querySelector("#map svg").dispatchEvent(press);
+  return document.querySelector("#hover h3").textContent;
+});
 const requests = performance.getEntriesByType("resource").length;
 document.body.append(Object.assign(document.createElement("pre"),
-  { id: "found", textContent: JSON.stringify({ found, requests }) }));
+  { id: "found", textContent: JSON.stringify({ found, keys, requests }) }));
 </script>
 """
 
@@ -313,6 +352,10 @@ def test_in_a_browser(results: Results, text: str, tmp_path: Path) -> None:
     assert int(fourth["marks"][10]) == cell
     assert number(fourth, "kl", 3) == pytest.approx(one.ravel()[cell], rel=1e-3)
 
+    assert [head.split(", position")[0] for head in told["keys"]] == [
+        "mlp_out, layers 1 to 2",
+        "mlp_out, layers 0 to 1",
+    ]
     joint, total = results.windows("mlp_out", 2, "kl", "denoise")
     assert number(window, "kl", 1) == pytest.approx(joint.ravel()[9], rel=1e-3)
     assert number(window, "kl", 2) == pytest.approx(total.ravel()[9], rel=1e-3)

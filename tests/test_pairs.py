@@ -87,6 +87,7 @@ def test_jsonl_and_csv_agree(tmp_path: Path, tokenizer: PreTrainedTokenizerFast)
         write(tmp_path / "p.csv", "clean,corrupt,answer,wrong,labels,group", *cells), tokenizer
     )
     assert jsonl == csv
+    assert [p.origin for p in jsonl + csv] == ["p.jsonl"] * 2 + ["p.csv"] * 2
     assert [len(p.answer) for p in csv] == [2, 1]
     assert [len(p.wrong) for p in csv] == [1, 0]
 

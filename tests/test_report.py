@@ -56,7 +56,8 @@ def make(
         for component, units in (("head_z", HEADS), ("mlp_out", 1))
     ]
     attrs = {
-        "spec": {"prompts": {"task": "ioi", "n": len(pairs)}, "direction": "both"},
+        "spec": {"direction": "both"},
+        "prompts": ["ioi"],
         "model": "tiny",
         "sources": [{"name": "other", "normalised": True}],
         "model_fingerprint": "f" * 64,
@@ -105,7 +106,7 @@ def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
     text = shown(make(tmp_path / "r.zarr", ONE))
     assert max(map(len, text.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "prompts 1 pair of 15 tokens (task ioi)" in lines
+    assert "prompts 1 pair of 15 tokens (ioi)" in lines
     assert "head_z 6,480 cells exact, 1,620 structural" in lines
     assert "logit_diff 3 -1 1.0e-06" in lines
     assert "9.6 10 ' John/ Mary' 2.6 +0.900" in lines

@@ -382,6 +382,12 @@ def test_wrong_options(options: dict[str, Any], words_: list[str]) -> None:
     assert all(word in str(error.value) for word in words_)
 
 
+def test_pairs_know_their_task() -> None:
+    t = tokenizer("smollm2")
+    assert ioi(t, 1, templates="all")[0].origin == "ioi"
+    assert ioi(t, 1, corruption="abc")[0].origin == "ioi, corruption abc"
+
+
 def test_unknown_task_and_no_pairs() -> None:
     with pytest.raises(BadInput, match="unknown task 'oio': did you mean 'ioi'"):
         find("oio")

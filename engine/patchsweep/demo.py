@@ -16,7 +16,7 @@ from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
 from patchsweep.report.figures import plot
 from patchsweep.report.page import write_page
-from patchsweep.report.show import top_table
+from patchsweep.report.show import print_pairs, top_table
 from patchsweep.results import Results
 from patchsweep.sites import Status
 from patchsweep.spec import parse_spec
@@ -102,19 +102,19 @@ def _report(results: Results, full: FullForwards, console: Console) -> None:
     test = results.attrs["self_test"]
     floor = float(np.nanmax(results.noise_floor("logit_diff")))
     cells = exact + structural
-    console.print(
-        f"exact       {exact:,} cells were run; {test['cells']} of them, run again as full "
-        f"forwards, differ by at most {test['cell_difference']:.1e} logits\n"
-        f"structural  {structural:,} cells cannot differ from the baseline: nothing was run\n"
-        f"noise floor {floor:.1e} logits: a null patch against the baseline\n"
-        f"measured    {seconds:.1f} s for {cells:,} cells: {cells / seconds:,.0f} cells/s, "
-        f"{exact / seconds:,.0f} of them run\n"
-        f"            full forwards, measured now on a pair of median length, unpatched: "
-        f"{1e3 * full.single:.0f} ms a cell one by one, {1e3 * full.batched:.1f} ms in batches "
-        f"of {BATCH}\n"
-        f"            so this sweep was {cells * full.single / seconds:.0f} and "
+    words = {
+        "exact": f"{exact:,} cells were run; {test['cells']} of them, run again as full forwards, "
+        f"differ by at most {test['cell_difference']:.1e} logits",
+        "structural": f"{structural:,} cells cannot differ from the baseline: nothing was run",
+        "noise floor": f"{floor:.1e} logits: a null patch against the baseline",
+        "measured": f"{seconds:.1f} s for {cells:,} cells: {cells / seconds:,.0f} cells/s, "
+        f"{exact / seconds:,.0f} of them run",
+        "full forwards": "measured now on a pair of median length, unpatched: "
+        f"{1e3 * full.single:.0f} ms a cell one by one, {1e3 * full.batched:.1f} ms in batches of "
+        f"{BATCH}",
+        "so this was": f"{cells * full.single / seconds:.0f} and "
         f"{cells * full.batched / seconds:.0f} times faster over the grid, "
-        f"{exact * full.single / seconds:.0f} and {exact * full.batched / seconds:.0f} times "
-        "over the cells that were run",
-        highlight=False,
-    )
+        f"{exact * full.single / seconds:.0f} and {exact * full.batched / seconds:.0f} times over "
+        "the cells that were run",
+    }
+    print_pairs(console, words)

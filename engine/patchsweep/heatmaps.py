@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LONGEST_TOKEN = 20
-LONGEST_MODEL = 50
+LONGEST_NAME = 50
 COLOURS = "RdBu_r"  # diverging, and told apart by the colour-blind
 # What metrics count in, by the first word of their name where that says it.
 UNITS = {"logit": "logits", "logprob": "nats", "kl": "nats", "prob": "probability", "rank": "ranks"}
@@ -95,12 +95,9 @@ def needed() -> None:
 
 
 def heading(results: Reader) -> str:
-    """The model, and the task or file of the prompts where the spec says it."""
-    model = str(results.attrs.get("model", ""))[-LONGEST_MODEL:]
-    prompts = results.attrs.get("spec", {}).get("prompts")
-    given = prompts.get("task") or prompts.get("file") if isinstance(prompts, dict) else None
-    task = next(iter(given)) if isinstance(given, dict) else given
-    return f"{model}, {str(task)[-LONGEST_MODEL:]}" if task else model
+    """The model, and the tasks or files of the prompts where they are known."""
+    names = str(results.attrs.get("model", "")), results.origin
+    return ", ".join(name[-LONGEST_NAME:] for name in names if name)
 
 
 def counted(pairs: int) -> str:

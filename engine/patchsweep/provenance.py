@@ -36,6 +36,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
     device = model.device
     return {
         "spec": spec,
+        "prompts": list(dict.fromkeys(p.origin for p in plan.pairs if p.origin)),
         "estimators": attribution.chosen(settings),
         "edges": spec["edges"],
         "plan_hash": plan.hash,

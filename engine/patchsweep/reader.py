@@ -48,6 +48,11 @@ class Reader:
         return all(self.store.done(name).all() for name in self.components)
 
     @property
+    def origin(self) -> str:
+        """The tasks or files of the prompts; empty where pairs were made by hand."""
+        return " + ".join(self.attrs.get("prompts", []))
+
+    @property
     def only_estimated(self) -> tuple[str, ...]:
         """The components that the sweep estimated and did not run."""
         prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
@@ -70,8 +75,8 @@ class Reader:
     def position_tokens(self, component: str) -> list[str]:
         """The token text at each position of the grid, where all pairs have the same one.
 
-        "clean/corrupt" where the two runs differ; empty where pairs differ or for `all`. Pairs that
-        end before the position do not count.
+        "clean/corrupt" where the two prompts differ and both are run; empty where pairs differ or
+        for `all`. Pairs that end before the position do not count.
         """
         grid = self.grid(component)
         columns = [self._token_column(run, grid) for run in RUNS]
@@ -101,6 +106,13 @@ class Reader:
         return {name for labels in self._labels for name in labels}
 
     @cached_property
+    def _has_corrupt_prompt(self) -> bool:
+        """Whether the corrupt run is that of the corrupt prompt; noise is on the clean one's
+        embeddings, and zero, means and vectors are patched into the clean run."""
+        spec = self.attrs["spec"]
+        return spec.get("corrupt", "pairs") == "pairs" and "other" in spec.get("source", ["other"])
+
+    @cached_property
     def _align(self) -> NDArray[Any]:
         return self.store.read("prompts/align")
 
@@ -123,6 +135,8 @@ class Reader:
         at = at + self._lengths[pair] if at < 0 else at
         if not 0 <= at < self._lengths[pair]:
             return None
+        if not self._has_corrupt_prompt:
+            run = "clean"
         if run == "corrupt":
             at = int(self._align[pair, at])
         return str(self._text[run][pair, at]) if at >= 0 else ""

@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def read_pairs(
     for line, row in readers[path.suffix.lower()](path, text):
         where = f"{path}:{line}"
         _check_row(row, where)
-        pairs.append(make_pair(tokenizer, **row, bos=bos, where=where))
+        pair = make_pair(tokenizer, **row, bos=bos, where=where)
+        pairs.append(replace(pair, origin=path.name))
     if not pairs:
         raise BadInput(f"{path}: no pairs in the file: write at least one")
     return pairs

@@ -24,8 +24,8 @@ class Pair:
     `group` names the template, for clustered statistics. `align` [clean position] is the corrupt
     position that stands for each, −1 for none; None: the same one, in prompts of equal length.
     `others` are further corrupt prompts, each as long as the clean one. `continuation` are the
-    tokens of an answer of several: all prompts end with all but its last. BadInput if these do not
-    fit together.
+    tokens of an answer of several: all prompts end with all but its last. `origin` is the task
+    or the file that the pair is from, for titles. BadInput if these do not fit together.
     """
 
     clean: tuple[int, ...]
@@ -37,6 +37,7 @@ class Pair:
     align: tuple[int, ...] | None = None
     others: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     continuation: tuple[int, ...] = ()
+    origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         _check_labels(self)

@@ -254,7 +254,8 @@ def stored_bytes(dimensions: Dimensions) -> int:
 
 
 def _said(pair: Pair) -> dict[str, object]:
-    return {k: dict(v) if k in ("labels", "others") else v for k, v in vars(pair).items()}
+    said = {k: v for k, v in vars(pair).items() if k != "origin"}
+    return {k: dict(v) if k in ("labels", "others") else v for k, v in said.items()}
 
 
 def _said_of(source: Source) -> dict[str, object]:

@@ -54,27 +54,30 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
         ):
             effect = results.shown_effect(component, metric, direction, source)
             pictures = heatmaps.views(results, component, effect)
-            if number == 0:  # windows are read from the first source
-                pictures += _windows(results, component, metric, direction)
+            pictures += _windows(results, component, metric, direction, source)
             said = [component, metric, direction, *([source] if len(grid.sources) > 1 else [])]
             for picture in pictures:
                 name = re.sub(r"[^\w.=-]", "_", "-".join([*said, picture.view]))
                 yield name, heatmaps.draw(results, component, metric, direction, picture, number)
-    if results.has_circuit:
-        for metric in results.metrics:
-            yield f"circuit-{metric}", _curve(results, metric)
-    elif named := list(results.attrs["spec"].get("sets", {})):
-        for metric in results.metrics:
-            yield f"sets-{metric}", _bars(results, metric, named)
+    if SETS not in results.components:
+        return
+    named = list(results.attrs["spec"].get("sets", {}))
+    sources = results.grid(SETS).sources
+    for metric, source in itertools.product(results.metrics, sources):
+        which = "-".join([metric, *([source] if len(sources) > 1 else [])])
+        if results.has_circuit:
+            yield f"circuit-{which}", _curve(results, metric, source)
+        elif named:
+            yield f"sets-{which}", _bars(results, metric, source, named)
 
 
 def _windows(
-    results: Results, component: str, metric: str, direction: str
+    results: Results, component: str, metric: str, direction: str, source: str
 ) -> list[heatmaps.Heatmap]:
     """Of every size of window what its layers do together, and the sum of what each does alone."""
     pictures = []
     for size in results.window_sizes(component):
-        joint, total = results.windows(component, size, metric, direction)
+        joint, total = results.windows(component, size, metric, direction, source)
         note = f"windows of {size} layers"
         for view, values, how in (
             ("joint", joint, "patched together"),
@@ -86,7 +89,7 @@ def _windows(
     return pictures
 
 
-def _bars(results: Results, metric: str, names: Sequence[str]) -> Figure:
+def _bars(results: Results, metric: str, source: str, names: Sequence[str]) -> Figure:
     """The effect of every named set, with its interval over pairs, one bar a direction."""
     from matplotlib.figure import Figure
 
@@ -97,8 +100,9 @@ def _bars(results: Results, metric: str, names: Sequence[str]) -> Figure:
     axes = figure.add_subplot()
     thick = 0.8 / len(grid.directions)
     for i, direction in enumerate(grid.directions):
-        effect = results.effect(SETS, metric, direction)[0, 0, where]
-        low, high = (end[0, 0, where] for end in results.interval(SETS, metric, direction))
+        asked = SETS, metric, direction, source
+        effect = results.effect(*asked)[0, 0, where]
+        low, high = (end[0, 0, where] for end in results.interval(*asked))
         reach = np.clip([effect - low, high - effect], 0, None)  # NaN, not drawn, of one template
         at = np.arange(len(names)) + (i - (len(grid.directions) - 1) / 2) * thick
         axes.barh(at, effect, thick, xerr=reach, capsize=2, label=direction)
@@ -106,18 +110,21 @@ def _bars(results: Results, metric: str, names: Sequence[str]) -> Figure:
     labels = [name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…" for name in names]
     axes.set_yticks(range(len(names)), labels, fontsize=8, parse_math=False)
     axes.invert_yaxis()
-    axes.set_xlabel(f"effect on {metric} ({heatmaps.scale(results.normalised(0), metric)})")
-    lines = (heatmaps.heading(results), f"sets, n = {heatmaps.counted(grid.pairs)}, 95 % intervals")
+    scale = heatmaps.scale(results.normalised(grid.sources.index(source)), metric)
+    axes.set_xlabel(f"effect on {metric} ({scale})")
+    what = "sets" if len(grid.sources) == 1 else f"sets, {source}"
+    counted = f"n = {heatmaps.counted(grid.pairs)}"
+    lines = (heatmaps.heading(results), f"{what}, {counted}, 95 % intervals")
     axes.set_title("\n".join(lines), fontsize=9, parse_math=False)
     axes.legend(fontsize=8)
     return figure
 
 
-def _curve(results: Results, metric: str) -> Figure:
+def _curve(results: Results, metric: str, source: str) -> Figure:
     """Performance against circuit size."""
     from matplotlib.figure import Figure
 
-    found = results.circuit(metric)
+    found = results.circuit(metric, source)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for values, label in (

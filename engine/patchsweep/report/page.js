@@ -103,7 +103,8 @@ function drawMap() {
   const long = Math.max(...p.columns.map((x) => String(x).length)), turned = long * 7 > w;
   const left = 46, below = (turned ? long * 6.5 + 8 : 16) + 20;
   const right = left + w * p.columns.length, bottom = 6 + h * p.rows.length;
-  const svg = element("svg", { width: right + 96, height: bottom + below, role: "img" });
+  const svg = element("svg", { width: right + 96, height: bottom + below, role: "img",
+    tabindex: 0 });
   const text = (x, y, content, more = {}) =>
     svg.append(element("text", { x, y, ...more }, content));
   all.forEach((row, i) => row.forEach((cell, j) => svg.append(element("rect", {
@@ -133,10 +134,13 @@ function drawMap() {
     + `${metric()} (${scaleText()}); ${way().name}, n = ${chosenPairs()}, ${what}`
     + (known.length === all.flat().length ? "" : c.estimator && !estimated
       ? "; grey: not run, only estimated" : "; grey: no value");
+  svg.setAttribute("aria-label", $("caption").textContent);
 }
 
 function drawScatter() {
   const view = $("view").value, window = view.startsWith("window");
+  const itself = !window && $("against").value === metric(); // says nothing
+  $("scatter").parentElement.style.display = itself ? "none" : "";
   let points;
   if (window) {
     const [, size] = view.split(" "), [joint, sum] = way().metrics[metric()].windows[size];
@@ -207,8 +211,7 @@ function cellHead(cell) {
     + `${c.positions[at.position]} ${quoted(tokens(at.position))}`;
 }
 
-function hover(event) {
-  const { i, w } = event.target.dataset;
+function tell({ i, w }) { // the numbers of a cell, or of a window
   if (i !== undefined) {
     const how = component().estimator, estimate = how ? ["estimate"] : [];
     $("hover").replaceChildren(element("h3", {}, cellHead(+i)), element("p", { class: "note" },
@@ -223,6 +226,21 @@ function hover(event) {
       + `${first + size - 1}, position ${component().positions[p]} ${quoted(tokens(p))}`),
     table(["metric", "patched together", "sum of single layers"], rows, 1));
   }
+}
+
+let at = null; // row and column that the arrow keys have come to
+
+function goOn(event) {
+  const step = { ArrowUp: [1, 0], ArrowDown: [-1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
+  if (!step) return;
+  event.preventDefault();
+  const { rows, columns } = picture(), ends = [rows.length - 1, columns.length - 1];
+  at = at ? at.map((x, k) => Math.max(0, Math.min(ends[k], x + step[k]))) : [ends[0], 0];
+  const marks = $("map").querySelectorAll("[data-i], [data-w]");
+  const mark = marks[at[0] * columns.length + at[1]];
+  $("map").querySelector(".at")?.classList.remove("at");
+  mark.classList.add("at");
+  tell(mark.dataset);
 }
 
 function drawDetections() {
@@ -271,12 +289,15 @@ function refresh() {
   drawMap();
   drawScatter();
   drawDetections();
-  $("hover").replaceChildren(element("p", { class: "note" }, "Point at a cell for its numbers."));
+  $("hover").replaceChildren(element("p", { class: "note" }, "Point at a cell for its numbers, or go there with the arrow keys."));
+  at = null;
 }
 
 fill("component", data.components.map((c, i) => [i, c.name]));
 for (const select of document.querySelectorAll("select")) select.addEventListener("change", refresh);
 window.addEventListener("resize", drawMap);
-for (const id of ["map", "scatter"]) $(id).addEventListener("mouseover", hover);
+for (const id of ["map", "scatter"]) $(id).addEventListener("mouseover", (event) =>
+  tell(event.target.dataset));
+$("map").addEventListener("keydown", goOn);
 refresh();
 if (data.metrics.length > 1) { $("against").value = data.metrics[1]; refresh(); }

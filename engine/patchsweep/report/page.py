@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -91,9 +92,7 @@ def _after(results: Results) -> str:
     parts = []
     metric = results.metrics[0]
     for direction in results.grid(results.components[0]).directions:
-        for m in results.metrics if SETS in results.components else ():
-            title = f"Sets, {direction}: largest effects on {m}"
-            parts.append(_titled(title, show.top_table(results, SETS, m, direction)))
+        parts += _sets(results, direction)
         if results.attrs.get(EDGES):
             parts.append(_titled(*show.edges(results, metric, direction)))
         said = [line for c in results.components for line in show.audits(results, c, direction)]
@@ -104,6 +103,18 @@ def _after(results: Results) -> str:
     if results.has_circuit:
         parts += [_titled(f"Circuit, by {m}", show.circuit(results, m)) for m in results.metrics]
     return "\n".join(parts)
+
+
+def _sets(results: Results, direction: str) -> list[str]:
+    """The sets of largest effect, by source and metric."""
+    if SETS not in results.components:
+        return []
+    sources, parts = results.grid(SETS).sources, []
+    for source, metric in itertools.product(sources, results.metrics):
+        way = direction if len(sources) == 1 else f"{direction}, from {source}"
+        table = show.top_table(results, SETS, metric, direction, source)
+        parts.append(_titled(f"Sets, {way}: largest effects on {metric}", table))
+    return parts
 
 
 def _download(results: Results) -> str:

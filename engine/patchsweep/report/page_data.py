@@ -246,13 +246,10 @@ def _detections(
 def _windows(
     results: Results, component: str, metric: str, way: tuple[str, str], part: Part
 ) -> dict[int, Any]:
-    """By size the effects of sliding windows and the sums of their layers, [first layer, position];
-    from the first source, which is the sets' own."""
-    if way[1] != results.grid(component).sources[0]:
-        return {}
+    """By size the effects of sliding windows and the sums of their layers, [layer, position]."""
     found = {}
     for size in results.window_sizes(component):
-        both = results.windows(component, size, metric, way[0])
+        both = results.windows(component, size, metric, *way)
         found[size] = [[rounded(row[part.positions]) for row in values] for values in both]
     return found
 

@@ -23,7 +23,7 @@ TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator", "edge")
 
 def show(results: Results, console: Console) -> None:
     """Print header, baselines, top cells and detections by the first metric, and warnings."""
-    _print_pairs(console, header(results))
+    print_pairs(console, header(results))
     _print_titled(console, "Baselines, mean over pairs", baselines(results))
     console.print()
     metric = results.metrics[0]
@@ -56,7 +56,7 @@ def show(results: Results, console: Console) -> None:
     console.print(_listed(warnings, list(results.components)))
     console.print()
     console.print(Text("Provenance", style="bold"))
-    _print_pairs(console, provenance(results))
+    print_pairs(console, provenance(results))
 
 
 def plan_table(plan: Plan) -> Table:
@@ -108,14 +108,14 @@ def quoted(token: str) -> str:
 def header(results: Results) -> dict[str, str]:
     """What was swept: model, prompts, direction, source, and how many cells have which status."""
     attrs = results.attrs
-    spec = attrs.get("spec", {})
+    origin = f" ({results.origin})" if results.origin else ""
     lengths = results.store.read("prompts/length")
     grid = results.grid(results.components[0])
     span = sorted({int(lengths.min()), int(lengths.max())})
     pairs = "1 pair" if grid.pairs == 1 else f"{grid.pairs} pairs"
     rows = {
         "model": str(attrs.get("model", "")),
-        "prompts": f"{pairs} of {'–'.join(map(str, span))} tokens{_origin(spec.get('prompts'))}",
+        "prompts": f"{pairs} of {'–'.join(map(str, span))} tokens{origin}",
         "direction": ", ".join(grid.directions),
         "source": _sources(grid),
         "dtype": str(attrs["dtype"]),
@@ -138,18 +138,6 @@ def _sources(grid: Grid) -> str:
     return text if len(grid.sources) == 1 else f"{text} (below: {grid.sources[0]})"
 
 
-def _origin(prompts: Any) -> str:
-    """Where the prompts came from, if the spec says it."""
-    if not isinstance(prompts, dict):
-        return ""
-    said = {kind: prompts.get(kind) for kind in ("task", "file")}
-    if isinstance(said["task"], dict):
-        [(name, options)] = said["task"].items()
-        said["task"] = ", ".join([name, *(f"{option} {is_}" for option, is_ in options.items())])
-    kinds = [f"{kind} {value}" for kind, value in said.items() if value]
-    return f" ({', '.join(kinds)})" if kinds else ""
-
-
 def baselines(results: Results) -> Table:
     """Metrics of the unpatched runs, and how far a null patch comes out from them."""
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
@@ -160,10 +148,12 @@ def baselines(results: Results) -> Table:
     return table
 
 
-def top_table(results: Results, component: str, metric: str, direction: str) -> Table:
-    """The cells of largest effect on a metric."""
+def top_table(
+    results: Results, component: str, metric: str, direction: str, source: str | None = None
+) -> Table:
+    """The cells of largest effect on a metric; `source`: the first if left out."""
     unit = unit_name(component)
-    found = results.top(component, metric, direction, TOP)
+    found = results.top(component, metric, direction, TOP, source)
     if component == SETS:
         table = _table("set", f"patched {metric}", "effect")
         for cell in found:
@@ -273,7 +263,7 @@ def _listed(warnings: Sequence[str], components: Sequence[str]) -> Table:
 
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
-ELSEWHERE |= {"joint", "metrics", "components", "patchsweep_schema"}
+ELSEWHERE |= {"prompts", "joint", "metrics", "components", "patchsweep_schema"}
 
 
 def provenance(results: Results) -> dict[str, str]:
@@ -322,7 +312,8 @@ def _print_titled(console: Console, title: str, table: Table) -> None:
     console.print(table)
 
 
-def _print_pairs(console: Console, rows: dict[str, str]) -> None:
+def print_pairs(console: Console, rows: dict[str, str]) -> None:
+    """Print names, and beside each what is said of it."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")

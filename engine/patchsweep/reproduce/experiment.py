@@ -17,7 +17,7 @@ from rich.text import Text
 from patchsweep import diagnostics
 from patchsweep.engine import sweep
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import LONGEST_MODEL, counted
+from patchsweep.heatmaps import LONGEST_NAME, counted
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
@@ -54,7 +54,7 @@ class Setting:
         """The model, its size, and how many pairs from which seed, in one line."""
         d, dtype = self.model.dimensions, str(self.model.hf_model.dtype).removeprefix("torch.")
         heads = f"{d.layers} layers of {d.heads} heads ({d.kv_heads} for keys and values)"
-        name = self.model.name[-LONGEST_MODEL:]
+        name = self.model.name[-LONGEST_NAME:]
         return f"{name}, {heads}, {dtype}; {counted(self.n)}, seed {self.seed}"
 
     def pairs(self, task: str, *, only_correct: bool = False, **options: str) -> list[Pair]:

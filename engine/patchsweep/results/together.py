@@ -15,16 +15,16 @@ class Together(Effects):
     """What sets of sites have as windows and circuits."""
 
     def windows(
-        self, component: str, size: int, metric: str, direction: str
+        self, component: str, size: int, metric: str, direction: str, source: str | None = None
     ) -> tuple[Array, Array]:
         """Sliding windows of `size` adjacent layers: their joint effect, and the sum of the effects
-        of their single layers, [first layer, position] each.
+        of their single layers, [first layer, position] each. `source`: the first if left out.
 
         BadInput if the sweep had no such windows, or not the component on its own.
         """
         grid, sets = self.grid(component), self.grid(SETS)
-        joint = self.effect(SETS, metric, direction)[0, 0]
-        single = self.effect(component, metric, direction)[:, 0]
+        joint = self.effect(SETS, metric, direction, source)[0, 0]
+        single = self.effect(component, metric, direction, source)[:, 0]
         where = {name: i for i, name in enumerate(sets.positions)}
         firsts = range(grid.layers - size + 1)
         try:

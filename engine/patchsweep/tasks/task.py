@@ -6,7 +6,7 @@ import difflib
 import random
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
@@ -61,7 +61,10 @@ class Task:
         """The pairs one after another, as many as there are."""
         self.check(options)
         chosen = {name: options.get(name, choices[0]) for name, choices in self.options.items()}
-        return self._draw(tokenizer, seed, bos, **chosen)
+        said = (f"{o} {c}" for o, c in chosen.items() if c != self.options[o][0])
+        origin = ", ".join([self.name, *said])
+        drawn = self._draw(tokenizer, seed, bos, **chosen)
+        return (replace(pair, origin=origin) for pair in drawn)
 
     def check(self, options: Mapping[str, object]) -> None:
         """BadInput unless the task has these options and choices."""
