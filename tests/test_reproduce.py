@@ -77,8 +77,14 @@ def test_the_papers_models_are_known_by_their_size() -> None:
     said, line = published.applies(IOI, small)
     assert len(said) == 12
     assert "GPT-2 small" in line
+    assert published.circuit(small) == (("9.6", "9.9", "10.0"), ("7.3", "7.9", "8.6", "8.10"))
     xl = sized(GPT2Config(n_layer=48, n_head=25, n_embd=1600))
     assert published.model_of(xl) == "gpt2-xl"
+    assert published.circuit(xl) is None
+    for name, known in (("best-practices-windows", True), ("arithmetic", False)):
+        said, line = published.applies(name, xl)
+        assert said == []
+        assert ("whose architecture and size this is" in line) == known
     for other in (xl, sized(GPT2Config(n_layer=6)), sized(GPT2Config(vocab_size=50258))):
         assert published.applies(IOI, other) == (
             [],
@@ -91,7 +97,9 @@ def test_the_published_lists() -> None:
     [found] = [said for said in ioi if (said.corrupted, said.corruption) == ("s1_io", "STR")][1:2]
     assert (found.where, found.metric) == ("Table 4", "prob")
     assert found.heads == {"+9.9"}
-    assert [said.reading for said in published.lists("docstring")].count(True) == 3
+    docstring = published.lists("docstring")
+    assert [said.reading for said in docstring].count(True) == 6
+    assert len({(said.corruption, said.metric, said.position) for said in docstring}) == 12
     for name in (IOI, GREATER_THAN):
         for said in published.lists(name):
             assert said.positive
@@ -191,8 +199,8 @@ def test_the_circuit_is_measured_as_the_model_attends(setting: Setting) -> None:
 
 
 def test_a_share_of_nothing_lost_is_not_decided() -> None:
-    assert movers.Gain(2.0, 1.0, 1.75).share == pytest.approx(0.75)
-    assert np.isnan(movers.Gain(1.0, 2.0, 1.75).share)
+    assert movers.Gain(2.0, 1.0, 1.75, 0.1).share == pytest.approx(0.75)
+    assert np.isnan(movers.Gain(1.0, 2.0, 1.75, 0.1).share)
 
 
 def test_what_is_done_is_used_again(setting: Setting) -> None:

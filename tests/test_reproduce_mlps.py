@@ -17,6 +17,7 @@ from oracle.families import FAMILIES
 from patchsweep.loading import load_tokenizer
 from patchsweep.reproduce import arithmetic, facts, mlps, places, windows
 from patchsweep.reproduce.experiment import Report, Setting
+from patchsweep.reproduce.resampled import Drawn
 
 LAYERS = 6
 LLAMA = FAMILIES["llama"]
@@ -108,6 +109,21 @@ def test_windows_do_what_full_forwards_do(setting: Setting, report: Report, name
     first = int(joint.argmax())
     assert shown[0] == f"{single.max():+.3f} at {single.argmax()}"
     assert shown[1] == f"{joint.max():+.3f} at {first}–{first + 2}"
+
+
+@pytest.mark.usefixtures("report")
+def test_all_pairs_drawn_once_are_the_results(setting: Setting) -> None:
+    pairs, _ = facts.long_subjects(setting)
+    results = facts.subject_sweeps(setting, pairs)["STR"]
+    drawn = Drawn(results.store, results.changes, results.baseline, (2, 0, 1))
+    for name in mlps.METRICS:
+        for size in (1, 3, 5):
+            for found, whole in zip(
+                mlps.by_window(drawn, name, size),
+                mlps.by_window(results, name, size),
+                strict=True,
+            ):
+                np.testing.assert_allclose(found, whole, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.usefixtures("report")

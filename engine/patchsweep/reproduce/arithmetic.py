@@ -3,12 +3,12 @@ Stolfo et al. (App. C)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from patchsweep.reproduce import mlps
+from patchsweep.reproduce import mlps, published
 from patchsweep.reproduce.experiment import (
     Experiment,
     Finding,
@@ -19,6 +19,7 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
+from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 from patchsweep.tasks.arithmetic import OPERATIONS
 
@@ -32,6 +33,7 @@ LITTLE = ", not decided: the corruption takes less than half of the logit differ
 def run(setting: Setting) -> Report:
     """MLPs at the last token, restored under STR and GN, for three operations."""
     found = {operation: _sweeps(setting, operation) for operation in OPERATIONS}
+    flat = {(operation, c): results for operation, by in found.items() for c, results in by.items()}
     terms = {operation: _terms(by["STR"]) for operation, by in found.items()}
     title = "Arithmetic: MLPs at the last token by corruption"
     curves = {
@@ -42,7 +44,7 @@ def run(setting: Setting) -> Report:
         for corruption in ("STR", "GN")
         for metric in METRICS
     }
-    by_name = {f"{op}, {c}": results for op, by in found.items() for c, results in by.items()}
+    by_name = {", ".join(names): results for names, results in flat.items()}
     under = "mlp_out restored at the last token"
     return Report(
         title,
@@ -53,12 +55,19 @@ def run(setting: Setting) -> Report:
             f"STR: another last problem. GN: the embeddings of its operands get {setting.noise}.",
             SCALES,
             "Sharpness of a peak: how many standard deviations it lies above the mean over layers.",
+            published.applies(NAME, setting.model)[1],
             *saturated(by_name),
         ),
         (baselines(by_name, METRICS), _peak_table(found), _term_table(terms)),
         {"layers": mlps.figure((title, setting.subject, under), curves)},
-        (*_peak_findings(found), _term_finding(terms, found)),
+        sure(_findings, flat, setting.n),
     )
+
+
+def _findings(flat: Mapping[tuple[str, str], Results], _: Sequence[int]) -> Iterator[Finding]:
+    found = {operation: {c: flat[operation, c] for c in ("STR", "GN")} for operation in OPERATIONS}
+    yield from _peak_findings(found)
+    yield _term_finding({operation: _terms(by["STR"]) for operation, by in found.items()}, found)
 
 
 def _broken(results: Results) -> bool:

@@ -15,6 +15,8 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 from patchsweep.reproduce.heads import Heads
+from patchsweep.reproduce.resampled import sure
+from patchsweep.results import Results
 
 NAME = "docstring"
 POSITIONS = {"C_def": "C_def", "END": "the last position"}
@@ -64,11 +66,12 @@ def run(setting: Setting) -> Report:
             f"heads-{at}": heads.figure((f"{title}: {called}", setting.subject), found[at])
             for at, called in POSITIONS.items()
         },
-        _findings(found),
+        sure(_findings, results, setting.n),
     )
 
 
-def _findings(found: Mapping[str, Sequence[Heads]]) -> tuple[Finding, ...]:
+def _findings(results: Mapping[str, Results], _: Sequence[int]) -> tuple[Finding, ...]:
+    found = {at: heads.all_effects(results, i) for i, at in enumerate(POSITIONS)}
     paper = {at: [s for s in published.lists(NAME) if s.position == at] for at in POSITIONS}
     return (
         _no_head_by_probability(found["C_def"]),

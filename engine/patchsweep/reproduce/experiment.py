@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 DPI = 150
 SIGMA = 3.0  # standard deviations of the noise (Meng et al. 2022; Zhang & Nanda 2023)
 SAMPLES = 1  # draws of the noise for every pair: the pairs average over it
+FINDINGS = "Findings (resampled: the share of resamples of the pairs in which it holds)"
 HOLDS = {True: "holds", False: "does not hold", None: "not decided"}
 
 
@@ -101,12 +102,14 @@ class Table:
 @dataclass(frozen=True)
 class Finding:
     """A claim of the paper, where it is made, what was measured here, and whether it holds here;
-    None where the measurement decides nothing."""
+    None where the measurement decides nothing. sure: in which share of resamples of the pairs it
+    holds; None where that was not asked."""
 
     claim: str
     source: str
     measured: str
     holds: bool | None
+    sure: float | None = None
 
 
 @dataclass(frozen=True)
@@ -219,8 +222,15 @@ def file_name(title: str) -> str:
 
 
 def _findings_table(findings: Sequence[Finding]) -> Table:
-    rows = tuple((f.claim, f.source, f.measured, HOLDS[f.holds]) for f in findings)
-    return Table("Findings", ("the paper's claim", "where", "measured here", "here it"), rows)
+    rows = tuple(
+        (
+            *(f.claim, f.source, f.measured, HOLDS[f.holds]),
+            "" if f.sure is None else f"{f.sure:.0%}",
+        )
+        for f in findings
+    )
+    columns = ("the paper's claim", "where", "measured here", "here it", "resampled")
+    return Table(FINDINGS, columns, rows)
 
 
 def _markdown_table(table: Table) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.prompts import answers_right
-from patchsweep.reproduce import mlps, places
+from patchsweep.reproduce import mlps, places, published
 from patchsweep.reproduce.experiment import (
     Experiment,
     Finding,
@@ -19,6 +19,7 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
+from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 from patchsweep.tasks import facts
 
@@ -34,11 +35,7 @@ def run(setting: Setting) -> Report:
     found = subject_sweeps(setting, pairs)
     sizes = (1, *found["STR"].window_sizes("mlp_out"))
     everywhere = mlps.sweeps(setting, "positions", pairs, subject_labels(pairs), metrics=SHOWN)
-    by_place = {
-        (corruption, metric): places.effects(results, metric, pairs)
-        for corruption, results in everywhere.items()
-        for metric in SHOWN
-    }
+    by_place = _by_place(everywhere, pairs)
     title = "Facts: MLPs by corruption, window and metric"
     curves = {
         (corruption, metric): [
@@ -52,7 +49,7 @@ def run(setting: Setting) -> Report:
     return Report(
         title,
         (
-            *lines(setting, tried),
+            *lines(setting, NAME, tried),
             "Positions: single layers, one position at a time; the mean over the tokens of a "
             "place, then over facts.",
             *saturated(found),
@@ -63,10 +60,26 @@ def run(setting: Setting) -> Report:
             "positions": places.figure((title, setting.subject), by_place),
         },
         (
-            *_peak_findings(found, WINDOW if WINDOW in sizes else sizes[-1]),
-            *places.findings(by_place),
+            *sure(
+                lambda drawn, _: _peak_findings(drawn, WINDOW if WINDOW in sizes else sizes[-1]),
+                found,
+                setting.n,
+            ),
+            *sure(
+                lambda drawn, at: places.findings(_by_place(drawn, [pairs[i] for i in at])),
+                everywhere,
+                setting.n,
+            ),
         ),
     )
+
+
+def _by_place(found: Mapping[str, Results], pairs: Sequence[Pair]) -> places.Found:
+    return {
+        (corruption, metric): places.effects(results, metric, pairs)
+        for corruption, results in found.items()
+        for metric in SHOWN
+    }
 
 
 def long_subjects(setting: Setting) -> tuple[list[Pair], int]:
@@ -110,8 +123,8 @@ def subject_sweeps(setting: Setting, pairs: Sequence[Pair]) -> dict[str, Results
     )
 
 
-def lines(setting: Setting, tried: int) -> tuple[str, ...]:
-    """How the facts were chosen and patched, for a report."""
+def lines(setting: Setting, name: str, tried: int) -> tuple[str, ...]:
+    """How the facts were chosen and patched, for the report of an experiment."""
     return (
         f"Model: {setting.subject}.",
         f"Facts with subjects of three tokens or more; of {tried} tried, {setting.n} whose object "
@@ -121,6 +134,7 @@ def lines(setting: Setting, tried: int) -> tuple[str, ...]:
         "STR: another subject of as many tokens. "
         f"GN: the subject's embeddings get {setting.noise}.",
         SCALES,
+        published.applies(name, setting.model)[1],
     )
 
 

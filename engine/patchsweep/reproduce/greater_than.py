@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from patchsweep.reproduce import claims, heads, published
 from patchsweep.reproduce.experiment import (
     Experiment,
+    Finding,
     Report,
     Setting,
     answered,
     baselines,
     saturated,
 )
+from patchsweep.reproduce.resampled import sure
+from patchsweep.results import Results
 
 NAME = "greater-than"
 
@@ -31,7 +36,6 @@ def run(setting: Setting) -> Report:
         for corruption, corrupt in (("STR", "pairs"), ("GN", setting.gaussian(year)))
     }
     found = heads.all_effects(results)
-    paper = published.lists(NAME)
     lists, applies = published.applies(NAME, setting.model)
     tables = [
         baselines(results, heads.METRICS),
@@ -56,11 +60,16 @@ def run(setting: Setting) -> Report:
         ),
         tuple(tables),
         {"heads": heads.figure((title, setting.subject), found)},
-        (
-            claims.metrics_agree(found, paper, "Table 3"),
-            claims.only_by_noise(found, paper, "logit_diff", "Table 3"),
-        ),
+        sure(_findings, results, setting.n),
     )
+
+
+def _findings(results: Mapping[str, Results], _: Sequence[int]) -> list[Finding]:
+    found, paper = heads.all_effects(results), published.lists(NAME)
+    return [
+        claims.metrics_agree(found, paper, "Table 3"),
+        claims.only_by_noise(found, paper, "logit_diff", "Table 3"),
+    ]
 
 
 EXPERIMENT = Experiment(

@@ -11,10 +11,11 @@ import numpy as np
 from patchsweep import heatmaps
 from patchsweep.circuits import Curve
 from patchsweep.effect import Array
-from patchsweep.reproduce import gates, pictures
+from patchsweep.reproduce import gates, pictures, published
 from patchsweep.reproduce.experiment import Experiment, Finding, Report, Setting, Table, answered
 from patchsweep.reproduce.mlps import COLOURS
 from patchsweep.reproduce.pictures import Picture
+from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 from patchsweep.sites import DIRECTIONS, Direction
 from patchsweep.statistics import beyond_sd
@@ -26,6 +27,11 @@ NAME = "how-to"
 METRICS = ("logit_diff", "logit", "logprob", "prob", "rank", "kl")
 SIGMAS = (0.5, 1.0, 2.0, 3.0, 5.0, 10.0)  # standard deviations of the embeddings
 SIZES = (1, 2, 5, 10, 20, 50, 100)
+# Ranking of a circuit's heads -> the name of its sweep, whether they must have a positive effect.
+RANKINGS = {
+    "largest effects": ("circuit", False),
+    "largest positive effects": ("circuit-positive", True),
+}
 LITTLE, MUCH = 0.25, 0.75  # shares of the logit difference
 
 
@@ -40,10 +46,11 @@ def run(setting: Setting) -> Report:
         direction="both",
         metrics=list(METRICS),
     )
-    curves = {
-        "largest effects": _circuit(setting, "circuit", results, positive=False),
-        "largest positive effects": _circuit(setting, "circuit-positive", results, positive=True),
+    circuits = {
+        called: _circuit(setting, name, results, positive)
+        for called, (name, positive) in RANKINGS.items()
     }
+    curves = _curves(circuits)
     noise = _noise_levels(setting)
     toy = gates.sweeps(setting)
     title = "How to use and interpret activation patching"
@@ -57,6 +64,7 @@ def run(setting: Setting) -> Report:
             "deviations of the mean over all heads.",
             "Circuits: the heads ranked by denoising on the logit difference.",
             answered(results),
+            published.applies(NAME, setting.model)[1],
             "Gates: a small model whose circuits were set by hand, in float64.",
         ),
         (_metric_table(results), _curve_table(curves), _noise_table(noise), gates.table(toy)),
@@ -65,27 +73,35 @@ def run(setting: Setting) -> Report:
             "circuit": _curve_figure((title, setting.subject), curves),
         },
         (
-            *_metric_findings(results),
-            _negative_finding(curves),
-            _noise_finding(noise),
+            *sure(_findings, {"heads": results, **circuits, "noise": noise}, setting.n),
             *gates.findings(toy),
         ),
     )
 
 
-def _circuit(setting: Setting, name: str, heads: Results, positive: bool) -> Curve:
-    """Performance against the number of heads, best first, of all or only of those that help."""
+def _findings(found: Mapping[str, Results], _: Sequence[int]) -> Iterator[Finding]:
+    yield from _metric_findings(found["heads"])
+    yield _negative_finding(_curves({name: found[name] for name in RANKINGS}))
+    yield _noise_finding(found["noise"])
+
+
+def _curves(circuits: Mapping[str, Results]) -> dict[str, Curve]:
+    """Performance against the number of heads, best first, by ranking."""
+    return {name: results.circuit("logit_diff") for name, results in circuits.items()}
+
+
+def _circuit(setting: Setting, name: str, heads: Results, positive: bool) -> Results:
+    """Circuits of the best heads, of all or only of those that help."""
     cells = heads.top("head_z", "logit_diff", "denoise", max(SIZES))
     chosen = [c for c in cells if c.effect > 0 or not positive]
     ranking = [f"head_z.{c.layer}.{c.unit}" for c in chosen]
-    results = setting.sweep(
+    return setting.sweep(
         name,
         setting.pairs("ioi"),
         positions="all",
         direction="both",
         circuit={"ranking": ranking, "sizes": [k for k in SIZES if k <= len(ranking)]},
     )
-    return results.circuit("logit_diff")
 
 
 def _noise_levels(setting: Setting) -> Results:

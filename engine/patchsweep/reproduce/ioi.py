@@ -20,6 +20,7 @@ from patchsweep.reproduce.experiment import (
 )
 from patchsweep.reproduce.heads import Heads
 from patchsweep.reproduce.movers import Circuit, Gain, attention, recovered, roles
+from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 
 NAME = "best-practices-ioi"
@@ -45,9 +46,10 @@ def run(setting: Setting) -> Report:
             tables.append(heads.against(own, found[kind], f"Against {own[0].where}"))
         title = (f"IOI, {called} corrupted: effect of every head", setting.subject)
         figures[f"heads-{kind}"] = heads.figure(title, found[kind])
-    by_name = {f"{c}, {CORRUPTED[k][1]}": r for k, each in sweeps.items() for c, r in each.items()}
     circuit = roles(setting, found["s2"], found["s1_io"])
     more, findings = _circuit(setting, circuit)
+    flat = {(kind, c): results for kind, each in sweeps.items() for c, results in each.items()}
+    by_name = {f"{c}, {CORRUPTED[kind][1]}": results for (kind, c), results in flat.items()}
     return Report(
         "Indirect object identification: heads by corruption and metric",
         (
@@ -63,7 +65,7 @@ def run(setting: Setting) -> Report:
         ),
         (baselines(by_name, heads.METRICS), *tables, *more),
         figures,
-        (*_table_findings(found), *findings),
+        (*sure(_table_findings, flat, setting.n), *findings),
     )
 
 
@@ -84,8 +86,11 @@ def _sweeps(setting: Setting, kind: str) -> dict[str, Results]:
     }
 
 
-def _table_findings(found: Mapping[str, Sequence[Heads]]) -> list[Finding]:
+def _table_findings(flat: Mapping[tuple[str, str], Results], _: Sequence[int]) -> list[Finding]:
     """What Tables 4 and 5 and §4.2 say of the lists."""
+    found = {
+        kind: heads.all_effects({c: flat[kind, c] for c in ("STR", "GN")}) for kind in CORRUPTED
+    }
     table5 = [said for said in published.lists(NAME) if said.corrupted == "s2"]
     return [
         claims.metrics_agree(found["s2"], table5, "Table 5"),
@@ -134,20 +139,24 @@ def _same_by_noise(found: Sequence[Heads]) -> Finding:
     )
 
 
-def _circuit(setting: Setting, circuit: Circuit) -> tuple[list[Table], list[Finding]]:
+def _circuit(setting: Setting, circuit: Circuit) -> tuple[tuple[Table, ...], tuple[Finding, ...]]:
     """§3.2: what the name movers attend to, and what restoring the S-inhibition heads recovers."""
     if not circuit.movers or not circuit.inhibition:
         claim = "name movers attend elsewhere under STR and under GN; restoring S-inhibition heads"
-        return [], [Finding(claim, "§3.2", "not measured: no such heads detected", None)]
+        return (), (Finding(claim, "§3.2", "not measured: no such heads detected", None),)
     pairs = setting.pairs("ioi", corruption="s2")
     corruptions = {"STR": "pairs", "GN": setting.gaussian(("S2",))}
     results = {
         name: circuit.sweep(setting, name, pairs, corrupt) for name, corrupt in corruptions.items()
     }
-    tables, shares = attention(circuit, results)
-    restored, gains = recovered(results)
+    tables = attention(circuit, results)[0], recovered(results)[0]
+    return tables, sure(lambda found, _: _circuit_findings(circuit, found), results, setting.n)
+
+
+def _circuit_findings(circuit: Circuit, results: Mapping[str, Results]) -> list[Finding]:
+    shares, gains = attention(circuit, results)[1], recovered(results)[1]
     clean, token, noise = (shares[run] for run in ("clean", "STR", "GN"))
-    return [tables, restored], [
+    return [
         Finding(
             "S2, STR: the name movers' attention from END swaps from IO to S1",
             "§3.2",
@@ -162,7 +171,8 @@ def _circuit(setting: Setting, circuit: Circuit) -> tuple[list[Table], list[Find
         ),
         Finding(
             "S2: restoring the S-inhibition heads' values recovers the logit of IO under STR and "
-            "fails under GN (here: at least half of what was lost, or less)",
+            "fails under GN (here: at least half of what was lost, or less; not decided where no "
+            "more than two standard errors were)",
             "§3.2",
             f"logit of IO, restored: STR {gains['STR']}; GN {gains['GN']}",
             _recovers(gains["STR"], gains["GN"]),
@@ -171,7 +181,7 @@ def _circuit(setting: Setting, circuit: Circuit) -> tuple[list[Table], list[Find
 
 
 def _recovers(token: Gain, noise: Gain) -> bool | None:
-    """Whether one recovers at least half and the other does not; None where nothing was lost."""
+    """Whether one recovers at least half and the other does not; None where too little was lost."""
     shares = (token.share, noise.share)
     return None if np.isnan(shares).any() else shares[0] >= 0.5 > shares[1]
 

@@ -1,9 +1,9 @@
 """Name movers and S-inhibition heads as a sweep shows them: where they attend, what they recover.
 
-The heads of Wang et al. (2022, arXiv 2211.00593) are known for GPT-2 small only; here they are
-taken from what was detected. Name movers: detected in the later half of the layers when S1 and IO
-are corrupted. S-inhibition heads: detected in earlier layers than those when S2 is, and attending
-from END to S2 more than to the other names.
+Those of GPT-2 small are known (Wang et al. 2022, arXiv 2211.00593); on other models they are taken
+from what was detected. Name movers: detected in the later half of the layers when S1 and IO are
+corrupted. S-inhibition heads: detected in earlier layers than those when S2 is, and attending from
+END to S2 more than to the other names.
 """
 
 from __future__ import annotations
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from patchsweep.pairs import Pair
+from patchsweep.reproduce import published
 from patchsweep.reproduce.claims import one
 from patchsweep.reproduce.experiment import Setting, Table
 from patchsweep.reproduce.heads import Heads, text
 from patchsweep.results import Results
+from patchsweep.statistics import standard_error
 
 MOST = 3  # name movers
 NAMES = ("IO", "S1", "S2")
@@ -28,17 +30,20 @@ SHARE = "logit difference recovered"
 
 @dataclass(frozen=True)
 class Gain:
-    """The logit of IO in the unpatched runs and in the patched one, means over pairs."""
+    """The logit of IO in the unpatched runs and in the patched one, means over pairs; `error`: the
+    standard error over pairs of what the corruption takes from it, NaN for one pair."""
 
     clean: float
     corrupt: float
     restored: float
+    error: float
 
     @property
     def share(self) -> float:
-        """How much of what the corruption takes from it is recovered; NaN where it takes none."""
+        """How much of what the corruption takes from it is recovered; NaN where it takes no more
+        than two standard errors."""
         lost = self.clean - self.corrupt
-        return (self.restored - self.corrupt) / lost if lost > 0 else float("nan")
+        return (self.restored - self.corrupt) / lost if lost > 2 * self.error else float("nan")
 
     def __str__(self) -> str:
         return f"{self.corrupt:.2f} to {self.restored:.2f} (clean {self.clean:.2f})"
@@ -46,11 +51,13 @@ class Gain:
 
 @dataclass(frozen=True)
 class Circuit:
-    """Name movers and S-inhibition heads, as layer.head; `grouped` query heads share a value."""
+    """Name movers and S-inhibition heads, as layer.head; `grouped` query heads share a value;
+    `known`: they are published, not found here."""
 
     movers: tuple[str, ...]
     inhibition: tuple[str, ...]
     grouped: int
+    known: bool = False
 
     @property
     def line(self) -> str:
@@ -61,6 +68,11 @@ class Circuit:
             if self.grouped > 1
             else ""
         )
+        if self.known:
+            return (
+                f"Name movers {text(self.movers)} and S-inhibition heads {text(self.inhibition)}: "
+                "those of Wang et al. 2022."
+            )
         return (
             "Name movers (the largest positive ones by logit difference in the later half of the "
             f"layers, S1 and IO replaced): {text(self.movers)}. S-inhibition heads (positive in "
@@ -85,8 +97,11 @@ class Circuit:
 
 
 def roles(setting: Setting, s2: Sequence[Heads], s1_io: Sequence[Heads]) -> Circuit:
-    """The heads of the circuit, from what token replacement detects by logit difference."""
+    """The heads of the circuit: those published for this model, or from what token replacement
+    detects by logit difference."""
     d = setting.model.dimensions
+    if known := published.circuit(setting.model):
+        return Circuit(*known, d.heads // d.kv_heads, known=True)
     late, early = one(s1_io, "STR", "logit_diff"), one(s2, "STR", "logit_diff")
     movers = [head for head in late.positive if _layer(head) >= d.layers // 2]
     movers = sorted(movers, key=late.of, reverse=True)[:MOST]
@@ -116,11 +131,13 @@ def recovered(results: Mapping[str, Results]) -> tuple[Table, dict[str, Gain]]:
     their values alone do to the logit of IO."""
     rows, gains = [], {}
     for name, found in results.items():
-        clean, corrupt = found.baseline("logit")[:, 0].mean((1, 2))
+        ends = found.baseline("logit")[:, 0].mean(1)  # [run, pair]
+        clean, corrupt = ends.mean(1)
+        error = float(standard_error(ends[0] - ends[1], 0))
         moved = found.changes("sets", "logit", "denoise")[0].mean(0)[0, 0]
         shares = found.effect("sets", "logit_diff", "denoise")[0, 0]
         for which, change, share in zip(found.grid("sets").positions, moved, shares, strict=True):
-            gain = Gain(float(clean), float(corrupt), float(corrupt + change))
+            gain = Gain(float(clean), float(corrupt), float(corrupt + change), error)
             numbers = (f"{gain.clean:.3f}", f"{gain.corrupt:.3f}", f"{gain.restored:.3f}")
             rows.append((name, str(which), *numbers, f"{share:.3f}"))
             if which == VALUES:

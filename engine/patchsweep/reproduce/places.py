@@ -56,20 +56,24 @@ def peaks(values: Array) -> dict[str, float]:
 
 
 def weight(values: Array) -> float:
-    """The last subject token's peak / that of the middle ones; infinite where they have none."""
+    """The last subject token's peak / that of the middle ones; NaN where these have none."""
     found = peaks(values)
     middle = found["middle subject"]
-    return found["last subject"] / middle if middle > 0 else float("inf")
+    return found["last subject"] / middle if middle > 0 else float("nan")
 
 
 def table(found: Found) -> Table:
     """The peak of every place, by corruption and metric."""
     rows = []
     for (corruption, metric), values in found.items():
-        shown = (f"{x:+.3f}" if np.isfinite(x) else "" for x in peaks(values).values())
-        rows.append((corruption, NAMES[metric], *shown, f"{weight(values):.2f}"))
+        shown = [f"{x:+.3f}" if np.isfinite(x) else "" for x in peaks(values).values()]
+        rows.append((corruption, NAMES[metric], *shown, _times(weight(values))))
     columns = ("corruption", "metric", *PLACES, "last / middle subject")
     return Table("Largest effect over layers by place", columns, tuple(rows))
+
+
+def _times(weight: float) -> str:
+    return f"{weight:.2f}" if np.isfinite(weight) else "none"
 
 
 def findings(found: Found) -> Iterator[Finding]:
@@ -80,8 +84,8 @@ def findings(found: Found) -> Iterator[Finding]:
             f"{corruption}: probability gives the last subject token more weight relative to the "
             "middle ones than logit difference does",
             "§4.1; here single layers",
-            "last / middle: " + ", ".join(f"{NAMES[m]} {x:.2f}" for m, x in by.items()),
-            by["prob"] > by["logit_diff"],
+            "last / middle: " + ", ".join(f"{NAMES[m]} {_times(x)}" for m, x in by.items()),
+            None if np.isnan([*by.values()]).any() else by["prob"] > by["logit_diff"],
         )
 
 

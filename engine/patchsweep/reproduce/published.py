@@ -80,9 +80,19 @@ def applies(experiment: str, model: Model) -> tuple[list[List], str]:
         line = f"Published lists: those of {title(name)}, whose architecture and size this is."
         return found, line
     held = {table["model"] for table in _file()["tables"] if table["experiment"] == experiment}
-    known = ", ".join(title(name) for name in sorted(held))
-    only = f" (they hold for {known})" if known else ""
-    return [], f"No published list applies to this model{only}."
+    if held:
+        known = ", ".join(title(each) for each in sorted(held))
+        return [], f"No published list applies to this model (they hold for {known})."
+    of = _file()["claims"][experiment]
+    known = ", ".join(map(title, of)) or "no model in particular"
+    this = ", whose architecture and size this is" if name in of else ""
+    return [], f"No published list applies: there is none; the claims are of {known}{this}."
+
+
+def circuit(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Name movers and S-inhibition heads that are known of this very model; None if none are."""
+    said = _file()["circuits"].get(model_of(model))
+    return said and (tuple(said["name_movers"].split()), tuple(said["s_inhibition"].split()))
 
 
 @dataclass(frozen=True)

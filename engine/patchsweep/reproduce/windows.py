@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from patchsweep.errors import BadInput
 from patchsweep.reproduce import mlps
@@ -25,6 +25,7 @@ from patchsweep.reproduce.facts import (
     subject_sweeps,
 )
 from patchsweep.reproduce.heads import METRICS, NAMES
+from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 
 NAME = "best-practices-windows"
@@ -44,14 +45,19 @@ def run(setting: Setting) -> Report:
     under = "facts, mlp_out restored at the last subject token"
     return Report(
         title,
-        (*lines(setting, tried), *saturated(found)),
+        (*lines(setting, NAME, tried), *saturated(found)),
         (baselines(found, METRICS), _table(found)),
         {"windows": mlps.figure((title, setting.subject, under), _curves(found))},
-        tuple(f for corruption, results in found.items() for f in _findings(corruption, results)),
+        sure(_findings, found, setting.n),
     )
 
 
-def _findings(corruption: str, results: Results) -> Iterator[Finding]:
+def _findings(found: Mapping[str, Results], _: Sequence[int]) -> Iterator[Finding]:
+    for corruption, results in found.items():
+        yield from _of(corruption, results)
+
+
+def _of(corruption: str, results: Results) -> Iterator[Finding]:
     sizes = results.window_sizes("mlp_out")
     for metric in SHOWN:
         name = f"{corruption}, {NAMES[metric]}"
