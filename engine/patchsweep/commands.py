@@ -354,4 +354,5 @@ def _spec(path: Path, overrides: list[str] | None, out: str | None) -> Spec:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 100)
+    given = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if given else 100)
