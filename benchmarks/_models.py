@@ -36,6 +36,14 @@ SHAPES: dict[str, PretrainedConfig] = {
         intermediate_size=11008,
         vocab_size=32000,
     ),
+    "llama-70b": LlamaConfig(
+        num_hidden_layers=80,
+        hidden_size=8192,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        intermediate_size=28672,
+        vocab_size=128256,
+    ),
     "tiny-llama": LlamaConfig(
         num_hidden_layers=3,
         hidden_size=32,

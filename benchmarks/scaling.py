@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import yaml
 from rich.table import Table
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from benchmarks import _report as report
 from benchmarks._machine import Clocks
@@ -42,17 +42,7 @@ LENGTHS, PLANNED = (24, 40), 25  # tokens of prompts, and pairs that are planned
 RATE = 4e14  # FLOP/s of a GPU: 40 % of an H200's in bfloat16
 IDLE = 5  # percent, at most
 FASTER = 1.7  # times, at least
-LARGE: dict[str, PretrainedConfig] = {
-    "llama-7b": SHAPES["llama-7b"],
-    "llama-70b": LlamaConfig(
-        num_hidden_layers=80,
-        hidden_size=8192,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        intermediate_size=28672,
-        vocab_size=128256,
-    ),
-}
+LARGE = ("llama-7b", "llama-70b")
 
 
 @dataclass(frozen=True)
@@ -107,8 +97,8 @@ def scaling(*, out: Path = OUT, rounds: int = 3, prompts: int = 8, pairs: int = 
     ]
     console.print(_measured_table(best))
     simulated, stores = [], {}
-    for name, config in LARGE.items():
-        plan = planned(config, LENGTHS, MOST_TOKENS["cuda"], pairs)
+    for name in LARGE:
+        plan = planned(SHAPES[name], LENGTHS, MOST_TOKENS["cuda"], pairs)
         stores[name] = store_rate(plan)
         simulated += [simulate(name, plan, gpus, pairs) for gpus in GPUS]
     console.print(_simulated_table(simulated, stores))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.scaling import IDLE, LARGE, schedule
+from benchmarks._models import SHAPES
+from benchmarks.scaling import IDLE, schedule
 from numpy.typing import NDArray
 
 import patchsweep as ps
@@ -140,7 +141,7 @@ def test_a_sweep_of_a_large_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A twentieth of 1,000 pairs of 100 tokens on 512 GPUs, with a twentieth of the files."""
     share = 20
     monkeypatch.setattr(chunks, "MOST_FILES", chunks.MOST_FILES // share)
-    rng, config = np.random.default_rng(0), LARGE["llama-70b"]
+    rng, config = np.random.default_rng(0), SHAPES["llama-70b"]
     pairs = []
     for _ in range(1000 // share):
         clean, corrupt = rng.choice(config.vocab_size, (2, 100), replace=False).tolist()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config
 
 import patchsweep as ps
 from made_tokenizers import byte_level
@@ -21,6 +21,7 @@ from patchsweep.model import empty_model
 from patchsweep.reproduce import EXPERIMENTS, claims, heads, movers, published, reproduce
 from patchsweep.reproduce.experiment import Finding, Report, Setting, Table, markdown
 from patchsweep.reproduce.heads import Heads
+from tiny import build
 
 IOI, GREATER_THAN = "best-practices-ioi", "greater-than"
 PLANTED = {"9.6": 0.8, "9.9": 0.9, "10.7": -0.7}
@@ -30,18 +31,7 @@ PLANTED = {"9.6": 0.8, "9.9": 0.9, "10.7": -0.7}
 def tiny() -> ps.Model:
     """A Llama with shared key-value heads and random weights that do something."""
     tokenizer = byte_level()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.4,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    return ps.wrap(LlamaForCausalLM(config), tokenizer, "tiny")
+    return ps.wrap(build(layers=4, vocab=len(tokenizer)), tokenizer, "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchsweep as ps
 from oracle import oracle
@@ -19,6 +17,7 @@ from patchsweep.loading import load_tokenizer
 from patchsweep.reproduce import docstring, gates, heads, how_to
 from patchsweep.reproduce.experiment import Report, Setting
 from patchsweep.tasks.known_circuits import KNOWN, KNOWN_SETS
+from tiny import build
 
 LLAMA = FAMILIES["llama"]
 
@@ -26,18 +25,7 @@ LLAMA = FAMILIES["llama"]
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Two pairs, and a small random model in float64 that reads the packaged tokenizer's texts."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
-    hf_model = LlamaForCausalLM(config).to(torch.float64).eval()
+    hf_model = build(3, intermediate_size=32, vocab=49152).double()
     model = ps.wrap(hf_model, load_tokenizer("smollm2-135m"), "tiny")
     return Setting(model, 2, 0, tmp_path_factory.mktemp("reproduce"))
 

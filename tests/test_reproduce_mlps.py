@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import patchsweep as ps
@@ -18,6 +17,7 @@ from patchsweep.loading import load_tokenizer
 from patchsweep.reproduce import arithmetic, facts, mlps, places, windows
 from patchsweep.reproduce.experiment import Report, Setting
 from patchsweep.reproduce.resampled import Drawn
+from tiny import build
 
 LAYERS = 6
 LLAMA = FAMILIES["llama"]
@@ -25,18 +25,7 @@ LLAMA = FAMILIES["llama"]
 
 def known_model() -> ps.Model:
     """A small random model in float64 that reads the packaged tokenizer's texts."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.4,
-    )
-    hf_model = LlamaForCausalLM(config).to(torch.float64).eval()
+    hf_model = build(LAYERS, intermediate_size=32, vocab=49152).double()
     return ps.wrap(hf_model, load_tokenizer("smollm2-135m"), "tiny")
 
 

@@ -20,11 +20,13 @@ WORDS = ["?", *string.ascii_letters]
 BROKEN = "Z"  # the word whose embedding `broken` makes infinite
 
 
-def build(layers: int = 3, seed: int = 0, intermediate_size: int = 24) -> LlamaForCausalLM:
+def build(
+    layers: int = 3, seed: int = 0, intermediate_size: int = 24, vocab: int = len(WORDS)
+) -> LlamaForCausalLM:
     """A tiny Llama whose random weights are large enough for effects far above rounding."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(WORDS),
+        vocab_size=vocab,
         hidden_size=16,
         intermediate_size=intermediate_size,
         num_hidden_layers=layers,

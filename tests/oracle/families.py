@@ -134,6 +134,16 @@ SIZES: dict[str, Any] = {
 # torch's grouped matmul for experts takes no float64; the plain loop does.
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text")
 
+NEOX: dict[str, Any] = {
+    "layer": "gpt_neox.layers.{}",
+    "attn": "attention",
+    "o_proj": "attention.dense",
+    "down": "mlp.dense_4h_to_h",
+    "qkv": ("attention.query_key_value",),
+    "fused": "heads",
+    "grouped": False,
+    "tolerance": EXACT,
+}
 FAMILIES: dict[str, Family] = {
     "llama": Family("llama"),
     "gpt2": Family(
@@ -148,31 +158,8 @@ FAMILIES: dict[str, Family] = {
         grouped=False,
         tolerance=EXACT,
     ),
-    "gpt_neox": Family(
-        "gpt_neox",
-        {"use_parallel_residual": True},
-        layer="gpt_neox.layers.{}",
-        attn="attention",
-        o_proj="attention.dense",
-        down="mlp.dense_4h_to_h",
-        qkv=("attention.query_key_value",),
-        fused="heads",
-        grouped=False,
-        parallel=True,
-        tolerance=EXACT,
-    ),
-    "gpt_neox_sequential": Family(
-        "gpt_neox",
-        {"use_parallel_residual": False},
-        layer="gpt_neox.layers.{}",
-        attn="attention",
-        o_proj="attention.dense",
-        down="mlp.dense_4h_to_h",
-        qkv=("attention.query_key_value",),
-        fused="heads",
-        grouped=False,
-        tolerance=EXACT,
-    ),
+    "gpt_neox": Family("gpt_neox", {"use_parallel_residual": True}, parallel=True, **NEOX),
+    "gpt_neox_sequential": Family("gpt_neox", {"use_parallel_residual": False}, **NEOX),
     # Full attention in the layers 0 and 1, a window above.
     "qwen2": Family(
         "qwen2", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
