@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, hypergeom
 
-from patchsweep.audit import Audit, Stratum, divided, draw, sample_size, strata, upper
-from patchsweep.errors import BadInput
+from patchsweep.audit import Audit, Stratum, divided, draw, strata, upper
 
 ALPHA = 0.05
 
@@ -57,15 +56,6 @@ def test_the_bound_by_hand() -> None:
     assert Stratum(10_000, 300, 0).missed(ALPHA) == 99
     assert Stratum(50, 50, 7).missed(ALPHA) == 0
     assert Stratum(50, 0, 0).missed(ALPHA) == 50
-
-
-def test_sample_size_is_the_least() -> None:
-    for share, alpha in ((0.01, 0.05), (0.1, 0.01), (0.5, 0.05)):
-        n = sample_size(share, alpha)
-        assert upper(0, n, alpha) <= share < upper(0, n - 1, alpha)
-    assert sample_size(0.01, 0.05) == 299
-    with pytest.raises(BadInput, match="audit: share is 0: use a number between"):
-        sample_size(0, 0.05)
 
 
 def test_strata_are_quantiles_of_magnitude() -> None:

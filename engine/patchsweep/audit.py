@@ -15,8 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from patchsweep.errors import BadInput
-
 Ints = NDArray[np.int64]
 
 
@@ -47,15 +45,6 @@ def draw(stratum: Ints, each: int, seed: int) -> Ints:
 def divided(alpha: float, strata: int, components: int, metrics: int) -> float:
     """The error that each bound may have, so that all of them hold together with 1 − alpha."""
     return alpha / (strata * components * metrics)
-
-
-def sample_size(share: float, alpha: float) -> int:
-    """How many cells without a hit show that at most this share of a stratum exceeds theta.
-    BadInput for shares and errors not between 0 and 1."""
-    for name, value in (("share", share), ("alpha", alpha)):
-        if not 0 < value < 1:
-            raise BadInput(f"audit: {name} is {value}: use a number between 0 and 1")
-    return math.ceil(math.log(alpha) / math.log1p(-share))
 
 
 def upper(hits: int, drawn: int, alpha: float) -> float:

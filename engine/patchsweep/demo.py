@@ -25,7 +25,7 @@ MODEL = "smollm2-135m"
 PAIRS = 8
 COMPONENTS = ("head_z", "mlp_out", "resid_pre")
 METRICS = ("logit_diff", "logprob", "prob", "rank", "kl")
-BATCH = 32  # of the full forwards that are timed for comparison
+BATCH, REPEATS = 32, 3  # of the full forwards that are timed for comparison
 
 
 def demo(out: Path, console: Console) -> None:
@@ -74,7 +74,7 @@ class FullForwards:
 
 
 @torch.no_grad()
-def full_forwards(model: Model, pair: Pair, repeats: int = 3) -> FullForwards:
+def full_forwards(model: Model, pair: Pair) -> FullForwards:
     """Time the model's own forwards of a prompt, logits at the last token only: the best of a few.
 
     Nothing is patched in them, so this is the least that any sweep by full forwards takes.
@@ -83,7 +83,7 @@ def full_forwards(model: Model, pair: Pair, repeats: int = 3) -> FullForwards:
 
     def seconds(batch: int) -> float:
         times = []
-        for _ in range(repeats + 1):
+        for _ in range(REPEATS + 1):
             began = time.perf_counter()
             model.hf_model(
                 input_ids=tokens.expand(batch, -1), use_cache=False, logits_to_keep=1

@@ -8,21 +8,9 @@ logits. A node is written as a site without position is, component.layer.unit: `
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 from patchsweep.dimensions import Dimensions
-from patchsweep.errors import BadInput
-
-# Of every kind of node what its text has beside the name.
-SENDERS = {"embed": (), "head_z": ("layer", "head"), "mlp_out": ("layer",)}
-RECEIVERS = {
-    "head_q": ("layer", "head"),
-    "head_k": ("layer", "kv_head"),
-    "head_v": ("layer", "kv_head"),
-    "mlp_in": ("layer",),
-    "logits": (),
-}
 
 
 @dataclass(frozen=True)
@@ -36,17 +24,6 @@ class Node:
     def __str__(self) -> str:
         numbers = (str(n) for n in (self.layer, self.unit) if n is not None)
         return ".".join([self.component, *numbers])
-
-
-@dataclass(frozen=True)
-class Edge:
-    """What a sender adds to the residual stream, as one receiver alone reads it."""
-
-    sender: Node
-    receiver: Node
-
-    def __str__(self) -> str:
-        return f"{self.sender}->{self.receiver}"
 
 
 def senders(d: Dimensions) -> list[Node]:
@@ -75,20 +52,3 @@ def upstream(d: Dimensions, receiver: Node, parallel: bool) -> int:
         return 1 + d.layers * (d.heads + 1)
     below = 1 + receiver.layer * (d.heads + 1)
     return below + d.heads if receiver.component == "mlp_in" and not parallel else below
-
-
-def parse_edge(text: str) -> Edge:
-    """An edge as it is written, e.g. `head_z.9.6->head_q.10.0`. BadInput if it is none."""
-    ends = text.split("->")
-    if len(ends) != 2:
-        raise BadInput(f"'{text}' is no edge: write sender->receiver")
-    return Edge(_node(ends[0], SENDERS, text), _node(ends[1], RECEIVERS, text))
-
-
-def _node(text: str, kinds: dict[str, tuple[str, ...]], edge: str) -> Node:
-    name, *numbers = text.strip().split(".")
-    if name not in kinds:
-        raise BadInput(f"edge '{edge}' cannot have an end '{name}' there: use {', '.join(kinds)}")
-    if len(numbers) != len(kinds[name]) or not all(re.fullmatch(r"\d+", n) for n in numbers):
-        raise BadInput(f"edge '{edge}': write {'.'.join([name, *kinds[name]])} for that end")
-    return Node(name, *map(int, numbers))

@@ -128,9 +128,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     return _config(_cached(_find(name)), name, trust_remote_code)
 
 
-def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model of this name, without its weights; errors as in `load`."""
-    return _tokenizer(_cached(_find(name)), trust_remote_code)
+    return _tokenizer(_cached(_find(name)), trust_remote_code=False)
 
 
 def resolve_device(device: str) -> torch.device:

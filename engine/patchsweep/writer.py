@@ -13,14 +13,14 @@ WAITING = 1  # calls; what they were given stays in memory
 
 
 @contextmanager
-def background(write: Callable[P, None], waiting: int = WAITING) -> Iterator[Callable[P, None]]:
+def background(write: Callable[P, None]) -> Iterator[Callable[P, None]]:
     """`write` as a function that returns at once: one thread makes the calls, in order.
 
-    In memory are at most `waiting` calls, the one under way and the one that is being handed over,
+    In memory are at most WAITING calls, the one under way and the one that is being handed over,
     which waits. Leaving makes all calls that were handed over, after an exception too. Once a call
     has failed none follows, and its exception is raised by the next call, or on leaving.
     """
-    calls: queue.Queue[Callable[[], None] | None] = queue.Queue(waiting)
+    calls: queue.Queue[Callable[[], None] | None] = queue.Queue(WAITING)
     failed: list[BaseException] = []
 
     def work() -> None:
