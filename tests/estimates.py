@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import patchsweep as ps
-from cells import Letters
+from inputs import Letters
 from oracle import gradients, heads
 from oracle.families import FAMILIES, Family
 from patchsweep import attribution

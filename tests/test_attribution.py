@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import patchsweep as ps
-from cells import Case, Letters, autoencoder
+from cells import autoencoder
 from estimates import (
     EXACT,
     NAMES,
@@ -26,11 +26,12 @@ from estimates import (
     logit_diff,
     runs,
 )
+from expected import Case
+from inputs import SOURCES, Letters, able, components_of, pair_of, three, unequal
 from oracle import gradients, heads
 from oracle.families import FAMILIES
 from patchsweep.attribution.rules import Relevance
 from patchsweep.pairs import Pair
-from test_exact import SOURCES, able, components_of, pair_of, three, unequal
 
 
 @pytest.mark.parametrize("name", NAMES)

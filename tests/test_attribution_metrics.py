@@ -11,10 +11,10 @@ import torch
 
 import patchsweep as ps
 from estimates import EXACT, built, changes, estimated, runs
+from inputs import pair_of, three
 from oracle import gradients, heads
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from test_exact import pair_of, three
 
 
 def spread(logits: torch.Tensor, _: ps.Context) -> torch.Tensor:

@@ -12,14 +12,13 @@ from scipy.stats import spearmanr
 from torch.utils.flop_counter import FlopCounterMode
 
 import patchsweep as ps
-from cells import Letters
 from estimates import EXACT, VIA, built, estimated
+from inputs import Letters, components_of, pair_of, three
 from oracle.families import FAMILIES
 from patchsweep import attribution
 from patchsweep.planning import plan_sweep
 from patchsweep.sites import Status
 from patchsweep.spec import parse_settings
-from test_exact import components_of, pair_of, three
 
 
 def test_shapes_and_statuses(tmp_path: Path) -> None:

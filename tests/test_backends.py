@@ -13,11 +13,12 @@ from nnsight import CONFIG  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import patchsweep as ps
-from cells import METRICS, Case, Letters, check
+from cells import METRICS, check
+from expected import Case
+from inputs import SOURCES, Letters, pair_of, three, unequal
 from oracle.families import ELSEWHERE, EVERY, FAMILIES
 from patchsweep import backends, selftest
 from patchsweep.sites import COMPONENTS
-from test_exact import SOURCES, pair_of, three, unequal
 
 # Of these the order of queries, keys and values in their projection is not known.
 WITHOUT_QKV = ("falcon_grouped", "codegen", "deepseek_v3")

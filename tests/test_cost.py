@@ -15,6 +15,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import patchsweep as ps
+from inputs import Letters
 from oracle.families import EVERY, FAMILIES, prompts
 from patchsweep import attention
 from patchsweep.attention import attention_is
@@ -44,13 +45,6 @@ COMPONENTS = (
     "head_z",
     "neuron",
 )
-
-
-class Letters:
-    """A tokenizer as far as a sweep needs one."""
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(f"<{t}>" for t in tokens)
 
 
 @dataclass

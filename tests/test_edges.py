@@ -15,8 +15,8 @@ from accelerate import disk_offload
 from rich.console import Console
 
 import patchsweep as ps
-from cells import Letters
 from estimates import built, changes, estimated, linear_model, logit_diff, runs
+from inputs import Letters, three, unequal
 from oracle import edges as oracle
 from oracle.families import FAMILIES
 from patchsweep import attribution, edges
@@ -29,7 +29,6 @@ from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.report.show import show
 from patchsweep.spec import parse_settings
-from test_exact import three, unequal
 from tiny import arrays
 
 EXACT = 1e-9

@@ -17,8 +17,8 @@ from rich.console import Console
 from scipy.stats import pearsonr, spearmanr
 
 import patchsweep as ps
-from cells import Letters
 from estimates import built, estimated
+from inputs import Letters, three
 from patchsweep import attribution, backends
 from patchsweep.errors import BadInput, NotOnWavefront
 from patchsweep.pairs import Pair
@@ -26,7 +26,6 @@ from patchsweep.report.show import show
 from patchsweep.sites import Status
 from patchsweep.spec import parse_settings, parse_spec
 from patchsweep.statistics import agreement
-from test_exact import three
 from tiny import arrays
 
 COMPONENTS = ["head_z", "head_k", "mlp_out"]

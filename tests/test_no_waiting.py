@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import patchsweep as ps
+from inputs import Letters
 from oracle.families import FAMILIES, prompts
 from patchsweep import engine, transfer
 from patchsweep.attention import attention_is
@@ -25,7 +26,7 @@ from patchsweep.spec import parse_settings
 from patchsweep.store import Store
 from patchsweep.values import Values
 from patchsweep.wave import Launched, launch_wave, run_wave, wavefront
-from test_cost import COMPONENTS, Letters
+from test_cost import COMPONENTS
 from tiny import values as values_of
 
 # Of each the result's size or value is needed on the host, for which a GPU is waited for.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import patchsweep as ps
-from cells import Letters
 from estimates import built
+from inputs import Letters, three
 from patchsweep import attribution, engine, planning
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
@@ -20,7 +20,6 @@ from patchsweep.report.figures import _figures
 from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
-from test_exact import three
 from tiny import arrays
 
 COMPONENTS = ["head_z", "head_k", "mlp_out", "neuron"]

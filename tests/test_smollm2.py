@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import patchsweep as ps
-from cells import FEW, METRICS, Case, check
+from cells import FEW, METRICS, check
+from expected import Case
 
 IOI = (
     "When John and Mary went to the store, John gave a drink to",

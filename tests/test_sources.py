@@ -11,16 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 import patchsweep as ps
+from inputs import Letters
 from oracle.families import FAMILIES, prompts
 from patchsweep.circuits import curve
 from patchsweep.pairs import Pair
-
-
-class Letters:
-    """A tokenizer as far as a sweep needs one."""
-
-    def decode(self, tokens: list[int]) -> str:
-        return "".join(f"<{t}>" for t in tokens)
 
 
 @pytest.fixture(scope="module")

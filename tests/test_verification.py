@@ -12,10 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import patchsweep as ps
-from cells import Letters
+from inputs import Letters, three
 from oracle.families import FAMILIES
 from patchsweep.store import Store
-from test_exact import three
 
 
 @pytest.fixture
