@@ -57,6 +57,16 @@ def expected(circuit: str, direction: str, component: str) -> NDArray[np.float64
     return grid
 
 
+def test_the_task_has_their_prompts() -> None:
+    """The words of the task that this tokenizer knows are those that no circuit reads."""
+    for corruption, circuit, many in (("both", "and", 12), ("second", "and_second", 4)):
+        drawn = ps.tasks.nobel(TOKENIZER, many, corruption=corruption)
+        runs = {(p.clean, p.corrupt, p.answer, p.wrong) for p in drawn}
+        assert runs >= {(p.clean, p.corrupt, p.answer, p.wrong) for p in PAIRS[circuit]}
+        with pytest.raises(ps.BadInput, match=f"{many} can be had with this tokenizer"):
+            ps.tasks.nobel(TOKENIZER, many + 1, corruption=corruption)
+
+
 # The model by plain full forwards, without the engine.
 
 

@@ -68,6 +68,9 @@ def test_the_papers_models_are_known_by_their_size() -> None:
     assert len(said) == 12
     assert "GPT-2 small" in line
     assert published.circuit(small) == (("9.6", "9.9", "10.0"), ("7.3", "7.9", "8.6", "8.10"))
+    circuit = movers.roles(Setting(small, 1, 0, Path()), [], [])  # whatever was detected
+    assert (circuit.movers, circuit.inhibition) == published.circuit(small)
+    assert "those of Wang et al. 2022" in circuit.line
     xl = sized(GPT2Config(n_layer=48, n_head=25, n_embd=1600))
     assert published.model_of(xl) == "gpt2-xl"
     assert published.circuit(xl) is None
