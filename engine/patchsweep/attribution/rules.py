@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from patchsweep.forward import Forward
-from patchsweep.stream import ResidualStream, Tap
 
+P = ParamSpec("P")
 PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply"}
 PRODUCTS_IN_PLACE = {"mul_", "__imul__"}
 QUOTIENTS = {"div", "__truediv__", "true_divide", "divide"}
@@ -117,6 +118,15 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
 
 
+def _by_the_rules(method: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        with Relevance():
+            return method(*args, **kwargs)
+
+    return call
+
+
 class RelevanceForward(Forward):
     """A model's forward under RelP's rules, from the embedding to the final norm. Logits are linear
     in what follows but for a soft-cap, which belongs to the metric."""
@@ -125,26 +135,11 @@ class RelevanceForward(Forward):
     def of(cls, forward: Forward) -> RelevanceForward:
         return cls(**{f.name: getattr(forward, f.name) for f in fields(forward)})
 
-    def embed(self, tokens: Tensor, positions: Tensor, tap: Tap | None = None) -> Tensor:
-        with Relevance():
-            return super().embed(tokens, positions, tap)
-
-    def layer(
-        self,
-        index: int,
-        hidden: Tensor,
-        positions: Tensor,
-        stream: ResidualStream | None = None,
-        neurons: Tap | None = None,
-    ) -> Tensor:
-        with Relevance():
-            return super().layer(index, hidden, positions, stream, neurons)
+    embed = _by_the_rules(Forward.embed)
+    layer = _by_the_rules(Forward.layer)
+    final_norm = _by_the_rules(Forward.final_norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         with self.unembedding() as (weight, bias):
             normed = self.final_norm(hidden).to(weight.device)
             return self.finish(F.linear(normed, weight, bias))
-
-    def final_norm(self, hidden: Tensor) -> Tensor:
-        with Relevance():
-            return super().final_norm(hidden)
