@@ -44,6 +44,12 @@ A chunk is written to a temporary file and renamed, data before its record: what
 outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
 outlives a power cut. A zip file of such a folder (`pack`) can be read. At a URL (`bucket.py`) there
 are objects of the same names.
+
+    place.py        where results lie: folder.py (with files.py), bucket.py
+    arrays.py       the arrays, laid out empty
+    array_store.py  arrays by name: read, written by regions, and the files of their chunks
+    prompts.py      the prompt pairs
+    store.py        the results of a sweep
 """
 
 from patchsweep.store.array_store import Damaged
