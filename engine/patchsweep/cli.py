@@ -47,7 +47,8 @@ def _status(arguments: list[str]) -> int:
     except DoesNotHold as error:
         return _say(error, 1)
     except CycloptsError as error:
-        return _say(f"{error} See {shlex.join(['patchsweep', *given[:1], '--help'])}", 2)
+        known = [name for name in given[:1] if name in list(app)]
+        return _say(f"{error} See {shlex.join(['patchsweep', *known, '--help'])}", 2)
     except (KeyboardInterrupt, Terminated) as error:
         word, status = (
             ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)

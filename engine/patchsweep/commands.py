@@ -23,7 +23,7 @@ app = App(
     name="patchsweep",
     help="Exact activation-patching sweeps: every head x position x layer, fast, into Zarr.",
     help_epilogue=f"Every command takes {TRACEBACK}: where a failure came from, in full.",
-    help_format="plaintext",
+    help_format="markdown",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
@@ -70,6 +70,7 @@ def run(
     """Run the sweep that a spec file says.
 
     Example: patchsweep run examples/ioi.yaml --out ioi.zarr --set prompts.n=16
+
     Example: accelerate launch -m patchsweep run examples/ioi.yaml
 
     Parameters
@@ -237,6 +238,8 @@ def export(results: str, table: Path, /) -> None:
     from patchsweep.results import open as open_results
     from patchsweep.store import pack
 
+    if table.suffix not in (".parquet", ".zip"):
+        raise BadInput(f"{table}: unknown kind of file: use .parquet, or .zip for the results")
     found = open_results(results)
     if table.suffix == ".zip":
         pack(results, table)

@@ -140,7 +140,8 @@ def test_the_main_job(command: Command, spec: Path, model: Path, tmp_path: Path)
     table = tmp_path / "t.parquet"
     exported = command("export", tmp_path / "r.zarr", table)
     assert (exported.status, exported.out, exported.err) == (0, f"{table}\n", "")
-    refused(command("export", tmp_path / "r.zarr", tmp_path / "no" / "t"), "cannot write")
+    refused(command("export", tmp_path / "r.zarr", tmp_path / "no" / "t.parquet"), "cannot write")
+    refused(command("export", tmp_path / "r.zarr", tmp_path / "t.csv"), "use .parquet, or .zip")
     refused(command("plot", tmp_path / "r.zarr", "--out", table), "cannot write figures")
 
     loaded = ps.load_model(str(model), device="cpu")
