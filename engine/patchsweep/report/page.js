@@ -139,8 +139,9 @@ function drawMap() {
 
 function drawScatter() {
   const view = $("view").value, window = view.startsWith("window");
-  const itself = !window && $("against").value === metric(); // says nothing
-  $("scatter").parentElement.style.display = itself ? "none" : "";
+  const nothing = !window && data.metrics.length === 1; // that it could be set against
+  $("scatter").parentElement.style.display = nothing ? "none" : "";
+  if (nothing) return;
   let points;
   if (window) {
     const [, size] = view.split(" "), [joint, sum] = way().metrics[metric()].windows[size];
@@ -151,8 +152,8 @@ function drawScatter() {
     points = values(metric()).map((y, i) => [x[i], y, { "data-i": i }]);
   }
   points = points.filter(([x, y]) => x !== null && y !== null && (x !== 0 || y !== 0));
-  const side = 300, pad = 46, whole = side + pad + 8;
-  const svg = element("svg", { width: whole, height: whole });
+  const side = 300, pad = 66, whole = side + pad + 16; // room for -1.23e-5
+  const svg = element("svg", { width: whole, height: side + 46 });
   const range = (k) => points.reduce(([a, b], q) => [Math.min(a, q[k]), Math.max(b, q[k])], [0, 0]);
   const scale = (k) => {
     const [a, b] = range(k), room = (b - a) * 0.04 || 1;
@@ -169,8 +170,8 @@ function drawScatter() {
   const text = (x, y, content, more) => svg.append(element("text", { x, y, ...more }, content));
   const ticks = (a, b, at, apart) => // 0 where there is room
     [a, ...([a, b].every((end) => Math.abs(at(end) - at(0)) > apart) ? [0] : []), b];
-  for (const v of ticks(x0, x1, X, 45)) text(X(v), side + 18, number(v), { "text-anchor": "middle" });
-  for (const v of ticks(y0, y1, Y, 14)) text(pad - 4, Y(v) + 4, number(v), { "text-anchor": "end" });
+  for (const v of ticks(x0, x1, X, 45)) text(X(v), side + 18, number(v, 3), { "text-anchor": "middle" });
+  for (const v of ticks(y0, y1, Y, 14)) text(pad - 4, Y(v) + 4, number(v, 3), { "text-anchor": "end" });
   const [xName, yName] = window ? ["sum of single layers", "patched together"]
     : [$("against").value, metric()];
   text(pad + side / 2, side + 36, xName, { "text-anchor": "middle" });
@@ -264,7 +265,7 @@ function refresh() {
     ? "ratio of means" : "mean"}`];
   fill("way", c.ways.map((w, i) => [i, w.name]));
   fill("metric", data.metrics.map((m) => [m, m]));
-  fill("against", data.metrics.map((m) => [m, m]));
+  fill("against", data.metrics.filter((m) => m !== metric()).map((m) => [m, m]));
   const pairs = data.pairs === 1 ? 0 : data.pairs_here;
   fill("pair", [all, ...Array.from({ length: pairs }, (_, i) => [i, `pair ${i}`])]);
   fill("shown", [[c.shown, c.shown], ...(c.estimator && c.shown === "effect"
@@ -300,4 +301,3 @@ for (const id of ["map", "scatter"]) $(id).addEventListener("mouseover", (event)
   tell(event.target.dataset));
 $("map").addEventListener("keydown", goOn);
 refresh();
-if (data.metrics.length > 1) { $("against").value = data.metrics[1]; refresh(); }
