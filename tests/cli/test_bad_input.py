@@ -26,7 +26,7 @@ from tiny import save
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sweep"], ['Unknown command "sweep"', "run, plan, show"]),
+        (["sweep"], ['Unknown command "sweep"', "run, plan, show", "See patchsweep --help"]),
         (["run"], ["SPEC", "patchsweep run --help"]),
         (["run", "a.yaml", "b.yaml"], ["b.yaml", "patchsweep run --help"]),
         (["run", "a.yaml", "--jobs", "2"], ["--jobs", "patchsweep run --help"]),
