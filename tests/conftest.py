@@ -1,21 +1,39 @@
-"""Seeds, and which tests are left out: `gpu` without CUDA, `slow` unless -m is given."""
+"""Seeds, the environment, and which tests are left out: `gpu` without CUDA, `slow` unless -m is
+given."""
 
 from __future__ import annotations
 
+import os
 import random
+import re
 
+import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from patchsweep import backends
 
 # Examples drawn from a fixed seed and never judged by the clock: the same result on every run.
-settings.register_profile("patchsweep", derandomize=True, deadline=None)
+by_the_clock = [HealthCheck.too_slow]
+settings.register_profile(
+    "patchsweep", derandomize=True, deadline=None, suppress_health_check=by_the_clock
+)
 settings.load_profile("patchsweep")
+
+# What a shell, a launcher or a service around the tests may have set, which they and the processes
+# that they start would heed.
+LEFT = re.compile(
+    "COLUMNS|FORCE_COLOR|TTY_.*|PYTHON(WARNINGS|SAFEPATH)|TRANSFORMERS_VERBOSITY"
+    "|(TORCHELASTIC|ACCELERATE|MASTER)_.*|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)"
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    for name in filter(LEFT.fullmatch, list(os.environ)):
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nobody asks the Hub
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # it has read its environment already
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
 

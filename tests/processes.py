@@ -18,9 +18,11 @@ import pytest
 
 import patchsweep as ps
 from patchsweep.sites import Status
+from patchsweep.store import job_folder
 from tiny import arrays, rows, save, values, write_pairs, write_spec
 
-PATIENCE = 120  # seconds
+PATIENCE = 600  # seconds: a guard against what hangs, far from what a busy machine takes
+BEGINS = " begins\n"  # what a process logs first
 TORCHRUN = "torch.distributed.run --standalone --nproc-per-node"
 
 
@@ -86,10 +88,11 @@ def said(process: Process) -> list[str]:
     return [line for line in err.splitlines() if line.startswith("patchsweep: ")]
 
 
-def slow_from(blocks: float) -> dict[str, str]:
-    """The environment of processes whose disk gets slow once so many blocks are done."""
-    path = [str(Path(__file__).with_name("slow_disk")), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "SLOW_FROM": str(round(blocks))}
+def still_from(blocks: float) -> dict[str, str]:
+    """The environment of processes that do not get far beyond so many blocks until a signal comes:
+    their disk stands still."""
+    path = [str(Path(__file__).with_name("still_disk")), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "STILL_FROM": str(round(blocks))}
 
 
 def wait(process: Process, until: Callable[[], bool]) -> None:
@@ -105,6 +108,12 @@ def blocks_done(out: Path) -> int:
     return sum(1 for _ in out.glob("completion/*/c/[0-9]*"))
 
 
+def logged(out: Path, what: str, count: int) -> list[int]:
+    """How often each of so many processes has logged that."""
+    logs = [job_folder(out) / f"rank-{rank}.log" for rank in range(count)]
+    return [log.read_text().count(what) if log.exists() else 0 for log in logs]
+
+
 def disturb(
     job: Job,
     out: Path,
@@ -112,9 +121,10 @@ def disturb(
     endings: Sequence[Ending],
     seed: int,
     *,
+    count: int = 1,
     from_layout: bool = False,
 ) -> None:
-    """Run `job` into `out`, ended in every round in another way.
+    """Run `job` into `out` with so many processes, ended in every round in another way.
 
     Within the first two thirds of the blocks, after at least one of the round's own; the first time
     while the results are laid out, if `from_layout`.
@@ -125,8 +135,10 @@ def disturb(
     for i, ending in enumerate(endings):
         goal = total * 2 / 3 * (i - from_layout + rng.uniform()) / len(endings)
         goal = max(goal, blocks_done(out) + 1)
-        process = begin(*command, **slow_from(goal + 2))
-        wait(process, partial(_arrived, out, None if from_layout and i == 0 else goal))
+        before = logged(out, BEGINS, count)
+        process = begin(*command, **still_from(goal + 2))
+        early = from_layout and i == 0
+        wait(process, partial(_anything, out) if early else partial(_at_work, out, goal, before))
         time.sleep(rng.uniform(0, 0.02))  # somewhere within a wave
         ending(process, rng, job, out)
         check_what_is_left(out, job.whole)
@@ -134,11 +146,16 @@ def disturb(
     assert 0 < blocks_done(out) < total
 
 
-def _arrived(out: Path, goal: float | None) -> bool:
-    """Whether so many blocks are done; None: whether anything is there at all."""
-    if goal is None:
-        return any(out.parent.glob(f".{out.name}.*.partial")) or out.exists()
-    return blocks_done(out) >= goal
+def _anything(out: Path) -> bool:
+    """Whether anything is there at all."""
+    return any(out.parent.glob(f".{out.name}.*.partial")) or out.exists()
+
+
+def _at_work(out: Path, goal: float, before: list[int]) -> bool:
+    """Whether so many blocks are done, and each process has begun since: before it has, the
+    launcher's signal would end it without a word."""
+    now = logged(out, BEGINS, len(before))
+    return all(n > m for n, m in zip(now, before, strict=True)) and blocks_done(out) >= goal
 
 
 def check_what_is_left(out: Path, whole: Path) -> None:

@@ -96,7 +96,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """What was asked of the network, all of which fails."""
+    """What was asked of the network, all of which fails; nothing else holds anybody back."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     asked: list[object] = []
 
     def refuse(*args: object, **_: object) -> None:
@@ -294,7 +295,7 @@ def test_two_processes_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(file)]
     both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True) for _ in "12"]
     for process in both:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     left = [p.name for p in tmp_path.rglob("gguf/*")]
     assert len(left) == 1
@@ -342,8 +343,7 @@ def test_only_hub_ids_may_use_the_network(tmp_path: Path) -> None:
         assert loading._find(name).options["local_files_only"] is local
 
 
-def test_an_unknown_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def test_an_unknown_hub_id() -> None:
     refused("no-such/model-at-all", "'no-such/model-at-all'", "check the id and the network")
     for part in (load_config, load_tokenizer):
         with pytest.raises(BadInput, match="check the id and the network"):

@@ -27,10 +27,11 @@ from processes import (
     check_equal,
     disturb,
     launch,
+    logged,
     made,
     many_waves,
     said,
-    slow_from,
+    still_from,
     wait,
 )
 from tiny import arrays
@@ -90,7 +91,11 @@ def kill_one(process: Process, rng: np.random.Generator, *_: Any) -> None:
 
 
 def kill_all(process: Process, *_: Any) -> None:
-    for each in [psutil.Process(process.pid), *workers(process)]:
+    """At once: nobody sees another one die, and speaks of it."""
+    all_of_them = [psutil.Process(process.pid), *workers(process)]
+    for each in all_of_them:
+        each.suspend()
+    for each in all_of_them:
         each.kill()
     assert said(process) == []
 
@@ -119,12 +124,12 @@ def check_go_on(lines: list[str], word: str) -> None:
 
 def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "r.zarr"
-    disturb(job, out, TWO, [kill_one, kill_all, terminate], seed=0)
+    disturb(job, out, TWO, [kill_one, kill_all, terminate], seed=0, count=2)
     # A launcher that may starts the group again, which goes on with what is there.
     out.rename(tmp_path / "s.zarr")
-    slow = slow_from(blocks_done(tmp_path / "s.zarr") + 2)
-    process = launch(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume", **slow)
-    wait(process, partial(_any_computed, job_folder(tmp_path / "s.zarr")))
+    still = still_from(blocks_done(tmp_path / "s.zarr") + 2)
+    process = launch(RESTARTS, 2, job.spec, "--out", tmp_path / "s.zarr", "--resume", **still)
+    wait(process, lambda: all(logged(tmp_path / "s.zarr", ": computed", 2)))
     workers(process)[0].kill()
     ended, again = said(process)
     assert ended.startswith("patchsweep: terminated; what was finished is kept; unless the ")
@@ -133,14 +138,10 @@ def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     check_equal(tmp_path / "s.zarr", job)
 
 
-def _any_computed(folder: Path) -> bool:
-    return any(": computed" in log.read_text() for log in folder.glob("rank-*.log"))
-
-
 @pytest.mark.slow
 def test_thirty_kills(tmp_path: Path) -> None:
     job = made(tmp_path / "job", pairs=20, components=["head_z", "mlp_out"])
-    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all] * 15, seed=1)
+    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all] * 15, seed=1, count=2)
     assert launch(TORCHRUN, 2, job.spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
 
@@ -158,7 +159,7 @@ def test_three_kills_of_a_real_model(tmp_path: Path) -> None:
     spec.write_text(yaml.safe_dump(said))
     job = Job(spec, tmp_path / "whole.zarr")
     assert launch(TORCHRUN, 1, spec, "--out", job.whole).wait() == 0
-    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all, kill_one], seed=2)
+    disturb(job, tmp_path / "r.zarr", TWO, [kill_one, kill_all, kill_one], seed=2, count=2)
     assert launch(TORCHRUN, 2, spec, "--out", tmp_path / "r.zarr", "--resume").wait() == 0
     check_equal(tmp_path / "r.zarr", job)
 

@@ -304,7 +304,7 @@ def browse(text: str, folder: Path) -> tuple[str, list[str]]:
     options += ["--disable-background-networking", f"--user-data-dir={folder / 'profile'}"]
     options += ["--enable-logging=stderr", "--window-size=1300,1600", "--virtual-time-budget=5000"]
     command = [CHROMIUM, *options, "--dump-dom", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

@@ -158,6 +158,7 @@ def test_bad_lines(
         (["clean,corrupt,answer", 'a,b,"c'], ["p.csv:2", "malformed CSV"]),
         (["clean,corrupt,answer,labels", "a,b,c,{"], ["p.csv:2", "labels is not JSON"]),
         (["clean,corrupt,answer", "a,b,[c"], ["p.csv:2", "answer is not JSON"]),
+        (["clean,wrong,answer,labels", "a,[b,[c,{"], ["p.csv:2", "wrong is not JSON"]),  # first
         (["clean,corrupt,answer"], ["p.csv", "no pairs"]),
     ],
 )

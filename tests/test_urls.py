@@ -331,7 +331,7 @@ def test_a_launcher_takes_over_from_its_own_processes_only(at: Objects) -> None:
     left.__enter__()
     job = _objects(at.url.replace("r.zarr", ".r.zarr.job"))
     held = json.loads(bytes(obstore.get(job, "lock").bytes()))
-    for part, other in (("host", "another"), ("launcher", 1)):
+    for part, other in (("host", "another"), ("launcher", os.getppid() + 1)):
         obstore.put(job, "lock", json.dumps(held | {part: other}).encode())
         with pytest.raises(ps.BadInput, match="written by another"), locked(at.url, again=True):
             pass

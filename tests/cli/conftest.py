@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from cli.commands import Command, Done, child
+from processes import PATIENCE
 from tiny import rows, save, write_pairs, write_spec
 
 
@@ -27,7 +28,7 @@ def command(context: Any, tmp_path_factory: pytest.TempPathFactory) -> Command:
         out, err = folder / "out", folder / "err"
         process = context.Process(target=child, args=([*map(str, arguments)], out, err))
         process.start()
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode is not None, "the command hangs"
         return Done(process.exitcode, out.read_text(), err.read_text())
 

@@ -17,6 +17,7 @@ from cli.commands import Command, listing, refused
 from patchsweep.cli import _status, app
 from patchsweep.families import FAMILIES
 from patchsweep.sites import Status
+from processes import PATIENCE
 from tiny import BROKEN, arrays, broken, rows, save, values, write_pairs, write_spec
 
 COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify", "check")
@@ -204,23 +205,22 @@ def test_models_and_tasks(command: Command) -> None:
 
 # The signal comes while Zarr's thread has many chunks to write, which it cannot end with in time.
 INTERRUPTED = """
-import os, signal, sys, tempfile, time
+import itertools, os, signal, sys, time
 import zarr
 import zarr.storage._local as local
 from patchsweep import cli
 
-write, written = local._put, []
+write, calls = local._put, itertools.count(1)
 
 def slow(*args, **kwargs):
-    written.append(args)
-    if len(written) == 8:
+    if (call := next(calls)) == 8:
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.1 if len(written) >= 8 else 0)
+    time.sleep(0.1 if call >= 8 else 0)
     return write(*args, **kwargs)
 
 @cli.app.command
 def busy() -> None:
-    array = zarr.create_array(tempfile.mkdtemp(), shape=(200,), chunks=(1,), dtype="f4")
+    array = zarr.create_array("busy.zarr", shape=(5000,), chunks=(1,), dtype="f4")
     local._put = slow
     array[:] = 1.0
 
@@ -229,9 +229,10 @@ cli.main()
 """
 
 
-def test_a_signal_ends_with_one_line() -> None:
+def test_a_signal_ends_with_one_line(tmp_path: Path) -> None:
     """Whatever is under way in other threads."""
+    command = [sys.executable, "-c", INTERRUPTED]
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=60, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert (done.returncode, done.stderr) == (143, "patchsweep: terminated\n")

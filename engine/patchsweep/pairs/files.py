@@ -86,7 +86,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise BadInput(f"{where}: more cells than columns: quote cells that hold a comma")
             # A key that is unknown is an error even where its cell is empty.
             row: dict[str, Any] = {k: v for k, v in cells.items() if v or k not in KEYS}
-            for key in {"answer", "wrong", "align", *MAPPINGS} & row.keys():
+            for key in [k for k in row if k in ("answer", "wrong", "align", *MAPPINGS)]:
                 if key in MAPPINGS or row[key].startswith("["):
                     try:
                         row[key] = json.loads(row[key])
