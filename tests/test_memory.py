@@ -12,6 +12,14 @@ import pytest
 
 from tiny import SETTINGS
 
+# What is freed goes back at once: what is resident is what is used. Else the peak depends on which
+# thread had what when, by half of itself.
+AT_ONCE = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+
 MEMORY = """
 import json, sys
 from pathlib import Path
@@ -51,8 +59,7 @@ def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     """And four times the pairs are more waves, not more memory."""
     settings = {**SETTINGS, "direction": "denoise", "token_budget": 512}
     command = [sys.executable, "-c", MEMORY, json.dumps([[1, 4, 16], settings, str(tmp_path)])]
-    # One arena: what is freed can be used again, whichever thread had it.
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1"}
+    env = {**os.environ, **AT_ONCE}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     sweeps = [json.loads(line) for line in done.stdout.splitlines()]
@@ -60,10 +67,10 @@ def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     assert [sweep["waves"] for sweep in sweeps] == [2, 8, 32]
     assert {sweep["peak_tokens"] for sweep in sweeps} == {first["peak_tokens"]}
     assert first["peak_tokens"] > 400
-    assert first["peak_bytes"] < 8 * first["taken"], first
+    assert first["peak_bytes"] < 10 * first["taken"], first
     assert all(sweep["taken"] < sweep["peak_bytes"] for sweep in sweeps), sweeps
-    # The allocator settles during the first sweeps; 24 more waves would take far more than this.
-    assert many["taken"] < few["taken"] + 24 * 2**20, sweeps
+    # The larger plan itself takes a little; 24 more waves would take far more than this.
+    assert many["taken"] < few["taken"] + 6 * 2**20, sweeps
 
 
 FLAT = """
@@ -105,9 +112,7 @@ def test_memory_is_flat_over_a_million_cells(tmp_path: Path) -> None:
     """What is resident in the second tenth of them is so in the last one, but for less than half of
     what the values take. Each time the least: what a wave needs comes and goes."""
     command = [sys.executable, "-c", FLAT, str(tmp_path / "r.zarr")]
-    # What is freed goes back at once: what is resident is what is used.
-    env = {**os.environ, "MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    env["MALLOC_TRIM_THRESHOLD_"] = "131072"
+    env = {**os.environ, **AT_ONCE}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     taken = json.loads(done.stdout)
