@@ -11,6 +11,7 @@ import nbformat
 import numpy as np
 from nbclient import NotebookClient
 from rich.console import Console
+from traitlets.config import Config
 
 import patchsweep as ps
 from patchsweep import demo
@@ -42,8 +43,11 @@ def test_notebook(tmp_path: Path) -> None:
     """Executed from top to bottom, it shows the numbers that it was committed with."""
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
     committed = shown(notebook)
-    where = {"metadata": {"path": tmp_path}}
-    NotebookClient(notebook, timeout=None, startup_timeout=600, resources=where).execute()
+    resources = {"metadata": {"path": tmp_path}}
+    # By files, not by ports that are free now and may be taken when the kernel has started.
+    files = {"transport": "ipc", "connection_file": str(tmp_path / "kernel.json")}
+    config, patient = Config(KernelManager=files), {"startup_timeout": 600, "iopub_timeout": 600}
+    NotebookClient(notebook, config=config, resources=resources, **patient).execute()
     again = shown(notebook)
     assert len(committed) == len(again) == 8
     assert sum("image/png" in text for text in again) == 2
