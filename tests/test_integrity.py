@@ -14,7 +14,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import LocalStore
 
 import patchsweep as ps
-from patchsweep.integrity import refuse_missing, withdraw
+from patchsweep.integrity import check, refuse_missing, withdraw
 from patchsweep.pairs import Pair
 from patchsweep.sites import Grid, blocks
 from patchsweep.store import Store, job_folder
@@ -105,6 +105,16 @@ def test_every_damaged_chunk_is_found_and_done_again(out: Path, why: str) -> Non
         assert store.done("head_z").sum() == 1
         fill(store)
         assert arrays(out) == whole
+
+
+@pytest.mark.filterwarnings("error")  # Zarr's, of files that it does not know
+def test_what_a_kill_has_left_half_written_goes_away(out: Path) -> None:
+    fill(Store.open(out, "r+"))
+    for folder in (out, out / "completion" / "head_z" / "c"):
+        (folder / "zarr.0a1b.partial").touch()
+    assert check(out).damages == ()
+    assert withdraw(Store.open(out, "r+")) == []
+    assert not [*out.rglob("*.partial")]
 
 
 @pytest.mark.parametrize("why", BREAKS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import signal
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ import yaml
 import zarr
 
 import patchsweep as ps
-from patchsweep.distributed import alone, launched
+from patchsweep import distributed
+from patchsweep.distributed import Processes, alone, end, launched, together
+from patchsweep.errors import Lost
 from patchsweep.store import job_folder
 from processes import (
     TORCHRUN,
@@ -189,6 +191,29 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.wait("there")
         processes.leave()
         assert processes.device("balanced") == "balanced"
+
+
+def test_the_store_that_all_share_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    reached = torch.distributed.TCPStore("localhost", kept.port, is_master=False)
+    second = Processes(rank=1, count=2, local_rank=1, store=reached)
+    assert second.add("waves", 1) == 1
+    del kept
+    with pytest.raises(Lost, match="the launcher or the first process has ended"), together():
+        second.add("waves", 1)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for store, speaks in (("True", "0"), ("False", "1")):
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", store)
+        monkeypatch.setattr(distributed, "_joined", cached((1, 3, reached)))
+        for rank in "012":
+            monkeypatch.setenv("RANK", rank)
+            assert end(1) == (1, rank == speaks)
+
+
+def cached(found: Any) -> Any:
+    joined = cache(lambda: found)
+    joined()
+    return joined
 
 
 def test_the_device_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from zarr.storage import ZipStore
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Grid, blocks
-from patchsweep.store import Store, job_folder, locked, pack, remove
+from patchsweep.store import Damaged, Store, job_folder, locked, pack, put_back, remove
 
 HEADS = Grid("head_z", ("denoise", "noise"), 3, 2, 3, (0, 1, 2, 3, 4), 2, 2, 2)
 MLP = Grid("mlp_out", ("denoise", "noise"), 3, 2, 1, ("S2", "END"), 3, 1, 2)
@@ -267,6 +268,51 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.parametrize("error", ["EIO", "EFBIG", "ESTALE"])
+def test_any_refusal_of_the_disk_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    store, number = make(tmp_path / "r.zarr"), getattr(errno, error)
+
+    def refuse(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(BadInput, match=r"^cannot write [^\n]*; [^\n]* continue with --resume$"):
+        write(store, blocks(HEADS)[0], HEADS)
+    assert not store.done("head_z").any()
+    monkeypatch.undo()
+
+    def refused(larger: Store) -> None:
+        monkeypatch.setattr(os, "replace", refuse)
+        write(larger, blocks(HEADS)[0], HEADS)
+
+    with pytest.raises(BadInput, match=r" run again$"):  # nothing has begun yet
+        Store.create(store.path, [HEADS], METRICS, PAIRS, str, {}, "float32", fill=refused)
+
+
+def test_a_name_that_is_too_long(tmp_path: Path) -> None:
+    for length in (250, 300):  # the first one is too long only for what lies beside it
+        with pytest.raises(BadInput, match="the name is too long"):
+            put_back(tmp_path / ("n" * length))
+
+
+def test_moved_while_it_is_written(tmp_path: Path) -> None:
+    """What Zarr would write then are parts of results at the old place."""
+    store = make(tmp_path / "r.zarr")
+    first, second = blocks(HEADS)[:2]
+    write(store, first, HEADS)
+    (tmp_path / "r.zarr").rename(tmp_path / "moved.zarr")
+    with pytest.raises(BadInput, match=r"r\.zarr was moved or deleted while it was written"):
+        write(store, second, HEADS)
+    with pytest.raises(BadInput, match="was moved or deleted"):
+        store.set_attrs(measured={})
+    assert [path.name for path in tmp_path.iterdir()] == ["moved.zarr"]
+    moved = Store.open(tmp_path / "moved.zarr", "r+")
+    write(moved, second, HEADS)
+    assert moved.done("head_z")[:2].all()
+
+
 def test_what_killed_processes_left_goes_away(tmp_path: Path) -> None:
     """Killed while laying out, and while deleting."""
     script = """
@@ -355,6 +401,11 @@ def test_a_zip_file_of_results(tmp_path: Path) -> None:
     ds = xr.open_zarr(ZipStore(tmp_path / "r.zip", mode="r"), group="head_z", consolidated=False)
     assert ds.logit_diff.max() == np.prod(HEADS.shape) - 1
     assert not any("partial" in name for name in zipfile.ZipFile(tmp_path / "r.zip").namelist())
+    raw = bytearray((tmp_path / "r.zip").read_bytes())
+    raw[raw.index(b"head_z/prob/c/0") + 80] ^= 1  # within the chunk
+    (tmp_path / "r2.zip").write_bytes(raw)
+    with pytest.raises(Damaged, match=r"^cannot read [^\n]*r2\.zip/head_z/prob: [^\n]*$"):
+        Store.open(tmp_path / "r2.zip").read("head_z/prob")
     with pytest.raises(BadInput, match="zip file, only to be read: unpack it"):
         Store.open(tmp_path / "r.zip", "r+")
     with pytest.raises(BadInput, match=r"cannot write .*: "):

@@ -12,6 +12,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 import patchsweep as ps
+from patchsweep import engine
 from patchsweep.sites import Status
 from tiny import BROKEN, SETTINGS, arrays, broken, build, pairs_of, rows, tokenizer, values
 
@@ -83,6 +84,25 @@ def test_results_of_another_sweep(model: ps.Model, tmp_path: Path) -> None:
     ps.sweep(other, pairs, out=out, overwrite=True, **SETTINGS)
     assert arrays(out) != before
     assert {p.name for p in tmp_path.iterdir()} == {"r.zarr", ".r.zarr.job"}
+
+
+def test_results_that_another_run_has_just_changed(
+    model: ps.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a look at them and the lock, while the sweep is planned."""
+    pairs, some = pairs_of(model, rows(2)), {**SETTINGS, "components": ["mlp_out"]}
+    ps.sweep(model, pairs[:1], out=tmp_path / "r.zarr", **some)
+    lock = engine.job
+
+    def late(*args: Any) -> Any:
+        monkeypatch.setattr(engine, "job", lock)
+        ps.sweep(model, pairs, out=tmp_path / "r.zarr", append=True, **some)
+        return lock(*args)
+
+    monkeypatch.setattr(engine, "job", late)
+    with pytest.raises(ps.BadInput, match=r"r\.zarr was just changed by another run: run again"):
+        ps.sweep(model, pairs[:1], out=tmp_path / "r.zarr", resume=True, **some)
+    assert len(ps.open(tmp_path / "r.zarr").attrs["appended"]) == 1
 
 
 def test_going_on_keeps_the_token_budget(

@@ -18,14 +18,17 @@ import obstore
 import pytest
 import xarray as xr
 from obstore.exceptions import GenericError, PermissionDeniedError
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from zarr.storage import ObjectStore
 
 import patchsweep as ps
 from patchsweep.cli import _status
+from patchsweep.distributed import Processes
+from patchsweep.engine import carry_out
 from patchsweep.integrity import withdraw
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
-from patchsweep.spec import parse_spec
+from patchsweep.spec import parse_settings, parse_spec
 from patchsweep.store import Store, job_folder, locked, remove
 from patchsweep.store.bucket import _objects
 from processes import TORCHRUN, launch, said
@@ -324,6 +327,36 @@ def test_one_job_at_a_time(at: Objects) -> None:
     obstore.delete(_objects(folder), name)
     with locked(at.url):
         pass
+
+
+def test_a_folder_by_its_path_and_by_its_url(tmp_path: Path, monkeypatch: Any) -> None:
+    """Each way has a lock of its own, and refuses what the other one has locked."""
+    monkeypatch.chdir(tmp_path)
+    out, url = tmp_path / "r.zarr", (tmp_path / "r.zarr").as_uri()
+    with locked(url):
+        out.mkdir()
+        with pytest.raises(ps.BadInput, match=f"by a run that was given {url}"), locked(out):
+            pass
+    with locked(out), pytest.raises(ps.BadInput, match="was written by its path"), locked(url):
+        pass
+    with pytest.raises(ps.BadInput, match="was written by its path: give that"), locked(url):
+        pass
+
+
+def test_a_log_that_cannot_be_written(whole: Whole, at: Objects) -> None:
+    (job_folder(at.url) / "rank-0.log").mkdir(parents=True)
+    with pytest.raises(ps.BadInput, match=r"^cannot write [^\n]*job: is a directory; [^\n]*$"):
+        whole.sweep(at.url)
+    assert at() == {}
+
+
+def test_each_process_has_a_memory_of_its_own(whole: Whole) -> None:
+    two, settings = Processes(0, 2, 0, HashStore()), parse_settings(SETTINGS)
+    out = "memory://shared/r.zarr"
+    with pytest.raises(ps.BadInput, match="each of 2 processes has a memory of its own"):
+        carry_out(
+            whole.model, whole.pairs, settings, out, resume=False, overwrite=False, processes=two
+        )
 
 
 def test_a_launcher_takes_over_from_its_own_processes_only(at: Objects) -> None:

@@ -14,19 +14,22 @@ from types import FrameType
 from cyclopts import CycloptsError
 
 from patchsweep.commands import TRACEBACK, DoesNotHold, app
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, Lost
 
 INTERRUPTED = (130, 143)
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM or SIGHUP arrived."""
 
 
 def main() -> None:
     """Run a command and exit with its status."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # what matters is said in one line
+    for quiet in ("TRANSFORMERS_VERBOSITY", "TORCH_CPP_LOG_LEVEL"):
+        os.environ.setdefault(quiet, "error")  # what matters is said in one line
     signal.signal(signal.SIGTERM, _stop)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # nohup ignores it
+        signal.signal(signal.SIGHUP, _stop)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     status = _status(sys.argv[1:])
@@ -54,6 +57,8 @@ def _status(arguments: list[str]) -> int:
             ("terminated", 143) if isinstance(error, Terminated) else ("interrupted", 130)
         )
         return _say(f"{word}{_go_on(given)}", status)
+    except Lost as error:
+        return _say(f"{error}{_go_on(given)}", 1)
     except Exception as error:
         if TRACEBACK in arguments:
             traceback.print_exc()
@@ -86,9 +91,10 @@ def _launched_by(arguments: list[str]) -> list[str]:
     if _several():
         import psutil
 
-        said = psutil.Process().parent().cmdline()
+        launcher = psutil.Process().parent()
+        said = launcher.cmdline() if launcher else []
         own = said[: len(said) - len(arguments)]
-        if own + arguments == said:
+        if own and own + arguments == said:
             program = 1 if Path(own[0]).name.startswith("python") and own[1:2] != ["-m"] else 0
             return [Path(own[program]).name, *own[program + 1 :]]
     return ["patchsweep"]
@@ -96,8 +102,8 @@ def _launched_by(arguments: list[str]) -> list[str]:
 
 def _stop(signum: int, _frame: FrameType | None) -> None:
     """End in order. A launcher may pass on a signal that has come already: one is enough."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     raise KeyboardInterrupt if signum == signal.SIGINT else Terminated
 
 

@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 from torch.distributed import (  # type: ignore[attr-defined]
+    DistError,
     HashStore,
     PrefixStore,
     Store,
@@ -25,7 +26,7 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 from torch.distributed.constants import default_pg_timeout
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, Lost
 
 T = TypeVar("T")
 POLL = 0.05  # seconds between two looks at the store; asleep, so that a signal gets through
@@ -127,6 +128,15 @@ class Processes:
             raise Ended(int(self.store.get(ENDED).split()[1]))
 
 
+@contextmanager
+def together() -> Iterator[None]:
+    """Inside, the store that processes share is needed: Lost if it goes away."""
+    try:
+        yield
+    except DistError as error:
+        raise Lost("the launcher or the first process has ended") from error
+
+
 def alone() -> Processes:
     """One process, whatever was launched."""
     return Processes(0, 1, 0, HashStore())
@@ -159,13 +169,14 @@ def end(status: int) -> tuple[int, bool]:
     first = os.environ.get("RANK") == "0"
     joined = _joined.cache_info().currsize > 0
     # Where the launcher does not keep the store, the first process does, which may be dead.
-    if not joined and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    with_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not joined and not with_launcher:
         return status, first
     try:
         rank, _, store = _joined() if joined else _joined(timedelta(seconds=LAST))
         by, found = store.compare_set(ENDED, "", f"{rank} {status}").split()
-    except RuntimeError:  # the store has gone with the launcher
-        return status, first
+    except RuntimeError:  # the store has gone, with who kept it
+        return status, os.environ.get("RANK") == ("0" if with_launcher else "1")
     return int(found), int(by) == rank
 
 

@@ -16,7 +16,7 @@ from patchsweep import attribution
 from patchsweep import results as results_of
 from patchsweep.assembly import Assembly
 from patchsweep.backends import Backend, opened, taken
-from patchsweep.distributed import Processes, alone, launched, restarted
+from patchsweep.distributed import Processes, alone, launched, restarted, together
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
 from patchsweep.forward import Forward
@@ -26,7 +26,7 @@ from patchsweep.joint import joint_effects
 from patchsweep.memory import enough_memory
 from patchsweep.model import Model, load_model
 from patchsweep.offload import unreachable
-from patchsweep.output import found, further, shared
+from patchsweep.output import check_unchanged, found, further, shared
 from patchsweep.pairs import Pair
 from patchsweep.plan import Cut, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
@@ -99,6 +99,7 @@ def sweep(
     return carry_out(model, pairs, said, out, resume=resume, overwrite=overwrite, append=append)
 
 
+@together()
 def carry_out(
     model: Model,
     pairs: Sequence[Pair],
@@ -115,6 +116,11 @@ def carry_out(
     processes = processes or alone()
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
+    if processes.count > 1 and str(out).startswith("memory://"):
+        raise BadInput(
+            f"{out}: each of {processes.count} processes has a memory of its own: choose a folder, "
+            "or start one process"
+        )
     there = None
     if processes.first:
         there = found(out, settings, resume or overwrite or append)
@@ -128,6 +134,8 @@ def carry_out(
         enough_memory(),
         opened(model, plan, settings, sae, fingerprint) as backend,
     ):
+        if there:
+            check_unchanged(there)
         attribution.check_backend(settings, backend.record)
         values = prepare(backend.forward, plan, settings, model.tokenizer, sae, backend.carry)
         attrs = _attributes(model, plan, settings, fingerprint, backend, values)

@@ -7,3 +7,7 @@ class BadInput(ValueError):
 
 class NotOnWavefront(BadInput):
     """This model cannot run on the wavefront; it may run through nnsight."""
+
+
+class Lost(Exception):
+    """What keeps several processes together has ended: the launcher, or the first process."""

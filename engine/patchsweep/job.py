@@ -15,7 +15,7 @@ from typing import Self
 from tqdm import tqdm
 
 from patchsweep.distributed import Ended, Processes, restarted
-from patchsweep.store import job_folder, locked
+from patchsweep.store import job_folder, locked, writing
 
 log = logging.getLogger("patchsweep")
 EVERY = 1.0  # seconds between two writes of progress.json, at least
@@ -36,8 +36,9 @@ def job(out: Path | str, processes: Processes) -> Iterator[None]:
 def _logged(out: Path | str, rank: int) -> Iterator[None]:
     """What this process does inside is in `rank-<rank>.log`, one line per unit of work."""
     folder = job_folder(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = _File(folder / f"rank-{rank}.log", encoding="utf-8")
+    with writing(folder, "run again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = _File(folder / f"rank-{rank}.log", encoding="utf-8")
     host = socket.gethostname().replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"%(asctime)s {host} {rank} %(levelname)s %(message)s"))
     level = log.level

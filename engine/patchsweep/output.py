@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from patchsweep import append as appending
 from patchsweep.distributed import Processes
 from patchsweep.edges import Node, receivers, senders
+from patchsweep.errors import BadInput
 from patchsweep.layout import NAMES
 from patchsweep.model import Model
 from patchsweep.plan import Plan
@@ -29,6 +31,12 @@ def found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:
     if not wanted:
         check_free(out)
     return Store.open(out, "r+", settings.fsync) if exists(out) else None
+
+
+def check_unchanged(found: Store) -> None:
+    """BadInput if another run, which held the lock until now, has changed the results meanwhile."""
+    if json.dumps(Store.open(found.path).attrs) != json.dumps(found.attrs):
+        raise BadInput(f"{found.path} was just changed by another run: run again")
 
 
 def further(

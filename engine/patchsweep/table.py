@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,8 @@ def write_parquet(results: Reader, path: Path) -> None:
         reason = (exc.strerror or str(exc)).lower()
         raise BadInput(f"cannot write {path}: {reason}; choose another path") from exc
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only disk refuses this, too, and has been named
+            partial.unlink(missing_ok=True)
 
 
 def _frame(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -214,7 +215,7 @@ write, calls = local._put, itertools.count(1)
 
 def slow(*args, **kwargs):
     if (call := next(calls)) == 8:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), what)
     time.sleep(0.1 if call >= 8 else 0)
     return write(*args, **kwargs)
 
@@ -224,14 +225,15 @@ def busy() -> None:
     local._put = slow
     array[:] = 1.0
 
-sys.argv = ["patchsweep", "busy"]
+what, sys.argv = int(sys.argv[1]), ["patchsweep", "busy"]
 cli.main()
 """
 
 
-def test_a_signal_ends_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_with_one_line(what: signal.Signals, tmp_path: Path) -> None:
     """Whatever is under way in other threads."""
-    command = [sys.executable, "-c", INTERRUPTED]
+    command = [sys.executable, "-c", INTERRUPTED, str(int(what))]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
     )

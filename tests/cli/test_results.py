@@ -97,3 +97,5 @@ def test_a_full_disk(
     mount("size=64m")
     assert command("run", spec, *small, "--out", out, "--resume").status == 0
     assert arrays(out) == arrays(whole)
+    mount("ro")
+    refused(command("export", out, disk / "t.parquet"), "t.parquet", "read-only")

@@ -63,6 +63,7 @@ from patchsweep.store.arrays import (
     SCORED_SPLIT,
     WAVES_SPLIT,
 )
+from patchsweep.store.files import writing
 from patchsweep.store.place import (
     beside,
     check_free,
@@ -97,4 +98,5 @@ __all__ = [
     "put_back",
     "remove",
     "stored_pairs",
+    "writing",
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV3Metadata
+from zarr.errors import ZarrUserWarning
 
 from patchsweep.errors import BadInput
 from patchsweep.store.place import Place
@@ -24,7 +27,7 @@ class ArrayStore:
     """The arrays in a folder or at a URL, whatever they mean.
 
     path: of the folder, or the URL. `here` holds the names of the files that are there. What
-    writes raises BadInput if the disk refuses.
+    writes raises BadInput if the disk refuses, with what to do `then`, after the mend.
     """
 
     def __init__(
@@ -33,11 +36,13 @@ class ArrayStore:
         group: zarr.Group,
         fsync: bool = False,
         here: Container[str] | None = None,
+        then: str = "continue with --resume",
     ) -> None:
         self.path = place.at
         self._place = place
         self._group = group
         self._fsync = fsync
+        self._then = then
         self._here = place if here is None else here
         self._arrays: dict[str, zarr.Array[Any]] = {}
 
@@ -48,7 +53,7 @@ class ArrayStore:
 
     def set_attrs(self, **attrs: Any) -> None:
         """Add or replace root attributes. One process only."""
-        with self._place.writing("continue with --resume"):
+        with self._place.changing(self._then):
             self._group.update_attributes(attrs)
             if self._fsync:
                 self._place.settle(["zarr.json"])
@@ -75,11 +80,12 @@ class ArrayStore:
     def arrays(self) -> list[str]:
         """The names of all arrays."""
         try:
-            with self._place.reading():
+            with self._place.reading(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", ZarrUserWarning)  # of what a kill has left
                 members = self._group.members(max_depth=None)
         except BadInput:
             raise
-        except (ValueError, KeyError, TypeError) as exc:
+        except (ValueError, KeyError, TypeError, BadZipFile) as exc:
             raise self._unreadable("zarr.json", exc) from exc
         return [name for name, member in members if isinstance(member, zarr.Array)]
 
@@ -130,7 +136,7 @@ class ArrayStore:
                 return np.asarray(array[region])
         except BadInput:
             raise
-        except (RuntimeError, ValueError, OSError) as exc:
+        except (RuntimeError, ValueError, OSError, BadZipFile) as exc:
             cause = " ".join(str(exc).split())
             raise Damaged(
                 f"cannot read {self.path}/{name}: {cause}; "
@@ -139,7 +145,7 @@ class ArrayStore:
 
     def _write(self, arrays: Mapping[str, NDArray[Any]], region: tuple[slice, ...]) -> None:
         """Write one region of some arrays; on the disk when this returns, if so asked."""
-        with self._place.writing("continue with --resume"):
+        with self._place.changing(self._then):
             for name, found in arrays.items():
                 self._array(name)[region] = found
             if self._fsync:
@@ -153,7 +159,7 @@ class ArrayStore:
 
     def remove(self, keys: Iterable[str]) -> None:
         """Delete chunks, in order: what they held is not done any more."""
-        with self._place.writing("continue with --resume"):
+        with self._place.changing(self._then):
             self._place.remove(keys, self._fsync)
 
     def _array(self, name: str) -> zarr.Array[Any]:
@@ -163,7 +169,7 @@ class ArrayStore:
                     array = self._group.get(name)
             except BadInput:
                 raise
-            except (ValueError, KeyError, TypeError) as exc:
+            except (ValueError, KeyError, TypeError, BadZipFile) as exc:
                 raise self._unreadable(name, exc) from exc
             if not isinstance(array, zarr.Array):
                 raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")

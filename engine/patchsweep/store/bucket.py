@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 from collections.abc import Container, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -101,6 +101,9 @@ class Bucket:
             mend = f"check the URL and the credentials, and {then}"
             raise BadInput(f"cannot write {self}: {_cause(exc)}; {mend}") from exc
 
+    def changing(self, then: str) -> AbstractContextManager[None]:
+        return self.writing(then)
+
     @contextmanager
     def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
         if instead:
@@ -156,7 +159,10 @@ class Bucket:
             try:
                 _obstore().put(objects, "lock", content, mode="create")
             except _obstore().exceptions.AlreadyExistsError:
-                held = json.loads(bytes(_obstore().get(objects, "lock").bytes()))
+                found = bytes(_obstore().get(objects, "lock").bytes())
+                if not found:  # it is a folder's
+                    raise BadInput(f"{self} was written by its path: give that") from None
+                held = json.loads(found)
                 ours = all(held[part] == mine[part] for part in ("host", "launcher"))
                 # A PUT whose answer was lost is repeated, and meets itself.
                 if held != mine and not (again and ours):

@@ -26,6 +26,8 @@ _CAUSES = {
     errno.ENOTDIR: ("part of the path is a file, not a folder", "move that file away"),
     errno.EEXIST: ("part of the path is a file, not a folder", "move that file away"),
     errno.ENOLCK: ("the file system has no locks", "choose another --out"),
+    errno.EFBIG: ("the file would be larger than allowed", "raise the limit (ulimit -f)"),
+    errno.ENAMETOOLONG: ("the name is too long", "choose another --out"),
     errno.ENOTEMPTY: ("another process has just created it", "choose another --out"),
 }
 
@@ -36,9 +38,10 @@ def writing(path: Path, then: str) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        if exc.errno not in _CAUSES:
+        if exc.errno is None:
             raise
-        cause, mend = _CAUSES[exc.errno]
+        said = os.strerror(exc.errno).lower()
+        cause, mend = _CAUSES.get(exc.errno, (said, "see to the disk or the network"))
         raise BadInput(f"cannot write {path}: {cause}; {mend} and {then}") from exc
 
 

@@ -17,7 +17,9 @@ from filelock import FileLock, Timeout
 from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
-from patchsweep.store.files import ANY, files_of, hidden, hidden_name, settle, writing
+from patchsweep.store.files import ANY, ROOT, files_of, hidden, hidden_name, settle, writing
+
+_UNFINISHED = ".partial"  # how Zarr ends the name of a file that it is writing
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Folder:
         return self.at.with_name(name)
 
     def exists(self) -> bool:
-        return self.at.exists()
+        with self.writing("run again"):
+            return self.at.exists()
 
     def get(self, key: str) -> bytes:
         return (self._files / key).read_bytes()
@@ -52,8 +55,7 @@ class Folder:
         if isinstance(self._files, zipfile.Path):
             return self._files.root.namelist()
         files = (p for p in self.at.rglob("*") if p.is_file())
-        left = ".partial"  # by a kill
-        return sorted(p.relative_to(self.at).as_posix() for p in files if p.suffix != left)
+        return sorted(p.relative_to(self.at).as_posix() for p in files if p.suffix != _UNFINISHED)
 
     def __contains__(self, key: object) -> bool:
         return (self._files / str(key)).exists()
@@ -73,6 +75,16 @@ class Folder:
 
     def writing(self, then: str) -> AbstractContextManager[None]:
         return writing(self.at, then)
+
+    @contextmanager
+    def changing(self, then: str) -> Iterator[None]:
+        with self.writing(then):
+            if not (self.at / ROOT).exists():  # Zarr would make the folders again
+                raise BadInput(
+                    f"{self} was moved or deleted while it was written: move it back, or say where "
+                    f"it is with --out, and {then}"
+                )
+            yield
 
     @contextmanager
     def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:
@@ -95,9 +107,10 @@ class Folder:
             shutil.rmtree(self._aside)
 
     def put_back(self) -> None:
-        if not self.exists() and self._aside.exists():
-            with self.locked(again=False):  # does it
-                pass
+        with self.writing("run again"):
+            if not self.exists() and self._aside.exists():
+                with self.locked(again=False):  # does it
+                    pass
 
     @property
     def _aside(self) -> Path:
@@ -114,6 +127,8 @@ class Folder:
             file.unlink(missing_ok=True)
             if fsync and file.parent.exists():
                 settle((), file.parent)
+        for left in self.at.rglob(f"*{_UNFINISHED}"):
+            left.unlink(missing_ok=True)
 
     def delete(self) -> None:
         target = self.at.resolve()
@@ -131,7 +146,13 @@ class Folder:
         target = self.at.resolve()
         with self.writing("run again"):
             self.job.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.job / "lock")
+            file = self.job / "lock"
+            if file.exists() and file.stat().st_size:
+                raise BadInput(
+                    f"{self} is being written by a run that was given {target.as_uri()}: wait "
+                    f"until that ends, or, if it was killed, delete {file}"
+                )
+            lock = FileLock(file)
             try:
                 lock.acquire(timeout=0)
             except Timeout:

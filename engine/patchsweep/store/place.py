@@ -61,6 +61,9 @@ class Place(Protocol):
     def writing(self, then: str) -> AbstractContextManager[None]:
         """Turns what is refused inside into BadInput; `then` is what to do after the mend."""
 
+    def changing(self, then: str) -> AbstractContextManager[None]:
+        """The same, where results that are there are changed; BadInput if they are not any more."""
+
     def laid_out(self, fsync: bool, instead: bool) -> AbstractContextManager[zarr.Group]:
         """A new root group, results once its attributes are complete, the last thing: all of it or
         nothing. `instead`: it then takes the place of the results that are there, so more can be
@@ -73,7 +76,7 @@ class Place(Protocol):
         """Wait until files outlive a power cut."""
 
     def remove(self, keys: Iterable[str], fsync: bool) -> None:
-        """Delete files, in order."""
+        """Delete files, in order; and those that a kill has left half written."""
 
     def delete(self) -> None:
         """Delete the results, which are none any more from the first moment on."""

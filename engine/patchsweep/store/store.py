@@ -89,7 +89,7 @@ class Store(ArrayStore):
                 }
             )
             if fill:
-                fill(cls(place, root))
+                fill(cls(place, root, then="run again"))
         return cls.open(path, "r+", fsync)
 
     @classmethod
