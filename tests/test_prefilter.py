@@ -324,7 +324,7 @@ def test_what_it_will_take(tmp_path: Path) -> None:
         ({"theta": "big"}, "prefilter: theta: 'big' is no size of an effect"),
         ({"estimator": False}, "prefilter: estimator: false estimates nothing"),
         ({"estimator": "atpp"}, "prefilter: unknown estimator 'atpp'"),
-        (3, "prefilter: should be a valid dictionary or instance of Prefilter, and is 3"),
+        (3, r"prefilter: should be a mapping, \{key: value\}, and is 3$"),
     ],
 )
 def test_bad_prefilters(given: Any, words: str, tmp_path: Path) -> None:

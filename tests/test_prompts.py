@@ -143,7 +143,7 @@ def test_a_sweep_from_a_spec(model: Model, tmp_path: Path) -> None:
     assert (results.effect("head_z", "logit_diff", "denoise") != 0).any()
     out = io.StringIO()
     show(results, Console(file=out, width=200, color_system=None))
-    assert "(task arithmetic, operation addition)" in out.getvalue()
+    assert "(arithmetic, operation addition)" in out.getvalue()
 
 
 def test_a_prompt_that_is_too_long(model: Model) -> None:

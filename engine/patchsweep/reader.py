@@ -109,7 +109,7 @@ class Reader:
     def _has_corrupt_prompt(self) -> bool:
         """Whether the corrupt run is that of the corrupt prompt; noise is on the clean one's
         embeddings, and zero, means and vectors are patched into the clean run."""
-        spec = self.attrs["spec"]
+        spec = self.attrs.get("spec", {})
         return spec.get("corrupt", "pairs") == "pairs" and "other" in spec.get("source", ["other"])
 
     @cached_property

@@ -235,6 +235,12 @@ def test_a_signal_ends_with_one_line(what: signal.Signals, tmp_path: Path) -> No
     """Whatever is under way in other threads."""
     command = [sys.executable, "-c", INTERRUPTED, str(int(what))]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE, check=False
+        command,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        preexec_fn=lambda: signal.signal(what, signal.SIG_DFL),  # nohup has told all to ignore it
     )
     assert (done.returncode, done.stderr) == (143, "patchsweep: terminated\n")
