@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +20,16 @@ AT_ONCE = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
+
+
+def printed(script: str, argument: str) -> list[Any]:
+    """The lines that a script prints in a process of its own, each JSON."""
+    command = [sys.executable, "-c", script, argument]
+    env = {**os.environ, **AT_ONCE}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
 
 MEMORY = """
 import json, sys
@@ -58,11 +69,7 @@ for n in counts:
 def test_memory_stays_under_what_the_plan_says(tmp_path: Path) -> None:
     """And four times the pairs are more waves, not more memory."""
     settings = {**SETTINGS, "direction": "denoise", "token_budget": 512}
-    command = [sys.executable, "-c", MEMORY, json.dumps([[1, 4, 16], settings, str(tmp_path)])]
-    env = {**os.environ, **AT_ONCE}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    sweeps = [json.loads(line) for line in done.stdout.splitlines()]
+    sweeps = printed(MEMORY, json.dumps([[1, 4, 16], settings, str(tmp_path)]))
     first, few, many = sweeps
     assert [sweep["waves"] for sweep in sweeps] == [2, 8, 32]
     assert {sweep["peak_tokens"] for sweep in sweeps} == {first["peak_tokens"]}
@@ -111,11 +118,7 @@ print(json.dumps(taken))
 def test_memory_is_flat_over_a_million_cells(tmp_path: Path) -> None:
     """What is resident in the second tenth of them is so in the last one, but for less than half of
     what the values take. Each time the least: what a wave needs comes and goes."""
-    command = [sys.executable, "-c", FLAT, str(tmp_path / "r.zarr")]
-    env = {**os.environ, **AT_ONCE}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    taken = json.loads(done.stdout)
+    [taken] = printed(FLAT, str(tmp_path / "r.zarr"))
     cells = taken[-1][0]
     assert cells >= 1_000_000
     second = min(resident for n, resident in taken if 0.1 < n / cells <= 0.2)

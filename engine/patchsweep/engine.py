@@ -26,7 +26,7 @@ from patchsweep.joint import joint_effects
 from patchsweep.memory import enough_memory
 from patchsweep.model import Model, load_model
 from patchsweep.offload import unreachable
-from patchsweep.output import check_unchanged, found, further, shared
+from patchsweep.output import check_seen, check_unchanged, found, further, shared
 from patchsweep.pairs import Pair
 from patchsweep.plan import Cut, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
@@ -116,11 +116,7 @@ def carry_out(
     processes = processes or alone()
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
-    if processes.count > 1 and str(out).startswith("memory://"):
-        raise BadInput(
-            f"{out}: each of {processes.count} processes has a memory of its own: choose a folder, "
-            "or start one process"
-        )
+    check_seen(out, processes)
     there = None
     if processes.first:
         there = found(out, settings, resume or overwrite or append)

@@ -19,10 +19,19 @@ from patchsweep.model import Model
 from patchsweep.plan import Plan
 from patchsweep.provenance import check_append, check_same, difference
 from patchsweep.spec import Sweep
-from patchsweep.store import Store, check_free, exists, put_back
+from patchsweep.store import Store, check_free, exists, private, put_back
 from patchsweep.values import Values
 
 Fill = Callable[[Store], None]
+
+
+def check_seen(out: str | Path, processes: Processes) -> None:
+    """BadInput if not all processes can see what one of them writes."""
+    if processes.count > 1 and private(out):
+        raise BadInput(
+            f"{out}: each of {processes.count} processes has a memory of its own: choose a folder, "
+            "or start one process"
+        )
 
 
 def found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:

@@ -34,9 +34,9 @@ Layout under the results folder:
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
-  pairs_per_block, model, model_fingerprint, versions, host, device, threads, measured; `appended`:
-  what the results held each time that pairs or metrics were added, their number of `pairs`, their
-  `metrics`, and `when`).
+  pairs_per_block, model, model_fingerprint, versions, host, device, threads, measured; `prompts`:
+  the tasks or files that the pairs are from; `appended`: what the results held each time that pairs
+  or metrics were added, their number of `pairs`, their `metrics`, and `when`).
 
 Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
 
@@ -71,6 +71,7 @@ from patchsweep.store.place import (
     job_folder,
     locked,
     path_or_url,
+    private,
     put_back,
 )
 from patchsweep.store.prompts import stored_pairs
@@ -95,6 +96,7 @@ __all__ = [
     "locked",
     "pack",
     "path_or_url",
+    "private",
     "put_back",
     "remove",
     "stored_pairs",

@@ -51,6 +51,10 @@ class Bucket:
     def beside(self, name: str) -> Path:
         return Path(name)
 
+    @property
+    def private(self) -> bool:
+        return parts_of(self.at)[0] == "memory"
+
     def exists(self) -> bool:
         try:
             return marked(self.get(ROOT)) != 0

@@ -44,6 +44,10 @@ class Folder:
     def beside(self, name: str) -> Path:
         return self.at.with_name(name)
 
+    @property
+    def private(self) -> bool:
+        return False
+
     def exists(self) -> bool:
         with self.writing("run again"):
             return self.at.exists()

@@ -37,6 +37,10 @@ class Place(Protocol):
     def beside(self, name: str) -> Path:
         """A local path beside a folder; of a URL in the working folder."""
 
+    @property
+    def private(self) -> bool:
+        """Whether only this process sees what is there."""
+
     def exists(self) -> bool:
         """Whether anything is there but results that a kill has left half laid out."""
 
@@ -121,6 +125,11 @@ def locked(at: str | Path, again: bool = False) -> AbstractContextManager[None]:
 def put_back(at: str | Path) -> None:
     """See `Place.put_back`."""
     place_of(at).put_back()
+
+
+def private(at: str | Path) -> bool:
+    """See `Place.private`."""
+    return place_of(at).private
 
 
 def exists(at: str | Path) -> bool:
