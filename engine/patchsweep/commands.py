@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import textwrap
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -127,20 +128,47 @@ def plan(spec: Path, /, *, overrides: Overrides = None) -> None:
 
 
 @app.command
-def show(results: str, /) -> None:
-    """Top cells, detections, warnings and provenance, in the terminal.
+def show(
+    results: str,
+    /,
+    *,
+    component: list[str] | None = None,
+    metric: list[str] | None = None,
+    top: int = 10,
+    align: str | None = None,
+    provenance: Flag = False,
+    json: Flag = False,
+) -> None:
+    """Warnings, top cells and detections, in the terminal.
 
-    Example: patchsweep show ioi.zarr
+    Example: patchsweep show ioi.zarr --component head_z --metric logit_diff --metric kl
 
     Parameters
     ----------
     results
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
+    component
+        Only this component; may be given several times.
+    metric
+        By this metric instead of the first; may be given several times.
+    top
+        How many cells are listed.
+    align
+        What a position is over prompts of unequal length: labels, end or start.
+    provenance
+        How the results were made, too: versions, plan, hashes.
+    json
+        Print everything as JSON instead.
     """
-    from patchsweep.report.show import show as print_results
+    from patchsweep.report import show as report
     from patchsweep.results import open as open_results
 
-    print_results(open_results(results), _console())
+    found = open_results(results)
+    asked = report.Asked(component, metric, top, align, provenance)
+    if json:
+        print(dumps(report.as_json(found, asked), ensure_ascii=False, indent=1))
+    else:
+        report.show(found, _console(), asked)
 
 
 @app.command
@@ -197,10 +225,21 @@ def check(results: str, /) -> None:
 
 
 @app.command
-def plot(results: str, /, *, out: Path | None = None) -> None:
-    """Draw heatmaps as PNG and SVG, and one self-contained HTML page to look closer.
+def plot(
+    results: str,
+    /,
+    *,
+    out: Path | None = None,
+    component: list[str] | None = None,
+    metric: list[str] | None = None,
+    direction: list[str] | None = None,
+    view: list[str] | None = None,
+    format: str = "png",
+    align: str | None = None,
+) -> None:
+    """Draw heatmaps, and one self-contained HTML page to look closer.
 
-    Example: patchsweep plot ioi.zarr --out figures
+    Example: patchsweep plot ioi.zarr --out figures --metric kl --format png,pdf
 
     Parameters
     ----------
@@ -208,7 +247,20 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     out
         Folder for the figures and report.html; beside the results if left out, of a URL here.
+    component
+        Only this component; may be given several times, as may metric, direction and view.
+    metric
+        By this metric instead of the first.
+    direction
+        Only this direction: denoise or noise.
+    view
+        Only this view: layer_position, layer_head (_kv_head, _neuron, _feature), window_3_joint ...
+    format
+        png, svg, pdf, or several, separated by commas.
+    align
+        What a position is over prompts of unequal length: labels, end or start.
     """
+    from patchsweep.report.figures import Wanted
     from patchsweep.report.figures import plot as draw
     from patchsweep.report.page import write_page
     from patchsweep.results import open as open_results
@@ -216,7 +268,8 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
 
     found = open_results(results)
     folder = out or beside(results, f"{Path(found.store.name).stem}-figures")
-    for path in draw(found, folder):
+    wanted = Wanted(component, metric or found.metrics[:1], direction, view, align)
+    for path in draw(found, folder, tuple(format.split(",")), wanted):
         print(path)
     print(write_page(found, folder / "report.html"))
 

@@ -1,97 +1,154 @@
 """Heatmaps of the effect, [layer, unit] and [layer, position]: what they show, how one is drawn.
 
-A dimension left out is reduced to its effect of largest absolute value, sign kept.
+A dimension left out is reduced to its effect of largest absolute value, sign kept, and the note
+says where the largest of these are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchsweep.effect import Array
-from patchsweep.errors import BadInput
 from patchsweep.reader import Reader
-from patchsweep.sites import unit_name
+from patchsweep.sites import Status, unit_name
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from patchsweep.results.columns import Columns
+    from patchsweep.results.effects import Effects, OverPairs
 
+T = TypeVar("T", bound=np.generic)
 LONGEST_TOKEN = 20
 LONGEST_NAME = 50
-COLOURS = "RdBu_r"  # diverging, and told apart by the colour-blind
 # What metrics count in, by the first word of their name where that says it.
 UNITS = {"logit": "logits", "logprob": "nats", "kl": "nats", "prob": "probability", "rank": "ranks"}
 UNITS |= {"attention": "probability", "sequence": "nats"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Heatmap:
-    """One picture: values [layer, column] with the names of its rows and columns."""
+    """One picture: values [layer, column] with the names of its rows and columns.
+
+    `status` [layer, column]: what a cell is (a Status); `pairs`: how many it is over. `cells`
+    [layer, column, 3]: which cell [layer, unit, position] it shows; None of windows.
+    """
 
     view: str
     values: Array
+    status: NDArray[np.uint8]
+    pairs: NDArray[np.int64]
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     axes: tuple[str, str]
     note: str
+    cells: NDArray[np.intp] | None = None
+
+    def part(self, layers: slice, first: str | None = None) -> Heatmap:
+        """Some of the rows, the first one under another name."""
+        rows = self.rows[layers]
+        return replace(
+            self,
+            values=self.values[layers],
+            status=self.status[layers],
+            pairs=self.pairs[layers],
+            rows=(first, *rows[1:]) if first else rows,
+            cells=None if self.cells is None else self.cells[layers],
+        )
 
 
-def views(results: Reader, component: str, effect: Array) -> list[Heatmap]:
-    """The pictures of an effect [layer, unit, position]: layer × unit where a layer has several,
-    and layer × position but for all positions of several units at once."""
-    grid = results.grid(component)
-    unit = unit_name(component)
+def views(results: Effects, component: str, found: OverPairs, columns: Columns) -> list[Heatmap]:
+    """The pictures of effects over pairs: layer × unit where a layer has several, and layer ×
+    position but for all positions of several units at once."""
+    grid, unit = results.grid(component), unit_name(component)
     layers = tuple(str(layer + grid.first_layer) for layer in range(grid.layers))
+    name = results.cell_namer(component, columns)
     out = []
     if unit:
-        note = "max-|effect| over positions"
-        if len(grid.positions) == 1:
-            note = f"position: {grid.positions[0]}"
-        units, axes = tuple(map(str, range(grid.units))), ("layer", unit)
-        out.append(Heatmap(f"layer_{unit}", largest(effect, 2), layers, units, axes, note))
-    if not unit or grid.positions != ("all",):
-        notes = [f"max-|effect| over {unit}s"] if unit else []
-        lengths = results.store.read("prompts/length")
-        if isinstance(grid.positions[0], int) and len(set(lengths.tolist())) > 1:
+        note = "largest |effect| over positions: " + _best(found.effect, name)
+        if len(columns.names) == 1:
+            note = f"position: {columns.names[0]}"
+        units = tuple(map(str, range(grid.units)))
+        out.append(_reduced(found, 2, f"layer_{unit}", (layers, units), ("layer", unit), note))
+    if not unit or columns.names != ("all",):
+        notes = [f"largest |effect| over {unit}s: {_best(found.effect, name)}"] if unit else []
+        unequal = len(set(results.store.read("prompts/length").tolist())) > 1
+        if columns.align == "start" and unequal:
             notes.append("prompts aligned at their first token")
-        names, axes = position_names(results, component), ("layer", "position")
-        values = largest(effect, 1)
-        out.append(Heatmap("layer_position", values, layers, names, axes, "; ".join(notes)))
+        if columns.align == "end":
+            notes.append("prompts aligned at their last token")
+        names = column_names(results, component, columns, found.pairs)
+        view = _reduced(found, 1, "layer_position", (layers, names), ("layer", "position"), "")
+        out.append(replace(view, note="; ".join(notes)))
     return out
 
 
-def window(results: Reader, component: str, view: str, values: Array, note: str) -> Heatmap:
+def _reduced(
+    found: OverPairs,
+    axis: int,
+    view: str,
+    names: tuple[tuple[str, ...], tuple[str, ...]],
+    axes: tuple[str, str],
+    note: str,
+) -> Heatmap:
+    """The picture of [layer, unit, column] without that axis."""
+    best = _where_largest(found.effect, axis)
+
+    def at_best(x: NDArray[T]) -> NDArray[T]:
+        return np.take_along_axis(x, best, axis).squeeze(axis)
+
+    values = at_best(found.effect)
+    layer, kept = np.indices(values.shape)
+    taken = best.squeeze(axis)
+    cells = np.stack((layer, kept, taken) if axis == 2 else (layer, taken, kept), axis=-1)
+    status, pairs = at_best(found.status), at_best(found.pairs)
+    return Heatmap(view, values, status, pairs, *names, axes, note, cells)
+
+
+def _best(effect: Array, name: Any, most: int = 4) -> str:
+    """The cells of largest effect, each with its effect."""
+    size = np.where(np.isfinite(effect), np.abs(effect), 0.0)
+    order = np.argsort(-size, axis=None, kind="stable")[:most]
+    cells = [tuple(map(int, np.unravel_index(i, size.shape))) for i in order]
+    return ", ".join(f"{name(cell)} {effect[cell]:+.2f}" for cell in cells if size[cell]) or "none"
+
+
+def window(
+    results: Effects, component: str, view: str, values: Array, columns: Columns, note: str
+) -> Heatmap:
     """The picture of sliding windows of layers, values [first layer, position]."""
     rows = tuple(str(first) for first in range(len(values)))
     axes = ("first layer of the window", "position")
-    return Heatmap(view, values, rows, position_names(results, component), axes, note)
+    pairs = np.full(values.shape, results.grid(component).pairs)
+    status = np.where(np.isfinite(values), Status.EXACT, Status.OUTSIDE).astype(np.uint8)
+    names = column_names(results, component, columns, pairs)
+    return Heatmap(view, values, status, pairs, rows, names, axes, note)
 
 
-def largest(effect: Array, axis: int) -> Array:
-    """The value of largest absolute size along an axis; NaN where none has any size, and not all
-    are known."""
+def _where_largest(effect: Array, axis: int) -> NDArray[np.intp]:
+    """Where along an axis the value of largest absolute size is, the axis kept; where none has any
+    size, one that is not known if there is one."""
     size = np.where(np.isfinite(effect), np.abs(effect), np.finfo(effect.dtype).tiny)
-    best = np.expand_dims(size.argmax(axis), axis)
-    return np.take_along_axis(effect, best, axis).squeeze(axis)
+    return np.expand_dims(size.argmax(axis), axis)
 
 
-def position_names(results: Reader, component: str) -> tuple[str, ...]:
-    """Index or label of each position, with its token where all pairs have the same one."""
-    positions = results.grid(component).positions
+def column_names(
+    results: Effects, component: str, columns: Columns, pairs: NDArray[np.int64]
+) -> tuple[str, ...]:
+    """Index or label of each column, with its token where all pairs have the same one, and with the
+    number of pairs [layer, unit, column] where these are not all."""
+    total = results.grid(component).pairs
+    count = pairs.reshape(-1, pairs.shape[-1]).max(0, initial=0)
+    labels = results.labels_at(columns)
     names = []
-    for position, token in zip(positions, results.position_tokens(component), strict=True):
-        names.append(f"{_drawable(token)}  {position}" if token else str(position))
+    for i, token in enumerate(results.column_tokens(component, columns)):
+        said = [_drawable(token)] if token else []
+        said.append(f"{labels[i]} {columns.names[i]}" if labels[i] else str(columns.names[i]))
+        said += [f"n={count[i]}"] if 0 < count[i] < total else []
+        names.append("  ".join(said))
     return tuple(names)
-
-
-def needed() -> None:
-    """BadInput without matplotlib."""
-    if find_spec("matplotlib") is None:
-        raise BadInput("figures need matplotlib: pip install 'patchsweep[report]'")
 
 
 def heading(results: Reader) -> str:
@@ -113,66 +170,6 @@ def scale(normalised: bool, metric: str) -> str:
     return f"patched − destination, {unit}" if unit else "patched − destination"
 
 
-def draw(
-    results: Reader, component: str, metric: str, direction: str, heatmap: Heatmap, source: int = 0
-) -> Figure:
-    """A heatmap as a figure of matplotlib; BadInput without it."""
-    needed()
-    from matplotlib.figure import Figure
-
-    layers, columns = heatmap.values.shape
-    width = float(np.clip(0.3 * columns + 2.4, 5.5, 22))
-    height = float(np.clip(0.17 * layers + 2.2, 3.6, 14))
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_facecolor("0.8")
-    known = np.abs(heatmap.values[np.isfinite(heatmap.values)])
-    limit = float(known.max(initial=0.0)) or 1.0
-    image = axes.imshow(
-        np.ma.masked_invalid(heatmap.values),
-        cmap=COLOURS,
-        vmin=-limit,
-        vmax=limit,
-        aspect="auto",
-        origin="lower",
-        interpolation="nearest",
-    )
-    estimated = component in results.only_estimated and not heatmap.view.startswith("window")
-    what = f"{'estimated effect' if estimated else 'effect'} on {metric}"
-    label = f"{what}\n({scale(results.normalised(source), metric)})"
-    bar = figure.colorbar(image, ax=axes, label=label, fraction=0.08, aspect=30)
-    bar.ax.tick_params(labelsize=8)
-    axes.set_ylabel(heatmap.axes[0])
-    axes.set_yticks(*_ticks(heatmap.rows, height / 0.17), fontsize=8)
-    axes.set_xlabel(heatmap.axes[1])
-    room = (width - 1.8) / columns / 0.08  # characters that fit beside one another
-    rotated = max(map(len, heatmap.columns)) > max(2, room)
-    axes.set_xticks(
-        *_ticks(heatmap.columns, (width - 1.8) / 0.16),
-        fontsize=8,
-        rotation=90 if rotated else 0,
-        parse_math=False,
-    )
-    title = _title(results, component, direction, heatmap, source)
-    if known.size < heatmap.values.size:
-        title.append("grey: no value")
-    axes.set_title("\n".join(line for line in title if line), fontsize=9, parse_math=False)
-    return figure
-
-
-def _title(
-    results: Reader, component: str, direction: str, heatmap: Heatmap, source: int
-) -> list[str]:
-    grid = results.grid(component)
-    what = [component, direction, *([grid.sources[source]] if len(grid.sources) > 1 else [])]
-    lines = [heading(results), ", ".join([*what, f"n = {counted(grid.pairs)}"]), heatmap.note]
-    how = results.store.estimators.get(component)
-    if how and not heatmap.view.startswith("window"):  # windows are run, all of them
-        said = "estimated" if component in results.only_estimated else "chosen"
-        lines.append(f"{said} by attribution patching ({how})")
-    return lines
-
-
 def _drawable(token: str) -> str:
     """A token as it can be drawn: spaces visible, what the font lacks escaped, not too long."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -186,9 +183,3 @@ def _drawable(token: str) -> str:
         for c in text
     )
     return text if len(text) <= LONGEST_TOKEN else f"{text[: LONGEST_TOKEN - 1]}…"
-
-
-def _ticks(names: Sequence[str], most: float) -> tuple[Any, list[str]]:
-    """Places and names of the ticks: every one, or every k-th so that they stay legible."""
-    step = max(1, int(np.ceil(len(names) / most)))
-    return range(0, len(names), step), list(names[::step])

@@ -10,7 +10,7 @@ from patchsweep import attribution
 from patchsweep.plan import Plan, make_plan
 from patchsweep.planning import site_of
 from patchsweep.results import Results
-from patchsweep.sites import SETS, Direction, Site
+from patchsweep.sites import COMPONENTS, SETS, Direction, Site
 from patchsweep.spec import Sweep
 from patchsweep.splitting import Launch, Splitting
 
@@ -18,16 +18,17 @@ JOINT = 10  # cells
 
 
 def joint_effects(launch: Launch, plan: Plan, settings: Sweep, results: Results) -> dict[str, Any]:
-    """Per component and direction, one run more: the cells of largest effect patched together, by
-    the first metric and source; its effect beside theirs alone."""
+    """Per component and direction, one run more: the cells of largest effect that are one position
+    in every pair, patched together, by the first metric and source; its effect beside theirs alone.
+    Not of the residual stream: what is patched low in it is there again above."""
     found: dict[str, Any] = {}
     metric = settings.metrics[0]
-    ran = [c for c in plan.grids if c != SETS]
+    ran = [c for c in plan.grids if c != SETS and COMPONENTS[c].enters != "stream"]
     if settings.prefilter is None:
         ran = [c for c in ran if c not in attribution.chosen(settings)]
     for name in ran:
         for direction in plan.directions:
-            top = results.top(name, metric.column, direction, JOINT)
+            top = results.top_sites(name, metric.column, direction, JOINT, len(plan.pairs))
             if len(top) < 2:
                 continue
             sites = [site_of(name, cell) for cell in top]

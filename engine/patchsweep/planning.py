@@ -98,7 +98,7 @@ def ranking_of(settings: Sweep) -> tuple[Site, ...]:
     given = settings.circuit.ranking
     if isinstance(given, tuple):
         return given
-    found = results_of.open(given.results).top(
+    found = results_of.open(given.results).top_sites(
         given.component, given.metric, given.direction, given.top
     )
     return tuple(site_of(given.component, cell) for cell in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,21 +73,6 @@ class Reader:
         name = one_of("metric", metric, self.metrics)
         return self.store.read(f"baseline/{name}_noise_floor").astype(np.float64)
 
-    def position_tokens(self, component: str) -> list[str]:
-        """The token text at each position of the grid, where all pairs have the same one.
-
-        "clean/corrupt" where the two prompts differ and both are run; empty where pairs differ or
-        for `all`. Pairs that end before the position do not count.
-        """
-        grid = self.grid(component)
-        columns = [self._token_column(run, grid) for run in RUNS]
-        out = []
-        for clean, corrupt in zip(*columns, strict=True):
-            seen = {(a, b) for a, b in zip(clean, corrupt, strict=True) if a is not None}
-            both = seen.pop() if len(seen) == 1 else ("", "")
-            out.append(both[0] if both[0] == both[1] else f"{both[0]}/{both[1]}")
-        return out
-
     @cached_property
     def _text(self) -> dict[str, NDArray[Any]]:
         return {run: self.store.read(f"prompts/{run}_text") for run in RUNS}
@@ -95,6 +81,12 @@ class Reader:
     def _lengths(self) -> list[int]:
         lengths: list[int] = self.store.read("prompts/length").tolist()
         return lengths
+
+    @cached_property
+    def _reads(self) -> list[int]:
+        """Where the answer of every pair is read."""
+        after = [max(1, len(c)) for c in self.store.group_attrs("prompts")["continuation"]]
+        return [length - n for length, n in zip(self._lengths, after, strict=True)]
 
     @cached_property
     def _labels(self) -> list[dict[str, int]]:
@@ -115,11 +107,6 @@ class Reader:
     @cached_property
     def _align(self) -> NDArray[Any]:
         return self.store.read("prompts/align")
-
-    def _token_column(self, run: str, grid: Grid) -> list[list[str | None]]:
-        """Token texts [position of the grid, pair]; None where the pair has no such position."""
-        rows = [self.tokens(run, grid, pair) for pair in range(grid.pairs)]
-        return [list(column) for column in zip(*rows, strict=True)]
 
     def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
         """Token texts of one prompt at the positions of the grid; None outside, "" for `all`, for
@@ -166,3 +153,9 @@ def one_of(what: str, name: str, known: tuple[str, ...]) -> str:
     if name not in known:
         raise BadInput(f"no {what} '{name}' in these results: use one of {', '.join(known)}")
     return name
+
+
+def one_of_each(what: str, names: Sequence[str] | None, known: tuple[str, ...]) -> None:
+    """BadInput for the first of some names that is not known."""
+    for name in names or ():
+        one_of(what, name, known)

@@ -150,7 +150,10 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
             )
             for d, s in ways:
                 at = plan.directions[d], plan.sources[s].name
-                scores = [results.estimated_effect(name, m, *at) for m in store.metrics]
+                scores = [
+                    results.estimated_effect(name, m, *at, align="start", min_pairs=1).values
+                    for m in store.metrics
+                ]
                 found = choose(np.stack(scores), possible(plan, name, d, s), settings.prefilter)
                 status[d, s], stratum[d, s] = found.status, found.stratum
             store.write_choice(name, status=status, stratum=stratum)

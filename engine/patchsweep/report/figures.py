@@ -5,36 +5,59 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep import heatmaps
+from patchsweep import drawing, heatmaps
 from patchsweep.errors import BadInput
+from patchsweep.reader import one_of_each
 from patchsweep.results import Results
-from patchsweep.sites import SETS
+from patchsweep.sites import COMPONENTS, SETS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 150
 LONGEST = 40  # characters of a set's name
+FORMATS = ("png", "svg", "pdf")
 
 
-def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Draw every component × metric × direction × source into the folder `out`; returns the files.
+@dataclass(frozen=True)
+class Wanted:
+    """Which figures: those of these components, metrics, directions and views (None: all there
+    are), with positions as `align` says."""
+
+    components: Sequence[str] | None = None
+    metrics: Sequence[str] | None = None
+    directions: Sequence[str] | None = None
+    views: Sequence[str] | None = None
+    align: str | None = None
+
+
+def plot(
+    results: Results,
+    out: Path,
+    formats: Sequence[str] = ("png",),
+    wanted: Wanted | None = None,
+) -> list[Path]:
+    """Draw figures into the folder `out`; returns the files. By default every component, direction
+    and source by the first metric.
 
     Layer × position, and for components with heads also layer × head; sliding windows of layers
     with the sum of their single layers; named sets; a circuit's curve. A dimension left out is
-    reduced to its effect of largest absolute value, sign kept. BadInput if `out` cannot be written
-    or matplotlib is missing.
+    reduced to its effect of largest absolute value, sign kept. BadInput for what the results do not
+    have, if `out` cannot be written, or matplotlib is missing.
     """
-    heatmaps.needed()
+    drawing.needed()
+    wanted = wanted or Wanted(metrics=results.metrics[:1])
+    _check(results, wanted, formats)
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in _figures(results):
+        for name, figure in _figures(results, wanted):
             for suffix in formats:
                 files.append(out / f"{name}.{suffix}")
                 figure.savefig(files[-1], dpi=DPI)
@@ -44,26 +67,37 @@ def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -
     return files
 
 
-def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
+def _check(results: Results, wanted: Wanted, formats: Sequence[str]) -> None:
+    """BadInput for a name that the results do not have, or an unknown format."""
+    one_of_each("component", wanted.components, results.components)
+    one_of_each("metric", wanted.metrics, results.metrics)
+    one_of_each("direction", wanted.directions, results.grid(results.components[0]).directions)
+    if unknown := set(formats) - set(FORMATS):
+        raise BadInput(f"no format '{min(unknown)}': use one of {', '.join(FORMATS)}")
+
+
+def _figures(results: Results, wanted: Wanted) -> Iterator[tuple[str, Figure]]:
     """Every figure and its name."""
-    singles = [c for c in results.components if c != SETS]
-    for component, metric in itertools.product(singles, results.metrics):
+    singles = [c for c in wanted.components or results.components if c != SETS]
+    metrics = wanted.metrics or results.metrics
+    for component, metric in itertools.product(singles, metrics):
         grid = results.grid(component)
-        for direction, (number, source) in itertools.product(
-            grid.directions, enumerate(grid.sources)
-        ):
-            effect = results.shown_effect(component, metric, direction, source)
-            pictures = heatmaps.views(results, component, effect)
-            pictures += _windows(results, component, metric, direction, source)
+        ways = itertools.product(wanted.directions or grid.directions, enumerate(grid.sources))
+        for direction, (number, source) in ways:
             said = [component, metric, direction, *([source] if len(grid.sources) > 1 else [])]
-            for picture in pictures:
+            asked = component, metric, direction, source
+            for picture in _pictures(results, asked, wanted):
                 name = re.sub(r"[^\w.=-]", "_", "-".join([*said, picture.view]))
-                yield name, heatmaps.draw(results, component, metric, direction, picture, number)
-    if SETS not in results.components:
+                sure = results.sure(*asked, picture.cells, wanted.align)
+                yield (
+                    name,
+                    drawing.draw(results, *asked[:3], picture, number, sure=sure),
+                )
+    if SETS not in (wanted.components or results.components) or wanted.views:
         return
     named = list(results.attrs["spec"].get("sets", {}))
     sources = results.grid(SETS).sources
-    for metric, source in itertools.product(results.metrics, sources):
+    for metric, source in itertools.product(metrics, sources):
         which = "-".join([metric, *([source] if len(sources) > 1 else [])])
         if results.has_circuit:
             yield f"circuit-{which}", _curve(results, metric, source)
@@ -71,20 +105,34 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
             yield f"sets-{which}", _bars(results, metric, source, named)
 
 
+def _pictures(
+    results: Results, asked: tuple[str, str, str, str], wanted: Wanted
+) -> list[heatmaps.Heatmap]:
+    """The pictures of a component, metric, direction and source, lowest idle layers folded."""
+    component, align = asked[0], wanted.align
+    columns = results.columns(component, align)
+    pictures = heatmaps.views(results, component, results.shown(*asked, align=align), columns)
+    # Adjacent layers of the residual stream hold the same thing: windows say nothing more.
+    if COMPONENTS[component].enters != "stream":
+        pictures += _windows(results, *asked, align)
+    chosen = [p for p in pictures if not wanted.views or p.view in wanted.views]
+    return [drawing.folded(picture) for picture in chosen]
+
+
 def _windows(
-    results: Results, component: str, metric: str, direction: str, source: str
+    results: Results, component: str, metric: str, direction: str, source: str, align: str | None
 ) -> list[heatmaps.Heatmap]:
     """Of every size of window what its layers do together, and the sum of what each does alone."""
-    pictures = []
+    pictures, columns = [], results.columns(component, align)
     for size in results.window_sizes(component):
-        joint, total = results.windows(component, size, metric, direction, source)
+        joint, total = results.windows(component, size, metric, direction, source, align=align)
         note = f"windows of {size} layers"
         for view, values, how in (
             ("joint", joint, "patched together"),
             ("sum", total, "sum of single layers"),
         ):
             name = f"window_{size}_{view}"
-            more = heatmaps.window(results, component, name, values, f"{note}, {how}")
+            more = heatmaps.window(results, component, name, values, columns, f"{note}, {how}")
             pictures.append(more)
     return pictures
 
@@ -101,7 +149,7 @@ def _bars(results: Results, metric: str, source: str, names: Sequence[str]) -> F
     thick = 0.8 / len(grid.directions)
     for i, direction in enumerate(grid.directions):
         asked = SETS, metric, direction, source
-        effect = results.effect(*asked)[0, 0, where]
+        effect = results.effect(*asked).values[0, 0, where]
         low, high = (end[0, 0, where] for end in results.interval(*asked))
         reach = np.clip([effect - low, high - effect], 0, None)  # NaN, not drawn, of one template
         at = np.arange(len(names)) + (i - (len(grid.directions) - 1) / 2) * thick

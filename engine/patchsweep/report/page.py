@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from patchsweep import heatmaps
+from patchsweep import drawing, heatmaps
 from patchsweep.errors import BadInput
 from patchsweep.report import show
 from patchsweep.report.page_data import page_data
@@ -43,7 +43,7 @@ def page(results: Results) -> str:
 
 def write_page(results: Results, path: Path) -> Path:
     """Write the page; BadInput without matplotlib or where the disk refuses."""
-    heatmaps.needed()
+    drawing.needed()
     text = page(results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,11 @@ def _after(results: Results) -> str:
         parts += _sets(results, direction)
         if results.attrs.get(EDGES):
             parts.append(_titled(*show.edges(results, metric, direction)))
-        said = [line for c in results.components for line in show.audits(results, c, direction)]
+        said = [
+            line
+            for c in results.components
+            for line in show.audits(results, c, direction, results.metrics)
+        ]
         parts += [f"<p>{escape(line)}</p>" for line in said]
     if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import groupby
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -11,52 +12,133 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.errors import BadInput
 from patchsweep.plan import Plan
-from patchsweep.results import CellEffect, Results
+from patchsweep.reader import one_of_each
+from patchsweep.results import Results
 from patchsweep.sites import SETS, Grid, Status, unit_name
-from patchsweep.store import EDGES
+from patchsweep.store import EDGES, RUNS
 
 TOP = 10
 NAMED_DETECTIONS = 12
+WINDOW = re.compile(r"[a-z_]+\.\d+-\d+@.*")  # the name of a sliding window of layers
 TEXT_COLUMNS = ("metric", "token", "set", "component", "estimator", "edge")
 
 
-def show(results: Results, console: Console) -> None:
-    """Print header, baselines, top cells and detections by the first metric, and warnings."""
+@dataclass(frozen=True)
+class Asked:
+    """What is shown: components (all if None), metrics (the first if None), how many cells, what
+    positions are over pairs (`Results.columns`), and whether the provenance is."""
+
+    components: Sequence[str] | None = None
+    metrics: Sequence[str] | None = None
+    top: int = TOP
+    align: str | None = None
+    provenance: bool = False
+
+    def check(self, results: Results) -> None:
+        """BadInput for what the results do not have."""
+        one_of_each("component", self.components, results.components)
+        one_of_each("metric", self.metrics, results.metrics)
+        if self.top < 1:
+            raise BadInput(f"top is {self.top}: use a whole number, at least 1")
+
+    def parts(self, results: Results) -> Iterator[tuple[str, str, str]]:
+        """Every component, direction and metric."""
+        for component in self.components or results.components:
+            for direction in results.grid(component).directions:
+                for metric in self.metrics or results.metrics[:1]:
+                    yield component, direction, metric
+
+
+def show(results: Results, console: Console, asked: Asked | None = None) -> None:
+    """Print warnings, header, baselines, and by metric the top cells and detections."""
+    asked = asked or Asked()
+    asked.check(results)
     print_pairs(console, header(results))
-    _print_titled(console, "Baselines, mean over pairs", baselines(results))
-    console.print()
-    metric = results.metrics[0]
-    scale = "0 = destination, 1 = source" if results.normalised(0) else "patched - destination"
-    for component in results.components:
-        for direction in results.grid(component).directions:
-            kind = "estimated effects" if component in results.only_estimated else "effects"
-            title = f"{component}, {direction}: largest {kind} on {metric}"
-            rows = top_table(results, component, metric, direction)
-            _print_titled(console, f"{title} ({scale})", rows)
-            if component != SETS and component not in results.only_estimated:
-                console.print(_detections(results, component, metric, direction))
-            for line in audits(results, component, direction):
-                console.print(Text(line))
-            console.print()
-    if set(results.store.estimators) - set(results.only_estimated):
-        title = "Estimated against exact changes, over the cells that were run"
-        _print_titled(console, title, agreement(results))
-        console.print()
-    if results.attrs.get(EDGES):
-        for direction in results.grid(results.components[0]).directions:
-            _print_titled(console, *edges(results, metric, direction))
-            console.print()
-    if results.has_circuit:
-        _print_titled(console, f"Circuit, by {metric}", circuit(results, metric))
-        console.print()
     warnings = results.warnings()
     said = ("Warnings", "bold yellow") if warnings else ("No warnings", "bold")
     console.print(Text(*said))
-    console.print(_listed(warnings, list(results.components)))
+    console.print(_listed(warnings))
     console.print()
-    console.print(Text("Provenance", style="bold"))
-    print_pairs(console, provenance(results))
+    _print_titled(console, "Baselines, mean over pairs", baselines(results))
+    console.print()
+    for component, direction, metric in asked.parts(results):
+        for title, table in tables(results, component, direction, metric, asked):
+            _print_titled(console, title, table)
+        if component != SETS and component not in results.only_estimated:
+            console.print(_detections(results, component, metric, direction, asked.align))
+        for line in audits(results, component, direction, (metric,)):
+            console.print(Text(line))
+        console.print()
+    for title, table in others(results, asked):
+        _print_titled(console, title, table)
+        console.print()
+    if asked.provenance:
+        console.print(Text("Provenance", style="bold"))
+        print_pairs(console, provenance(results))
+
+
+def as_json(results: Results, asked: Asked) -> dict[str, Any]:
+    """The same as data: numbers are not rounded, NaN is null."""
+    asked.check(results)
+    found: dict[str, Any] = {
+        **header(results),
+        "warnings": results.warnings(),
+        "baselines": {
+            m: dict(zip(RUNS, _plain(results.baseline(m)[:, 0].mean((1, 2))), strict=True))
+            for m in results.metrics
+        },
+        "top": [],
+    }
+    for component, direction, metric in asked.parts(results):
+        top = results.top(component, metric, direction, asked.top, align=asked.align)
+        rows = [dict(zip(top.columns, _plain(row), strict=True)) for row in top.to_numpy()]
+        entry = {"component": component, "direction": direction, "metric": metric, "cells": rows}
+        found["top"].append(entry)
+    if asked.provenance:
+        found["provenance"] = provenance(results)
+    return found
+
+
+def _plain(values: Any) -> list[Any]:
+    return [None if x != x else x.item() if hasattr(x, "item") else x for x in values]
+
+
+def others(results: Results, asked: Asked) -> Iterator[tuple[str, Table]]:
+    """What is no table of cells: how good estimates were, edges, a circuit."""
+    if set(results.store.estimators) - set(results.only_estimated):
+        title = "Estimated against exact changes, over the cells that were run"
+        yield title, agreement(results)
+    for metric in asked.metrics or results.metrics[:1]:
+        if results.attrs.get(EDGES):
+            for direction in results.grid(results.components[0]).directions:
+                yield edges(results, metric, direction)
+        if results.has_circuit:
+            yield f"Circuit, by {metric}", circuit(results, metric)
+
+
+def tables(
+    results: Results, component: str, direction: str, metric: str, asked: Asked
+) -> Iterator[tuple[str, Table]]:
+    """The cells of largest effect on a metric under a title; of sets, windows apart."""
+    kind = "estimated effects" if component in results.only_estimated else "effects"
+    scale = "0 = destination, 1 = source" if results.normalised(0) else "patched - destination"
+    title = f"{component}, {direction}: largest {kind} on {metric} ({scale})"
+    if component != SETS:
+        yield title, top_table(results, component, metric, direction, None, asked)
+        return
+    for part, names in _kinds_of_sets(results):
+        table = top_table(results, component, metric, direction, None, asked, names)
+        yield title.replace(SETS, part, 1), table
+
+
+def _kinds_of_sets(results: Results) -> list[tuple[str, set[str]]]:
+    """Windows, and all other sets, by name; of these those that there are."""
+    names = set(map(str, results.grid(SETS).positions))
+    windows = {name for name in names if WINDOW.fullmatch(name)}
+    kinds = [("windows", windows), (SETS, names - windows)]
+    return [(kind, some) for kind, some in kinds if some]
 
 
 def plan_table(plan: Plan) -> Table:
@@ -95,9 +177,9 @@ def comparison_table(differences: Mapping[str, float], tolerance: float) -> Tabl
     return table
 
 
-def cell_name(cell: CellEffect, unit: str) -> str:
-    """The usual name of a cell's place: layer.head, or the layer alone."""
-    return f"{cell.layer}.{cell.unit}" if unit else str(cell.layer)
+def cell_name(cell: Any, unit: str) -> str:
+    """The usual name of the place of a row of `Results.top`: layer.head, or the layer alone."""
+    return f"{cell.layer}.{getattr(cell, unit)}" if unit else str(cell.layer)
 
 
 def quoted(token: str) -> str:
@@ -149,28 +231,36 @@ def baselines(results: Results) -> Table:
 
 
 def top_table(
-    results: Results, component: str, metric: str, direction: str, source: str | None = None
+    results: Results,
+    component: str,
+    metric: str,
+    direction: str,
+    source: str | None = None,
+    asked: Asked | None = None,
+    sets: set[str] | None = None,
 ) -> Table:
-    """The cells of largest effect on a metric; `source`: the first if left out."""
+    """The cells of largest effect on a metric; `source`: the first if left out; `sets`: only
+    these."""
+    asked = asked or Asked()
     unit = unit_name(component)
-    found = results.top(component, metric, direction, TOP, source)
+    count = asked.top if sets is None else len(results.grid(component).positions)
+    found = results.top(component, metric, direction, count, source, align=asked.align)
     if component == SETS:
         table = _table("set", f"patched {metric}", "effect")
-        for cell in found:
-            table.add_row(Text(str(cell.position)), _number(cell.patched), _effect(cell.effect))
+        for cell in [c for c in found.itertuples() if sets is None or c.set in sets][: asked.top]:
+            table.add_row(Text(str(cell.set)), _number(cell.patched), _effect(cell.effect))
         return table
-    table = _table(
-        f"layer.{unit}" if unit else "layer",
-        "position",
-        "token",
-        f"patched {metric}",
-        "effect",
-    )
-    for cell in found:
+    total = results.grid(component).pairs
+    fewer = bool((found.n_pairs < total).any())
+    place = f"layer.{unit}" if unit else "layer"
+    pairs = ["pairs"] if fewer else []
+    table = _table(place, "position", "token", *pairs, f"patched {metric}", "effect")
+    for cell in found.itertuples():
         table.add_row(
             cell_name(cell, unit),
             Text(str(cell.position)),  # a label may look like markup
             Text(quoted(cell.token)),
+            *([f"{cell.n_pairs} of {total}"] if fewer else []),
             _number(cell.patched),
             _effect(cell.effect),
         )
@@ -199,10 +289,10 @@ def agreement(results: Results) -> Table:
     return table
 
 
-def audits(results: Results, component: str, direction: str) -> list[str]:
+def audits(results: Results, component: str, direction: str, metrics: Sequence[str]) -> list[str]:
     """What the prefilter's audit says of the cells that were not run, by metric."""
     lines = []
-    for metric in results.metrics:
+    for metric in metrics:
         found = results.audit(component, metric, direction)
         if found is None:
             continue
@@ -227,37 +317,25 @@ def edges(results: Results, metric: str, direction: str) -> tuple[str, Table]:
     return f"Edges, {direction}: largest estimated changes of {metric}, by {how}", table
 
 
-def _detections(results: Results, component: str, metric: str, direction: str) -> Text:
+def _detections(
+    results: Results, component: str, metric: str, direction: str, align: str | None
+) -> Text:
     unit = unit_name(component)
-    found = results.detections(component, metric, direction)
-    names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
+    found = results.detections(component, metric, direction, align=align)
+    some = found[:NAMED_DETECTIONS].itertuples()
+    names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in some]
     more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
     of = " (of the cells that were run)" if component in results.store.estimators else ""
     cells = "1 cell" if len(found) == 1 else f"{len(found)} cells"
     text = f"Beyond 2 SD of the mean effect{of}: {cells}"
-    return Text(f"{text}: {', '.join(names)}{more}" if found else text)
+    return Text(f"{text}: {', '.join(names)}{more}" if len(found) else text)
 
 
-def _listed(warnings: Sequence[str], components: Sequence[str]) -> Table:
-    """Warnings as a list; several that follow one another and are about one component and direction
-    under that."""
-
-    def head(line: str) -> str:
-        start, colon, _ = line.partition(": ")
-        return start + colon if start.partition(",")[0] in components else ""
-
+def _listed(warnings: Sequence[str]) -> Table:
+    """Warnings as a list."""
     lines = Table.grid(padding=(0, 1))
-    for start, group in groupby(warnings, head):
-        some = list(group)
-        if start and len(some) > 1:
-            within = Table.grid(padding=(0, 1))
-            for line in some:
-                within.add_row("-", Text(line.removeprefix(start)))
-            lines.add_row("-", Text(start.rstrip()))
-            lines.add_row("", within)
-        else:
-            for line in some:
-                lines.add_row("-", Text(line))
+    for line in warnings:
+        lines.add_row("-", Text(line))
     return lines
 
 

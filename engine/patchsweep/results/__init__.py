@@ -5,6 +5,7 @@ patched (corrupt for `denoise`, clean for `noise`), the source run is the donor.
 1: the source's behaviour; in both directions. Across pairs it is the ratio of means, never the mean
 of ratios. Raw metrics stay raw.
 
+    columns.py    what positions mean over pairs
     effects.py    effects over pairs, changes of every pair
     estimates.py  estimated effects, their agreement and audit, edges
     cells.py      cells by the size of their effect
@@ -16,8 +17,9 @@ of ratios. Raw metrics stay raw.
 """
 
 from patchsweep.results.cells import CellEffect
+from patchsweep.results.columns import Columns
 from patchsweep.results.effects import layer_parts
 from patchsweep.results.estimates import UNSIGNED
 from patchsweep.results.results import Results, open
 
-__all__ = ["UNSIGNED", "CellEffect", "Results", "layer_parts", "open"]
+__all__ = ["UNSIGNED", "CellEffect", "Columns", "Results", "layer_parts", "open"]

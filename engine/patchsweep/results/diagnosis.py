@@ -76,7 +76,9 @@ def _diagnose(results: Diagnosed) -> list[str]:
             lines += [f"{component}, {direction}: {line}" for line in said]
         if results.grid(component).directions == ("denoise", "noise"):
             metric = results.metrics[0]
-            denoise, noise = (results.effect(component, metric, d) for d in ("denoise", "noise"))
+            denoise, noise = (
+                results.effect(component, metric, d).values for d in ("denoise", "noise")
+            )
             if component != SETS:
                 said = diagnostics.and_or(denoise, noise, results.cell_namer(component))
                 lines += [f"{component}: {line}" for line in said]
@@ -86,10 +88,15 @@ def _diagnose(results: Diagnosed) -> list[str]:
 def _diagnose_cells(results: Diagnosed, component: str, direction: str) -> list[str]:
     """The diagnoses of one component in one direction."""
     lines: list[str] = []
-    name, grid = results.cell_namer(component), results.grid(component)
+    name, grid, columns = (
+        results.cell_namer(component),
+        results.grid(component),
+        results.columns(component),
+    )
     outcomes = [m for m in results.metrics if m not in results.inner_metrics]
-    effects = {m: results.effect(component, m, direction) for m in outcomes}
-    run = np.zeros((grid.layers, grid.units, len(grid.positions)), np.bool_)
+    found = {m: results.over_pairs(component, m, direction, None, columns) for m in outcomes}
+    effects = {m: over.effect for m, over in found.items()}
+    ran_at_all = [over.status == Status.EXACT for over in found.values()]
     for metric in outcomes:
         floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
         runs = changed = under = 0
@@ -101,15 +108,14 @@ def _diagnose_cells(results: Diagnosed, component: str, direction: str) -> list[
             runs += int(ran.sum())
             changed += int((ran & (size > 0)).sum())
             under += int((ran & (size <= floor[:, None, None, None])).sum())
-            run[part] |= ran.any(0)
         if metric.startswith(("rank", "accuracy")):
             lines += diagnostics.never_changed(metric, changed, runs)
         else:
             highest = float(np.nanmax(floor, initial=0.0))
             lines += diagnostics.below_noise(metric, under, runs, highest)
     if component != SETS:
-        lines += diagnostics.disagreement(effects, run, name)
         if outcomes:
+            lines += diagnostics.disagreement(effects, np.any(ran_at_all, axis=0), name)
             lines += diagnostics.negative(effects[outcomes[0]], name)
         joint = results.attrs.get("joint", {}).get(component, {}).get(direction)
         if joint:

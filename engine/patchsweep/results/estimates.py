@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from patchsweep.effect import Array, ratio
 from patchsweep.errors import BadInput
 from patchsweep.prefilter import Choice, Verdict, judge
 from patchsweep.reader import one_of
-from patchsweep.results.effects import Effects
+from patchsweep.results.columns import Columns
+from patchsweep.results.effects import Effects, OverPairs
 from patchsweep.sites import RUN
 from patchsweep.spec import Prefilter
 from patchsweep.statistics import Agreement, agreement
@@ -24,34 +27,71 @@ class Estimates(Effects):
     """Estimated effects beside those that were measured."""
 
     def estimated_effect(
-        self, component: str, metric: str, direction: str, source: str | None = None
-    ) -> Array:
+        self,
+        component: str,
+        metric: str,
+        direction: str | None = None,
+        source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
+    ) -> xr.DataArray:
         """The effect over all pairs and samples as estimated, [layer, unit, position], a ratio of
-        means like `effect`; of the estimator atp_star a magnitude. BadInput if the sweep did not
-        estimate the component."""
+        means, in all like `effect`; of the estimator atp_star a magnitude. BadInput if the sweep
+        did not estimate the component."""
+        columns = self.columns(component, align)
+        effect, pairs = self._estimated(component, metric, direction, source, columns, min_pairs)
+        return self.labelled(component, columns, effect, pairs, f"{metric}_estimate")
+
+    def _estimated(
+        self,
+        component: str,
+        metric: str,
+        direction: str | None,
+        source: str | None,
+        columns: Columns,
+        min_pairs: int | None,
+    ) -> tuple[Array, NDArray[np.int64]]:
+        """The estimated effect, and in how many pairs there is a value."""
         grid, d, s = self._at(component, metric, direction, source)
         self._estimator(component)
         ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
-        moved, span = np.zeros((2, grid.layers, grid.units, len(grid.positions)))
+        moved, span, count = np.zeros((3, grid.layers, grid.units, len(columns.names)))
         for pairs in grid.pair_tiles():
             tile = slice(pairs.start, pairs.stop)
             values = self.store.read(f"{component}/{metric}_estimate", (d, s, slice(None), tile))
             destination, donor = (end[:, tile] for end in ends)
             use = ~np.isnan(values) & np.isfinite(donor - destination)
-            moved += np.where(use, values - destination, 0.0).sum(axis=(0, 1))
-            span += np.where(use, donor - destination, 0.0).sum(axis=(0, 1))
-        return ratio(moved, span)
+            change, there = columns.mean(values - destination, use, tile)
+            moved += change.sum(axis=(0, 1))
+            span += np.where(there, donor - destination, 0.0).sum(axis=(0, 1))
+            count += there.any(0).sum(0)
+        effect = ratio(moved, span)
+        effect[count < self.least(component, min_pairs)] = np.nan
+        return effect, count.astype(np.int64)
 
-    def shown_effect(
-        self, component: str, metric: str, direction: str, source: str | None = None
-    ) -> Array:
-        """What is drawn: `effect`, or of a component that was only estimated `estimated_effect`."""
-        only = component in self.only_estimated
-        of = self.estimated_effect if only else self.effect
-        return of(component, metric, direction, source)
+    def shown(
+        self,
+        component: str,
+        metric: str,
+        direction: str | None = None,
+        source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
+    ) -> OverPairs:
+        """What is drawn: what was measured over pairs, or of a component that was only estimated
+        the estimates in its place."""
+        columns = self.columns(component, align)
+        asked = component, metric, direction, source, columns, min_pairs
+        found = self.over_pairs(*asked)
+        if component not in self.only_estimated:
+            return found
+        effect, pairs = self._estimated(*asked)
+        return replace(found, effect=effect, pairs=pairs)
 
     def audit(
-        self, component: str, metric: str, direction: str, source: str | None = None
+        self, component: str, metric: str, direction: str | None = None, source: str | None = None
     ) -> Verdict | None:
         """What the prefilter's cells that were run say of those that were not; None without a
         prefilter, for a component that was not estimated, and where nothing was kept."""
@@ -62,8 +102,9 @@ class Estimates(Effects):
         chosen = [
             self.store.read(f"choice/{component}_{name}", (d, s)) for name in ("status", "stratum")
         ]
+        by_index = self.columns(component, "start")
         return judge(
-            self.effect(component, metric, direction, source),
+            self.over_pairs(component, metric, direction, source, by_index, 1).effect,
             Choice(*chosen),
             Prefilter(**given),
             components=len(estimated) * len(grid.directions) * len(grid.sources),
@@ -90,7 +131,9 @@ class Estimates(Effects):
         estimated, true = (np.concatenate(side) for side in zip(*moved, strict=True))
         return agreement(estimated, np.abs(true) if how == UNSIGNED else true)
 
-    def edges(self, metric: str, direction: str, source: str | None = None) -> xr.DataArray:
+    def edges(
+        self, metric: str, direction: str | None = None, source: str | None = None
+    ) -> xr.DataArray:
         """Edge attribution, the estimated change of the metric, [sender, receiver]: its mean over
         the pairs and samples that are scored; NaN where there is no edge. BadInput if the sweep
         scored none."""
@@ -107,7 +150,11 @@ class Estimates(Effects):
         return xr.DataArray(mean, ends, ("sender", "receiver"), metric, said)
 
     def top_edges(
-        self, metric: str, direction: str, n: int = 10, source: str | None = None
+        self,
+        metric: str,
+        direction: str | None = None,
+        n: int = 10,
+        source: str | None = None,
     ) -> list[tuple[str, float]]:
         """The `n` edges of largest absolute score, largest first, as sender->receiver."""
         found = self.edges(metric, direction, source)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import xarray as xr
 
-from patchsweep import heatmaps, table
+from patchsweep import drawing, heatmaps, table
+from patchsweep.errors import BadInput
 from patchsweep.integrity import Check, check, refuse_missing
 from patchsweep.reader import one_of
 from patchsweep.results.cells import Cells
@@ -19,6 +20,7 @@ from patchsweep.results.together import Together
 from patchsweep.store import Store
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -57,14 +59,25 @@ class Results(Cells, Intervals, Together, Diagnosed):
         direction: str | None = None,
         view: str | None = None,
         source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
+        layers: range | None = None,
+        ax: Axes | None = None,
+        figsize: tuple[float, float] | None = None,
+        title: str | None = None,
+        vmax: float | None = None,
     ) -> Figure:
         """A heatmap of the effect over all pairs, as a figure of matplotlib (shown by notebooks).
 
         What is left out is the first there is; `view` is "layer_position" or,
         for a component of several units a layer, "layer_head" (or _kv_head, _neuron, _feature).
-        BadInput for what the results do not have, and without matplotlib.
+        `align` and `min_pairs` as in `effect`. `layers`: only these; if left out, all, the lowest
+        in which nothing can differ as one row. `ax`: drawn there; else `figsize`, in inches.
+        `vmax`: the effect at the ends of the colours. Dots: the 95 % bootstrap interval over pairs
+        excludes 0. BadInput for what the results do not have, and without matplotlib.
         """
-        heatmaps.needed()
+        drawing.needed()
         from matplotlib import pyplot
 
         pyplot.install_repl_displayhook()  # else a notebook shows a figure's name only
@@ -73,10 +86,36 @@ class Results(Cells, Intervals, Together, Diagnosed):
         metric = metric or self.metrics[0]
         direction = direction or self.grid(component).directions[0]
         _, _, number = self._at(component, metric, direction, source)
-        effect = self.shown_effect(component, metric, direction, source)
-        found = {picture.view: picture for picture in heatmaps.views(self, component, effect)}
+        columns = self.columns(component, align)
+        effects = self.shown(component, metric, direction, source, align=align, min_pairs=min_pairs)
+        pictures = heatmaps.views(self, component, effects, columns)
+        found = {picture.view: picture for picture in pictures}
         chosen = found[one_of("view", view or next(iter(found)), tuple(found))]
-        return heatmaps.draw(self, component, metric, direction, chosen, number)
+        whole = layers is None
+        chosen = drawing.folded(chosen) if whole else chosen.part(self._rows(component, layers))
+        sure = self.sure(component, metric, direction, source, chosen.cells, align)
+        return drawing.draw(
+            self,
+            component,
+            metric,
+            direction,
+            chosen,
+            number,
+            ax=ax,
+            figsize=figsize,
+            title=title,
+            vmax=vmax,
+            sure=sure,
+        )
+
+    def _rows(self, component: str, layers: range | None) -> slice:
+        """Where some layers are in the arrays; BadInput where they are not."""
+        grid = self.grid(component)
+        known = range(grid.first_layer, grid.first_layer + grid.layers)
+        if not layers or layers.step != 1 or not set(layers) <= set(known):
+            said = f"range({known.start}, {known.stop})"
+            raise BadInput(f"layers is {layers}: {component} has {said}, give a part of it")
+        return slice(layers.start - grid.first_layer, layers.stop - grid.first_layer)
 
     def check(self) -> Check:
         """Decode every chunk: what is damaged and must be redone."""

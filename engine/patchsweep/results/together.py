@@ -15,16 +15,24 @@ class Together(Effects):
     """What sets of sites have as windows and circuits."""
 
     def windows(
-        self, component: str, size: int, metric: str, direction: str, source: str | None = None
+        self,
+        component: str,
+        size: int,
+        metric: str,
+        direction: str | None = None,
+        source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
     ) -> tuple[Array, Array]:
         """Sliding windows of `size` adjacent layers: their joint effect, and the sum of the effects
-        of their single layers, [first layer, position] each. `source`: the first if left out.
+        of their single layers, [first layer, position] each, positions as in `effect`.
 
         BadInput if the sweep had no such windows, or not the component on its own.
         """
         grid, sets = self.grid(component), self.grid(SETS)
-        joint = self.effect(SETS, metric, direction, source)[0, 0]
-        single = self.effect(component, metric, direction, source)[:, 0]
+        columns = self.columns(component, align)
+        asked = metric, direction, source, columns, min_pairs
         where = {name: i for i, name in enumerate(sets.positions)}
         firsts = range(grid.layers - size + 1)
         try:
@@ -36,8 +44,9 @@ class Together(Effects):
             raise BadInput(
                 f"no windows of {size} layers of {component} in these results"
             ) from error
-        total = np.stack([single[i : i + size].sum(0) for i in firsts])
-        return joint[np.array(found)], total
+        joint = self.over_pairs(SETS, *asked, np.array(found)).effect[:, 0]
+        single = self.over_pairs(component, *asked).effect[:, 0]
+        return joint, np.stack([single[i : i + size].sum(0) for i in firsts])
 
     def window_sizes(self, component: str) -> tuple[int, ...]:
         """The sizes of the sliding windows of a component, in layers."""
@@ -53,7 +62,7 @@ class Together(Effects):
     def circuit(self, metric: str, source: str | None = None) -> Curve:
         """Performance against circuit size; BadInput if the sweep had no circuit."""
         grid = self.grid(SETS)
-        effects = {d: self.effect(SETS, metric, d, source)[0, 0] for d in grid.directions}
+        effects = {d: self.effect(SETS, metric, d, source).values[0, 0] for d in grid.directions}
         names = [str(name) for name in grid.positions]
         return curve(names, effects.get("noise"), effects.get("denoise"), self._circuit_sites())
 
