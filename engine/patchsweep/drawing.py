@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.util import find_spec
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 COLOURS = "RdBu_r"  # diverging, and told apart by the colour-blind
 FEW, NOT_RUN = "0.87", "0.6"  # greys
 HATCH = "////"
+DARK = 0.6  # share of the colours' range beyond which dots are light
 # Cells without a value, by status: what the legend says.
 WITHOUT = {
     Status.ESTIMATED: "not run (estimated only)",
@@ -85,7 +87,7 @@ def draw(
     )
     keys = _without_value(axes, heatmap)
     if sure is not None and sure.any():
-        keys.append(_marks(axes, sure))
+        keys.append(_marks(axes, sure, np.abs(heatmap.values) > DARK * limit))
     estimated = component in results.only_estimated and not heatmap.view.startswith("window")
     what = f"{'estimated effect' if estimated else 'effect'} on {metric}"
     label = f"{what}\n({scale(results.normalised(source), metric)})"
@@ -107,7 +109,8 @@ def draw(
         of: Any = axes.figure if ax is None else axes
         of.legend(handles=keys, fontsize=7, ncols=2, frameon=ax is not None, loc=place)
     lines = [title] if title is not None else _title(results, component, direction, heatmap, source)
-    axes.set_title("\n".join(line for line in lines if line), fontsize=9, parse_math=False)
+    wrapped = (part for line in lines for part in wrap(line, int(width * 11)))
+    axes.set_title("\n".join(wrapped), fontsize=9, parse_math=False)
     figure = axes.figure
     assert isinstance(figure, Figure)
     return figure
@@ -155,12 +158,13 @@ def _cover(axes: Axes, where: NDArray[np.bool_], **look: Any) -> None:
         axes.add_patch(Rectangle((a - 0.5, row - 0.5), b - a, 1, linewidth=0, **look))
 
 
-def _marks(axes: Axes, sure: NDArray[np.bool_]) -> Any:
-    """A dot in every cell whose interval excludes 0."""
+def _marks(axes: Axes, sure: NDArray[np.bool_], dark: NDArray[np.bool_]) -> Any:
+    """A dot in every cell whose interval excludes 0, a light one where the cell is dark."""
     from matplotlib.lines import Line2D
 
-    rows, columns = np.nonzero(sure)
-    axes.scatter(columns, rows, s=2, c="0.15", linewidths=0)
+    for where, colour in ((sure & ~dark, "0.15"), (sure & dark, "1")):
+        rows, columns = np.nonzero(where)
+        axes.scatter(columns, rows, s=2.5, c=colour, linewidths=0)
     label = "95 % interval over pairs excludes 0"
     return Line2D([], [], color="0.15", marker=".", markersize=3, linestyle="", label=label)
 

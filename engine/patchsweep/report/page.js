@@ -2,11 +2,11 @@
 // Shows what the page's data hold. A cell is a number in [layer, unit, position], flattened.
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
-const GREY = "#c8c8c8";
 const LONGEST = 20; // characters of a token on an axis
 
 // What is chosen.
-const component = () => data.components[+$("component").value];
+const components = () => data.alignments[+$("align").value].components;
+const component = () => components()[+$("component").value];
 const way = () => component().ways[+$("way").value];
 const pair = () => ($("pair").value === "all" ? -1 : +$("pair").value);
 const metric = () => $("metric").value;
@@ -17,7 +17,7 @@ const place = (cell) => {
 };
 
 function element(name, attributes = {}, text = "") {
-  const svg = ["svg", "rect", "text", "circle", "line"].includes(name);
+  const svg = ["svg", "rect", "text", "circle", "line", "path", "pattern"].includes(name);
   const e = svg ? document.createElementNS("http://www.w3.org/2000/svg", name)
     : document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) e.setAttribute(key, value);
@@ -63,8 +63,11 @@ function cellName(cell) {
 
 // What a picture shows: rows × columns of a number, a cell or a window each.
 function picture() {
-  const c = component(), view = $("view").value, positions = c.positions.map((name, i) =>
-    (tokens(i) ? `${drawable(tokens(i))}  ${name}` : name));
+  const c = component(), view = $("view").value, positions = c.positions.map((name, i) => {
+    const label = c.labels[i] ? `${c.labels[i]} ${name}` : name;
+    const few = pair() < 0 && c.counts[i] < data.pairs ? `  n=${c.counts[i]}` : "";
+    return (tokens(i) ? `${drawable(tokens(i))}  ${label}` : label) + few;
+  });
   if (view.startsWith("window")) {
     const [, size, which] = view.split(" "), grid = way().metrics[metric()].windows[size];
     return { rows: grid[+which].map((_, i) => i), columns: positions, y: "first layer",
@@ -95,8 +98,12 @@ function drawMap() {
   const p = picture(), all = p.rows.map((_, i) => p.columns.map((_, j) => p.at(i, j)));
   const known = all.flat().map((x) => x.value).filter((x) => x !== null && x !== undefined);
   const limit = Math.max(...known.map(Math.abs), 0) || 1, middle = (data.colours.length - 1) / 2;
-  const colour = (x) => (x === null || x === undefined ? GREY
-    : data.colours[Math.round(middle + (middle * x) / limit)]);
+  const look = ({ value, cell }) => {
+    if (value === null || value === undefined) return { class: "missing" };
+    const m = way().metrics[metric()], idle = cell !== undefined && m.phrases[(pair() < 0
+      ? m.status : m.statuses[pair()])[cell]].endsWith("structural") && value === 0;
+    return { fill: idle ? "url(#idle)" : data.colours[Math.round(middle + (middle * value) / limit)] };
+  };
   const room = Math.max(320, Math.min(560, $("panels").clientWidth - 640)); // beside the numbers
   const w = Math.max(7, Math.min(30, room / p.columns.length));
   const h = Math.max(7, Math.min(p.rows.length < 8 ? 40 : 18, 520 / p.rows.length));
@@ -107,8 +114,12 @@ function drawMap() {
     tabindex: 0 });
   const text = (x, y, content, more = {}) =>
     svg.append(element("text", { x, y, ...more }, content));
+  const hatch = element("pattern", { id: "idle", width: 6, height: 6, patternUnits: "userSpaceOnUse" });
+  hatch.append(element("rect", { width: 6, height: 6, fill: data.colours[middle] }),
+    element("path", { d: "M0,6 L6,0", class: "hatch" }));
+  svg.append(hatch);
   all.forEach((row, i) => row.forEach((cell, j) => svg.append(element("rect", {
-    x: left + j * w, y: bottom - (i + 1) * h, width: w, height: h, fill: colour(cell.value),
+    x: left + j * w, y: bottom - (i + 1) * h, width: w, height: h, ...look(cell),
     ...("cell" in cell ? { "data-i": cell.cell } : { "data-w": cell.window }) }))));
   const [rowTick, columnTick] = [11 / h, 12 / w].map((k) => (i) => i % Math.ceil(k) === 0);
   p.rows.forEach((name, i) => rowTick(i) && text(left - 5, bottom - (i + 0.5) * h + 4, name,
@@ -133,7 +144,8 @@ function drawMap() {
   $("caption").textContent = `${estimated ? "Estimated effect" : "Effect"} of ${c.name} on `
     + `${metric()} (${scaleText()}); ${way().name}, n = ${chosenPairs()}, ${what}`
     + (known.length === all.flat().length ? "" : c.estimator && !estimated
-      ? "; grey: not run, only estimated" : "; grey: no value");
+      ? "; grey: not run, only estimated" : "; grey: no value, or in too few pairs")
+    + (svg.querySelector('[fill="url(#idle)"]') ? "; hatched: cannot differ, not run" : "");
   svg.setAttribute("aria-label", $("caption").textContent);
 }
 
@@ -162,11 +174,11 @@ function drawScatter() {
   const [fx, x0, x1] = scale(0), [fy, y0, y1] = scale(1);
   const X = (v) => pad + side * fx(v), Y = (v) => 4 + side * (1 - fy(v));
   svg.append(element("rect",
-    { x: pad, y: 4, width: side, height: side, fill: "#fbfbfb", stroke: "#8c959f" }),
-    element("line", { x1: X(0), x2: X(0), y1: 4, y2: 4 + side, stroke: "#c0c6cc" }),
-    element("line", { x1: pad, x2: pad + side, y1: Y(0), y2: Y(0), stroke: "#c0c6cc" }),
+    { x: pad, y: 4, width: side, height: side, class: "frame" }),
+    element("line", { x1: X(0), x2: X(0), y1: 4, y2: 4 + side }),
+    element("line", { x1: pad, x2: pad + side, y1: Y(0), y2: Y(0) }),
     ...points.map(([x, y, on]) => element("circle", { cx: X(x), cy: Y(y), r: 2.6,
-      fill: "#2166ac", "fill-opacity": 0.55, ...on })));
+      "fill-opacity": 0.55, ...on })));
   const text = (x, y, content, more) => svg.append(element("text", { x, y, ...more }, content));
   const ticks = (a, b, at, apart) => // 0 where there is room
     [a, ...([a, b].every((end) => Math.abs(at(end) - at(0)) > apart) ? [0] : []), b];
@@ -261,6 +273,8 @@ function drawDetections() {
 }
 
 function refresh() {
+  fill("align", data.alignments.map((a, i) => [i, a.name]));
+  fill("component", components().map((c, i) => [i, c.name]));
   const c = component(), name = c.unit, all = ["all", `all ${data.pairs}, ${way().normalised
     ? "ratio of means" : "mean"}`];
   fill("way", c.ways.map((w, i) => [i, w.name]));
@@ -282,7 +296,8 @@ function refresh() {
   const kept = [["units", `${name}s`], ["positions", "positions"]].filter(([k]) =>
     c[k].length < c.all[k]).map(([k, word]) => `${c[k].length} of ${c.all[k]} ${word}`);
   $("kept").textContent = [
-    data.aligned ? "Prompts of different lengths are aligned at their first token." : "",
+    data.alignments.length > 1 ? "The prompts are of different lengths: over pairs, positions go "
+      + `${data.alignments[+$("align").value].name}.` : "",
     kept.length ? `Of ${c.name} the page holds ${kept.join(" and ")}: those of largest effect.` : "",
     data.pairs_here < data.pairs ? `Of single pairs it holds the first ${data.pairs_here} of `
       + `${data.pairs}; all pairs are in what is over pairs.` : ""].join(" ").trim();
@@ -294,7 +309,6 @@ function refresh() {
   at = null;
 }
 
-fill("component", data.components.map((c, i) => [i, c.name]));
 for (const select of document.querySelectorAll("select")) select.addEventListener("change", refresh);
 window.addEventListener("resize", drawMap);
 for (const id of ["map", "scatter"]) $(id).addEventListener("mouseover", (event) =>
