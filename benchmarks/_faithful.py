@@ -81,7 +81,7 @@ def kept_by(filtered: Results, exact: Results, component: str) -> Kept:
     [metric], [direction] = exact.metrics, exact.grid(component).directions
     status = exact.store.read(f"{component}/{metric}_status", (0, 0, 0))
     possible = (status == Status.EXACT).any(0)
-    effect = exact.effect(component, metric, direction)[possible]
+    effect = exact.effect(component, metric, direction, align="start", min_pairs=1).values[possible]
     kept = (filtered.store.read(f"choice/{component}_status", (0, 0)) == Status.EXACT)[possible]
     true = largest(effect, 1)
     return Kept(

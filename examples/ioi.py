@@ -18,8 +18,7 @@ results = ps.sweep(
     out=out,
 )
 
-for cell in results.top("head_z", "logit_diff", "denoise", n=5):
-    print(f"head {cell.layer}.{cell.unit} at position {cell.position}: effect {cell.effect:+.3f}")
+print(results.top("head_z", "logit_diff", n=5))
 
 heads = results.to_xarray("head_z")
 print(heads.logit_diff.sel(layer=23, head=3))

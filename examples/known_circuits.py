@@ -46,11 +46,13 @@ for circuit, pairs in circuit_pairs(tokenizer).items():
     print(f"\n{circuit}")
     print(f"  {'':24}" + "".join(f"{direction:>10}" for _, direction in COLUMNS))
     for component, form in UNITS.items():
-        effects = np.stack([results.effect(component, *column) for column in COLUMNS], axis=-1)
+        effects = np.stack(
+            [results.effect(component, *column).values for column in COLUMNS], axis=-1
+        )
         for layer, unit, position in np.argwhere(np.abs(effects).max(-1) > 0.05):
             name = f"{form.format(layer, unit)}@{NAMES[position]}"
             show(name, effects[layer, unit, position])
     if joint:
-        effects = np.stack([results.effect("sets", *column) for column in COLUMNS], axis=-1)
+        effects = np.stack([results.effect("sets", *column).values for column in COLUMNS], axis=-1)
         for name, effect in zip(joint, effects[0, 0], strict=True):
             show(name, effect)

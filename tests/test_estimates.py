@@ -85,13 +85,14 @@ def test_estimated_only(tmp_path: Path) -> None:
     assert found.attrs["plan"]["estimated"] == now[Status.ESTIMATED]
     assert "mlp_out" not in found.attrs["joint"]
     # What is only estimated has no effect, and a reader is told so.
-    effect = found.effect("mlp_out", "logit_diff", "denoise")
+    effect = found.effect("mlp_out", "logit_diff", "denoise", align="start", min_pairs=1).values
     possible = (status == Status.ESTIMATED)[0].any((0, 1, 2))
     assert np.isnan(effect[possible]).all()
     assert (effect[~possible] == 0).all()
     assert "mlp_out, denoise: largest estimated effects on logit_diff" in text(found)
     size = np.abs(found.estimated_effect("mlp_out", "logit_diff", "denoise"))
-    assert abs(found.top("mlp_out", "logit_diff", "denoise")[0].effect) == np.nanmax(size) > 0
+    best = found.top("mlp_out", "logit_diff", "denoise", 1).effect.item()
+    assert abs(best) == np.nanmax(size) > 0
     frame = found.to_frame()
     rows = frame[(frame.component == "mlp_out") & (frame.logit_diff_status == "estimated")]
     assert len(rows) == now[Status.ESTIMATED]

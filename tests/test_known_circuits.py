@@ -187,7 +187,7 @@ def test_a_sweep_finds_what_is_known(
     results: dict[str, ps.Results], circuit: str, component: str, direction: str
 ) -> None:
     wanted = expected(circuit, direction, component)
-    found = results[circuit].effect(component, "logit_diff", direction)
+    found = results[circuit].effect(component, "logit_diff", direction).values
     np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
     # And so does every pair by itself.
     each = results[circuit].to_xarray(component).logit_diff_effect.sel(direction=direction)
@@ -200,7 +200,7 @@ def test_a_sweep_finds_what_is_known(
 def test_joint_runs_find_what_is_known(
     results: dict[str, ps.Results], circuit: str, direction: str
 ) -> None:
-    found = results[circuit].effect("sets", "logit_diff", direction)
+    found = results[circuit].effect("sets", "logit_diff", direction).values
     assert found.shape == (1, 1, len(KNOWN_SETS[circuit]))
     wanted = [getattr(known.effect, direction) for known in KNOWN_SETS[circuit].values()]
     assert list(results[circuit].to_xarray("sets").coords["set"].values) == list(
@@ -213,7 +213,7 @@ def found_in(
     results: ps.Results, component: str, direction: str, metric: str = "logit_diff"
 ) -> set[str]:
     """The cells "layer.unit" at END with an effect of more than 5%."""
-    effect = results.effect(component, metric, direction)[..., -1]
+    effect = results.effect(component, metric, direction).values[..., -1]
     return {f"{layer}.{unit}" for layer, unit in np.argwhere(np.abs(effect) > 0.05)}
 
 
@@ -236,7 +236,9 @@ def test_or_noising_needs_joint_runs(results: dict[str, ps.Results]) -> None:
     assert found_in(results["or"], "head_z", "noise") == set()
     joint = dict(
         zip(
-            KNOWN_SETS["or"], results["or"].effect("sets", "logit_diff", "noise")[0, 0], strict=True
+            KNOWN_SETS["or"],
+            results["or"].effect("sets", "logit_diff", "noise").values[0, 0],
+            strict=True,
         )
     )
     # The backup is in no cell of the grid: it is what the third site adds to the first two.
@@ -256,7 +258,7 @@ def test_probability_misses_the_negative_head(
     sign = -1.0 if direction == "denoise" else 1.0
     patched = (start[0] + sign * 3.0, start[1] - sign * 3.0)
     p0, p1, p = (probability(*pair) for pair in (start, end, patched))
-    effect = negative.effect("head_z", "prob", direction)[1, 2, 2]
+    effect = negative.effect("head_z", "prob", direction).values[1, 2, 2]
     assert effect == pytest.approx((p - p0) / (p1 - p0), abs=EXACT)
     assert -0.001 < effect < 0
 

@@ -21,9 +21,8 @@ import pytest
 
 import patchsweep as ps
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import largest
 from patchsweep.report import page_data
-from patchsweep.report.figures import _figures, plot
+from patchsweep.report.figures import Wanted, _figures, plot
 from patchsweep.report.page import page, write_page
 from patchsweep.results import Results
 from patchsweep.sites import Status, unit_name
@@ -57,49 +56,79 @@ def embedded(text: str) -> Any:
     return json.loads(found[1])
 
 
+def largest(effect: Any, axis: int) -> np.ndarray:
+    """The value of largest absolute size along an axis, sign kept; NaN does not count unless there
+    is nothing else, or only zeros beside it."""
+    x = np.moveaxis(np.asarray(effect, dtype=np.float64), axis, -1)
+    out = np.empty(x.shape[:-1])
+    for at in np.ndindex(*out.shape):
+        known = x[at][np.isfinite(x[at])]
+        best = known[np.abs(known).argmax()] if known.size else np.nan
+        out[at] = np.nan if not best and known.size < x[at].size else best
+    return out
+
+
+def components(data: Any) -> Any:
+    """Those of the first alignment."""
+    return data["alignments"][0]["components"]
+
+
 def floats(values: Any) -> np.ndarray:
     return np.array(values, dtype=np.float64)  # None is NaN
 
 
 def test_the_numbers_are_those_of_the_results(results: Results, text: str) -> None:
+    """From the end, since the prompts are of unequal length, and by index."""
     data = embedded(text)
     assert data["pairs"] == data["pairs_here"] == 3
-    assert [c["name"] for c in data["components"]] == ["head_z", "mlp_out"]
-    for c in data["components"]:
-        name = c["name"]
-        ds = results.to_xarray(name)
-        assert len(c["ways"]) == 2
-        for way, metric in product(c["ways"], METRICS):
-            found, asked = way["metrics"][metric], (name, metric, way["direction"])
-            effect = results.effect(*asked)
-            low, high = results.interval(*asked)
-            for key, true in (("effect", effect), ("low", low), ("high", high)):
-                np.testing.assert_allclose(floats(found[key]), true.ravel(), rtol=1e-4)
-            at = {"direction": way["direction"]}
-            per_pair = ds[f"{metric}_effect"].sel(at).values.reshape(3, -1)
-            shares = floats(found["changes"]) / floats(found["span"])[:, None]
-            np.testing.assert_allclose(shares, per_pair, rtol=3e-4, atol=1e-9)
-            raw = ds[metric].sel(at).values.reshape(3, -1)
-            changes = floats(found["changes"])
-            off = np.abs(changes + floats(found["destination"])[:, None] - raw)
-            assert (off <= 1e-4 * np.abs(changes) + 1e-6)[np.isfinite(raw)].all()
-            assert np.array_equal(np.isfinite(raw), np.isfinite(changes))
-            status = ds[f"{metric}_status"].sel(at).values.reshape(3, -1)
-            words = [[found["phrases"][x] for x in one] for one in found["statuses"]]
-            assert words == [[STATUS[s] for s in one] for one in status]
-            cells = [np.ravel_multi_index(where, effect.shape) for where in of(results, *asked)]
-            assert found["detections"] == cells
-    windows = data["components"][1]["ways"][0]["metrics"]["kl"]["windows"]["2"]
-    for mine, true in zip(windows, results.windows("mlp_out", 2, "kl", "denoise"), strict=True):
-        np.testing.assert_allclose(floats(mine), true, rtol=1e-4)
+    names = [shown["name"] for shown in data["alignments"]]
+    assert names == ["from the end", "by index, from the start"]
+    for align, shown in zip(("end", "start"), data["alignments"], strict=True):
+        assert [c["name"] for c in shown["components"]] == ["head_z", "mlp_out"]
+        for c in shown["components"]:
+            assert len(c["ways"]) == 2
+            for way, metric in product(c["ways"], METRICS):
+                found, asked = way["metrics"][metric], (c["name"], metric, way["direction"])
+                check_over_pairs(results, found, asked, align)
+                if align == "start":
+                    check_pairs(results.to_xarray(c["name"]), found, metric, way["direction"])
+        windows = shown["components"][1]["ways"][0]["metrics"]["kl"]["windows"]["2"]
+        true = results.windows("mlp_out", 2, "kl", "denoise", align=align)
+        for mine, whole in zip(windows, true, strict=True):
+            np.testing.assert_allclose(floats(mine), whole, rtol=1e-4)
+
+
+def check_over_pairs(results: Results, found: Any, asked: tuple[str, ...], align: str) -> None:
+    effect = results.effect(*asked, align=align)
+    low, high = results.interval(*asked, align=align)
+    for key, true in (("effect", effect.values), ("low", low), ("high", high)):
+        np.testing.assert_allclose(floats(found[key]), true.ravel(), rtol=1e-4)
+    places = {str(p): i for i, p in enumerate(effect.position.values)}
+    cells = [
+        np.ravel_multi_index(
+            (c.layer, getattr(c, "head", 0), places[str(c.position)]), effect.shape
+        )
+        for c in results.detections(*asked, align=align).itertuples()
+    ]
+    assert found["detections"] == cells
+
+
+def check_pairs(ds: Any, found: Any, metric: str, direction: str) -> None:
+    at = {"direction": direction}
+    per_pair = ds[f"{metric}_effect"].sel(at).values.reshape(3, -1)
+    shares = floats(found["changes"]) / floats(found["span"])[:, None]
+    np.testing.assert_allclose(shares, per_pair, rtol=3e-4, atol=1e-9)
+    raw = ds[metric].sel(at).values.reshape(3, -1)
+    changes = floats(found["changes"])
+    off = np.abs(changes + floats(found["destination"])[:, None] - raw)
+    assert (off <= 1e-4 * np.abs(changes) + 1e-6)[np.isfinite(raw)].all()
+    assert np.array_equal(np.isfinite(raw), np.isfinite(changes))
+    status = ds[f"{metric}_status"].sel(at).values.reshape(3, -1)
+    words = [[found["phrases"][x] for x in one] for one in found["statuses"]]
+    assert words == [[STATUS[s] for s in one] for one in status]
 
 
 STATUS = {1: "exact", 2: "structural", 4: "outside"}
-
-
-def of(results: Results, *asked: str) -> list[tuple[int, int, int]]:
-    cells = results.detections(*asked)
-    return [(cell.layer, cell.unit, int(cell.position)) for cell in cells]
 
 
 def test_the_table_in_the_page_is_the_tidy_table(results: Results, text: str) -> None:
@@ -132,11 +161,11 @@ def test_a_large_grid_keeps_what_is_largest(
 ) -> None:
     monkeypatch.setattr(page_data, "OVER_PAIRS", 30 * page_data.NUMBERS * 6)
     monkeypatch.setattr(page_data, "OF_PAIRS", 2 * 30 * 6)
-    heads, mlp = page_data.page_data(results)["components"]
+    heads, mlp = components(page_data.page_data(results))
     assert len(mlp["positions"]) * 3 <= 15
     assert len(heads["units"]) * len(heads["positions"]) * 3 <= 18
-    best = results.top("head_z", "logit_diff", "denoise")[0]
-    number = heads["units"].index(best.unit), heads["positions"].index(str(best.position))
+    best = results.top("head_z", "logit_diff", "denoise").iloc[0]
+    number = heads["units"].index(int(best["head"])), heads["positions"].index(str(best.position))
     shape = (3, len(heads["units"]), len(heads["positions"]))
     effect = floats(heads["ways"][0]["metrics"]["logit_diff"]["effect"]).reshape(shape)
     assert effect[best.layer][number] == pytest.approx(best.effect, rel=1e-4)
@@ -145,13 +174,10 @@ def test_a_large_grid_keeps_what_is_largest(
 def test_no_page_is_large(text: str) -> None:
     """By the size of a number here, without the text that every page has."""
     data = embedded(text)
-    cells = (
-        2
-        * len(METRICS)
-        * sum(len(c["ways"][0]["metrics"]["kl"]["effect"]) for c in data["components"])
-    )
+    every = [c for shown in data["alignments"] for c in shown["components"]]
+    cells = 2 * len(METRICS) * sum(len(c["ways"][0]["metrics"]["kl"]["effect"]) for c in every)
     numbers = cells * (page_data.NUMBERS + data["pairs_here"])
-    size = len(json.dumps(data["components"], separators=(",", ":")))
+    size = len(json.dumps(data["alignments"], separators=(",", ":")))
     assert size / numbers * (page_data.OVER_PAIRS + page_data.OF_PAIRS) < 4e6
     assert len(text) - size < 60_000
 
@@ -166,14 +192,16 @@ def test_sets_alone(tmp_path: Path) -> None:
     assert "<script" not in text
     for direction, metric in product(["denoise", "noise"], METRICS[:2]):
         assert f"<h2>Sets, {direction}: largest effects on {metric}</h2>" in text
-        for cell in results.top("sets", metric, direction):
-            assert f'<td class="">{cell.position}</td>' in text
+        for cell in results.top("sets", metric, direction).itertuples():
+            assert f'<td class="">{cell.set}</td>' in text
             assert f"{cell.effect:+.3f}" in text
-    names = {file.name for file in plot(results, tmp_path, formats=("svg",))}
+    names = {file.name for file in plot(results, tmp_path, ("svg",), Wanted())}
     assert names == {"sets-logit_diff.svg", "sets-prob.svg"}
-    axes = next(figure for name, figure in _figures(results) if name == "sets-prob").axes[0]
+    axes = next(figure for name, figure in _figures(results, Wanted()) if name == "sets-prob").axes[
+        0
+    ]
     drawn = [bar.get_width() for bars in axes.containers[1::2] for bar in bars]
-    effects = [results.effect("sets", "prob", d)[0, 0] for d in ("denoise", "noise")]
+    effects = [results.effect("sets", "prob", d).values[0, 0] for d in ("denoise", "noise")]
     np.testing.assert_allclose(drawn, np.concatenate(effects))
 
 
@@ -190,7 +218,7 @@ def test_every_source_has_its_windows_and_sets(tmp_path: Path) -> None:
     ps.sweep(model, pairs, out=tmp_path / "r.zarr", resume=True, **given)
     text = page(results)
     assert f"<h1>{model.name}, ioi + p.jsonl, 2 pairs</h1>" in text
-    [component] = embedded(text)["components"]
+    [component] = components(embedded(text))
     sums = []
     for way in component["ways"]:
         asked = "mlp_out", 2, "logit_diff", "noise", way["source"]
@@ -215,7 +243,7 @@ def test_hostile_names_do_not_leave_the_data(tmp_path: Path) -> None:
     model = ps.wrap(build(2), Hostile(), "</script><b>")
     pairs = pairs_of(ps.wrap(build(2), tokenizer()), rows(1))
     text = page(ps.sweep(model, pairs, components=["mlp_out"], out=tmp_path / "r.zarr"))
-    assert embedded(text)["components"][0]["tokens"]["clean"][0][0] == "</script><b>"
+    assert components(embedded(text))[0]["tokens"]["clean"][0][0] == "</script><b>"
     assert text.count("</script>") == 2
     assert "<b>" not in text
 
@@ -250,8 +278,8 @@ def test_layers_in_parts_change_nothing(
     parts = [*results.interval(*asked), results.p_values(*asked)]
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12)
-    again = page_data.page_data(results)["components"][0]["ways"][0]["metrics"]["kl"]
-    found = embedded(text)["components"][0]["ways"][0]["metrics"]["kl"]
+    again = components(page_data.page_data(results))[0]["ways"][0]["metrics"]["kl"]
+    found = components(embedded(text))[0]["ways"][0]["metrics"]["kl"]
     for key in ("low", "changes", "status", "statuses"):
         assert found[key] == again[key]
 
@@ -276,7 +304,7 @@ const found = steps.map(({ choose, over }) => {
   const hit = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
   hit.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
   return { marks: marks.map((m) => m.dataset.i ?? m.dataset.w),
-    fills: marks.map((m) => m.getAttribute("fill")),
+    fills: marks.map((m) => m.getAttribute("fill") ?? m.getAttribute("class")),
     caption: document.getElementById("caption").textContent,
     head: document.querySelector("#hover h3").textContent, rows: rowsOf("hover"),
     detections: rowsOf("detections").length,
@@ -328,15 +356,17 @@ def test_in_a_browser(results: Results, text: str, tmp_path: Path) -> None:
     assert told["requests"] == 0
     first, second, third, fourth, window = told["found"]
 
-    effect = results.effect("head_z", "logit_diff", "denoise")
+    effect = results.effect("head_z", "logit_diff", "denoise").values
     layers, heads, width = effect.shape
     best = np.abs(np.nan_to_num(effect)).argmax(2).ravel() + np.arange(layers * heads) * width
     assert list(map(int, first["marks"])) == best.tolist()
     assert_row(first, results, "denoise", int(best[5]))
     assert first["head"].startswith("head_z, head 1.1, position ")
-    assert first["detections"] == 1 + len(of(results, "head_z", "logit_diff", "denoise"))
+    assert first["detections"] == 1 + len(results.detections("head_z", "logit_diff", "denoise"))
     assert_hottest(first, text, largest(effect, 2))
-    other = results.effect("head_z", "prob", "denoise")  # what the first metric is set against
+    other = results.effect(
+        "head_z", "prob", "denoise"
+    ).values  # what the first metric is set against
     assert first["points"] == int(((effect != 0) | (other != 0))[np.isfinite(effect + other)].sum())
 
     assert_row(second, results, "noise", int(second["marks"][5]))
@@ -378,7 +408,7 @@ const walk = ([id, ...more], then) => {
   }
 };
 const seen = [];
-walk(["component", "way", "pair", "shown", "view", "fixed"], () => {
+walk(["align", "component", "way", "pair", "shown", "view", "fixed"], () => {
   const mark = document.querySelector("#map [data-i], #map [data-w]");
   mark.dispatchEvent(new MouseEvent("mouseover", { bubbles: true }));
   seen.push([document.getElementById("caption").textContent, document.getElementById("audit")
@@ -412,8 +442,8 @@ def test_everything_that_can_be_chosen(settings: dict[str, Any], tmp_path: Path)
     said = re.search(r'<pre id="found">(.*?)</pre>', document, re.S)
     assert said
     seen = json.loads(html.unescape(said[1]))
-    asked = "head_z", "logit_diff", data["components"][0]["ways"][0]["direction"]
-    first = data["components"][0]["ways"][0]["metrics"]["logit_diff"]
+    asked = "head_z", "logit_diff", components(data)[0]["ways"][0]["direction"]
+    first = components(data)[0]["ways"][0]["metrics"]["logit_diff"]
     assert not any("NaN" in word or "undefined" in word for words in seen for word in words)
     if "prefilter" in settings:
         verdict = results.audit(*asked)
@@ -422,20 +452,20 @@ def test_everything_that_can_be_chosen(settings: dict[str, Any], tmp_path: Path)
         assert html.escape(results.top_edges("logit_diff", "denoise", 1)[0][0]) in document
         assert "estimated" in first["phrases"].values()
     if "estimate" in settings:
-        assert data["components"][0]["shown"] == "estimate"
+        assert components(data)[0]["shown"] == "estimate"
         assert seen[0][0].startswith("Estimated effect of head_z")
-        estimate = results.estimated_effect(*asked)
+        estimate = results.estimated_effect(*asked).values
         np.testing.assert_allclose(floats(first["estimate"]), estimate.ravel(), rtol=1e-4)
     if "source" in settings:
-        assert [way["name"] for way in data["components"][0]["ways"]] == [
+        assert [way["name"] for way in components(data)[0]["ways"]] == [
             "noise, from zero",
             "noise, from resample",
         ]
         assert "(patched − destination, logits)" in seen[0][0]
         assert first["span"] is None
-        figures = {name for name, _ in _figures(results)}
+        figures = {name for name, _ in _figures(results, Wanted())}
         assert {f"head_z-logit_diff-noise-{s}-layer_head" for s in ("zero", "resample")} < figures
-        change = results.effect(*asked, "zero")
+        change = results.effect(*asked, "zero").values
         np.testing.assert_allclose(floats(first["effect"]), change.ravel(), rtol=1e-4)
 
 
@@ -455,7 +485,7 @@ def number(step: Any, metric: str, column: int) -> float:
 def assert_row(step: Any, results: Results, direction: str, cell: int) -> None:
     """All metrics of the cell under the pointer."""
     for metric in METRICS:
-        effect = results.effect("head_z", metric, direction).ravel()[cell]
+        effect = results.effect("head_z", metric, direction).values.ravel()[cell]
         assert number(step, metric, 3) == pytest.approx(effect, rel=1e-3)
 
 

@@ -169,7 +169,9 @@ def test_what_is_run_is_what_a_whole_sweep_finds(tmp_path: Path) -> None:
         assert (chosen[kept] == Status.EXACT).all()
         for s, source in enumerate(("other", "resample")):
             check_kept(found, component, (0, s), "noise", source)
-            exact, effect = (x.effect(component, "logit_diff", "noise", source) for x in both)
+            exact, effect = (
+                x.effect(component, "logit_diff", "noise", source).values for x in both
+            )
             there = np.isfinite(effect)
             np.testing.assert_allclose(effect[there], exact[there], rtol=0, atol=1e-11)
             # Structural in some pairs, not run in others: that says nothing of all pairs.
@@ -180,7 +182,7 @@ def test_what_is_run_is_what_a_whole_sweep_finds(tmp_path: Path) -> None:
             for said in (*found.interval(*at, samples=9), found.p_values(*at)):
                 assert np.isnan(said[left]).all()
             assert np.isnan(found.standard_error(*at)[left]).all()
-            assert np.isnan(found.effect(*at)[left]).all()
+            assert np.isnan(found.effect(*at).values[left]).all()
     assert not [line for line in found.warnings() if "not done" in line]
 
 
@@ -188,7 +190,12 @@ def check_kept(found: Any, component: str, at: tuple[int, int], *way: str) -> No
     """The kept cells are the highest by rank, in the estimates that are stored."""
     status = found.store.read(f"{component}/logit_diff_status")[at]  # [sample, pair, ...]
     possible = np.isin(status, (*RUN, Status.ESTIMATED)).any((0, 1))
-    sizes = [np.abs(found.estimated_effect(component, m, *way))[possible] for m in METRICS]
+    sizes = [
+        np.abs(found.estimated_effect(component, m, *way, align="start", min_pairs=1).values)[
+            possible
+        ]
+        for m in METRICS
+    ]
     rank = np.max([size.argsort().argsort() for size in sizes], axis=0)
     kept = (status == Status.EXACT).any((0, 1))[possible]
     assert kept.sum() == np.ceil(possible.sum() / 10)
@@ -214,7 +221,9 @@ def test_everything_kept_is_an_ordinary_sweep(whole: ps.Results, tmp_path: Path)
 def test_the_audit_says_what_a_whole_sweep_finds(whole: ps.Results, tmp_path: Path) -> None:
     found = sweep(tmp_path / "r", {"keep": "10%", "audit": 40})
     for direction in ("denoise", "noise"):
-        size = np.abs(whole.effect("neuron", "logprob", direction))
+        size = np.abs(
+            whole.effect("neuron", "logprob", direction, align="start", min_pairs=1).values
+        )
         d = ["denoise", "noise"].index(direction)
         now, stratum = (found.store.read(f"choice/neuron_{x}")[d, 0] for x in ("status", "stratum"))
         possible = size > 0

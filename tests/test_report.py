@@ -12,10 +12,10 @@ from rich.console import Console
 
 import patchsweep.results
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import largest, position_names
+from patchsweep.heatmaps import column_names, views
 from patchsweep.pairs import Pair
-from patchsweep.report.figures import plot
-from patchsweep.report.show import _effect, show
+from patchsweep.report.figures import Wanted, plot
+from patchsweep.report.show import Asked, _effect, show
 from patchsweep.results import Results
 from patchsweep.sites import Grid, Status, blocks
 from patchsweep.store import Store
@@ -96,14 +96,15 @@ def make(
     return patchsweep.results.open(path)
 
 
-def shown(results: Results) -> str:
+def shown(results: Results, asked: Asked | None = None) -> str:
     out = io.StringIO()
-    show(results, Console(file=out, width=80, color_system=None))
+    show(results, Console(file=out, width=80, color_system=None), asked)
     return out.getvalue()
 
 
 def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
-    text = shown(make(tmp_path / "r.zarr", ONE))
+    results = make(tmp_path / "r.zarr", ONE)
+    text = shown(results)
     assert max(map(len, text.splitlines())) <= 80
     lines = [" ".join(line.split()) for line in text.splitlines()]
     assert "prompts 1 pair of 15 tokens (ioi)" in lines
@@ -115,8 +116,11 @@ def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
     assert "12 14 ' to' -3 -0.500" in lines
     assert any(line.startswith("Beyond 2 SD of the mean effect:") for line in lines)
     assert "head_z, denoise: negative: 12.3@14" in " ".join(lines)
+    assert "f" * 60 not in text
+    more = shown(results, Asked(provenance=True))
+    lines = [" ".join(line.split()) for line in more.splitlines()]
     assert "measured seconds 12.5, cells_per_second 314.2" in lines
-    assert "f" * 60 in text
+    assert "f" * 60 in more
 
 
 def test_show_lists_warnings_and_keeps_odd_tokens(tmp_path: Path) -> None:
@@ -127,28 +131,6 @@ def test_show_lists_warnings_and_keeps_odd_tokens(tmp_path: Path) -> None:
     text = shown(results)
     assert "- head_z: 1 of 2 blocks not done: continue with --resume" in text
     assert "' [/b]/ $x$'" in text
-
-
-def test_warnings_of_one_component_stand_together(tmp_path: Path) -> None:
-    """Several under its name, which is not said again; what is alone stays one line."""
-    results = make(tmp_path / "r.zarr", ONE)
-    lines = [
-        "prob is 0",
-        "head_z, noise: one thing",
-        "head_z, noise: kl: another",
-        "mlp_out, noise: alone",
-    ]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Results, "warnings", lambda _: lines)
-        text = shown(results)
-    found = text.partition("Warnings\n")[2].partition("\n\n")[0].splitlines()
-    assert [line.rstrip() for line in found[:6]] == [
-        "- prob is 0",
-        "- head_z, noise:",
-        "  - one thing",
-        "  - kl: another",
-        "- mlp_out, noise: alone",
-    ]
 
 
 def test_an_effect_of_nothing_has_no_sign() -> None:
@@ -162,7 +144,7 @@ def test_an_effect_of_nothing_has_no_sign() -> None:
 
 def test_plot_writes_every_view(tmp_path: Path) -> None:
     results = make(tmp_path / "r.zarr", SEVERAL, metrics=("logit_diff", "prob"))
-    files = plot(results, tmp_path / "figures", formats=("svg",))
+    files = plot(results, tmp_path / "figures", ("svg",), Wanted())
     names = {file.name for file in files}
     # Two metrics, two directions; heads have two views, MLPs one.
     assert len(files) == len(names) == 2 * 2 * 3
@@ -184,22 +166,38 @@ def test_the_planted_cell_is_red_in_the_figure(tmp_path: Path) -> None:
     assert np.ptp(columns) < pixels.shape[1] / HEADS
 
 
-def test_largest_keeps_the_sign_and_skips_nan() -> None:
-    effect = np.array([[[0.1, -0.7, np.nan], [np.nan, np.nan, np.nan]]])
-    np.testing.assert_array_equal(largest(effect, 2), [[-0.7, np.nan]])
-    np.testing.assert_array_equal(largest(effect, 1), [[0.1, -0.7, np.nan]])
-    # What was not run may have an effect where what is known has none.
-    np.testing.assert_array_equal(largest(np.array([[[0.0, np.nan], [0, 0]]]), 2), [[np.nan, 0]])
+def test_a_picture_has_the_largest_with_its_sign(tmp_path: Path) -> None:
+    """NaN does not count, but for where all others are 0: what was not run may have an effect."""
+    results = make(tmp_path / "r.zarr", ONE)
+    columns = results.columns("head_z")
+    found = results.over_pairs("head_z", "logit_diff", "denoise", None, columns)
+    found.effect[:] = 0
+    found.effect[1, 2, [3, 4]] = 0.1, -0.7
+    found.effect[1, 2, 5] = found.effect[2, 3, 6] = np.nan
+    by_head, by_position = views(results, "head_z", found, columns)
+    assert by_head.values[1, 2] == -0.7 and by_head.cells is not None
+    assert by_head.cells[1, 2].tolist() == [1, 2, 4]
+    assert np.isnan(by_head.values[2, 3])
+    assert by_position.values[1, [3, 4]].tolist() == [0.1, -0.7]
+    assert np.isnan(by_position.values[1, 5]) and np.isnan(by_position.values[2, 6])
+    assert "1.2@4 -0.70, 1.2@3 +0.10" in by_head.note
 
 
 def test_positions_are_named_by_tokens_that_all_pairs_share(tmp_path: Path) -> None:
-    one = position_names(make(tmp_path / "a.zarr", ONE), "mlp_out")
+    def named(results: Results, align: str | None = None) -> tuple[str, ...]:
+        columns = results.columns("mlp_out", align)
+        found = results.over_pairs("mlp_out", "logit_diff", "denoise", None, columns)
+        return column_names(results, "mlp_out", columns, found.pairs)
+
+    one = named(make(tmp_path / "a.zarr", ONE))
     assert one[1] == "·When  1"
     assert one[10] == "·John/·Mary  10"
-    several = position_names(make(tmp_path / "b.zarr", SEVERAL), "mlp_out")
-    assert several[1] == "·When  1"
-    assert several[10] == "10"
-    assert several[15] == "\\n  15"
+    several = make(tmp_path / "b.zarr", SEVERAL)
+    by_index = named(several, "start")
+    assert by_index[1] == "·When  1"
+    assert by_index[10] == "10"
+    assert by_index[15] == "\\n  15  n=1"
+    assert named(several)[0] == "<bos>  -16  n=1"  # of unequal length without labels: from the end
 
 
 def test_all_positions_at_once(tmp_path: Path) -> None:

@@ -78,12 +78,12 @@ def results(tmp_path: Path) -> Results:
 
 
 def test_effect_is_the_ratio_of_means(results: Results) -> None:
-    effect = results.effect("head_z", "logit_diff", "denoise")
+    effect = results.effect("head_z", "logit_diff", "denoise", align="start")
     expected = np.zeros((2, 2, 3))
     expected[1, 0, 1] = 0.8  # the mean of the ratios would be 0.875
     expected[1, 1, 2] = 0.25
     np.testing.assert_allclose(effect, expected, rtol=1e-15)
-    noise = results.effect("head_z", "logit_diff", "noise")
+    noise = results.effect("head_z", "logit_diff", "noise", align="start")
     expected = np.zeros((2, 2, 3))
     expected[1, 0, 1] = 0.6
     np.testing.assert_allclose(noise, expected, rtol=1e-15)
@@ -91,7 +91,7 @@ def test_effect_is_the_ratio_of_means(results: Results) -> None:
 
 def test_effect_is_nan_where_nothing_was_run(tmp_path: Path) -> None:
     results = make(tmp_path / "r.zarr", skip=(0, 2))  # denoise, positions 0 and 1 of both pairs
-    effect = results.effect("head_z", "logit_diff", "denoise")
+    effect = results.effect("head_z", "logit_diff", "denoise", align="start")
     assert np.isnan(effect[:, :, :2]).all()
     assert effect[1, 1, 2] == 0.25
 
@@ -104,7 +104,7 @@ def test_estimates_do_not_count_as_measured(tmp_path: Path) -> None:
     for block in blocks(GRID):
         region = block.region(GRID)
         store.write_block(block, {"logit_diff": values[region]}, {"logit_diff": status[region]})
-    assert np.isnan(results.effect("head_z", "logit_diff", "denoise")[1, 0, 1])
+    assert np.isnan(results.effect("head_z", "logit_diff", align="start")[1, 0, 1])
 
 
 def test_to_xarray_squeezes_renames_and_computes_effects(results: Results) -> None:
@@ -275,8 +275,8 @@ def test_labels_no_units_and_nothing_done(tmp_path: Path) -> None:
     assert len(results.to_frame()) == 0
     results.export(tmp_path / "empty.parquet")
     assert len(pd.read_parquet(tmp_path / "empty.parquet")) == 0
-    assert results.top("mlp_out", "prob", "denoise") == []
-    assert results.detections("mlp_out", "prob", "denoise") == []
+    assert results.top("mlp_out", "prob", "denoise").empty
+    assert results.detections("mlp_out", "prob", "denoise").empty
     base = np.array([[1.0, 1.0], [0.0, 0.0]])
     store.write_baseline(0, 0, range(2), {"prob": base}, {"prob": base * 0})
     shape = (1, 1, 1, 2, 2, 1, 1)
@@ -296,13 +296,15 @@ def test_labels_no_units_and_nothing_done(tmp_path: Path) -> None:
 
 
 def test_top_and_detections(results: Results) -> None:
-    best, second = results.top("head_z", "logit_diff", "denoise", 2)
-    assert (best.layer, best.unit, best.position, best.token) == (1, 0, 1, " t6/ t1")
+    top = results.top("head_z", "logit_diff", "denoise", 2, align="start")
+    best, second = top.itertuples(index=False)
+    assert (best.layer, best.head, best.position, best.token) == (1, 0, 1, " t6/ t1")
     assert best.patched == 2.5  # mean of 3 and 2
     assert best.effect == pytest.approx(0.8, rel=1e-15)
-    assert (second.layer, second.unit, second.position, second.token) == (1, 1, 2, " t7")
+    assert (second.layer, second.head, second.position, second.token) == (1, 1, 2, " t7")
     # Effects 0.8, 0.25 and ten zeros: mean 0.0875, SD 0.2257, so only 0.8 is beyond 2 SD.
-    assert results.detections("head_z", "logit_diff", "denoise") == [best]
+    found = results.detections("head_z", "logit_diff", "denoise", align="start")
+    assert list(found.itertuples(index=False)) == [best]
     # 0.25 is 0.72 SD from the mean.
     assert len(results.detections("head_z", "logit_diff", "denoise", sd=0.7)) == 2
     assert len(results.detections("head_z", "logit_diff", "denoise", sd=0.75)) == 1

@@ -106,13 +106,13 @@ def test_known_figures(grids: Callable[[tuple[str, ...], str], ps.Results]) -> N
     assert clean == pytest.approx(4.605, abs=5e-4)
     assert corrupt == pytest.approx(-6.474, abs=5e-4)
     top = results.top("head_z", "logit_diff", "denoise", 4)
-    assert [(c.layer, c.unit, c.position) for c in top] == [
+    assert list(zip(top.layer, top["head"], top.position, strict=True)) == [
         (23, 3, 13),
         (29, 1, 13),
         (20, 0, 13),
         (29, 0, 13),
     ]
-    assert [c.effect for c in top] == pytest.approx([0.558, 0.306, 0.274, -0.237], abs=5e-4)
+    assert top.effect.tolist() == pytest.approx([0.558, 0.306, 0.274, -0.237], abs=5e-4)
     assert float(np.nanmax(results.noise_floor("logit_diff"))) < 1e-4
 
 

@@ -211,14 +211,14 @@ def test_windows_beside_the_sum_of_their_layers(
         model, pairs, components=["mlp_out"], windows=[2], positions=["S2", -1], out=tmp_path / "r"
     )
     joint, total = results.windows("mlp_out", 2, "logit_diff", "denoise")
-    single = results.effect("mlp_out", "logit_diff", "denoise")[:, 0]
+    single = results.effect("mlp_out", "logit_diff", "denoise").values[:, 0]
     np.testing.assert_allclose(total, single[:-1] + single[1:])
     sets = results.to_xarray("sets").logit_diff_effect
     names = ["mlp_out.0-1@S2", "mlp_out.0-1@-1", "mlp_out.1-2@S2", "mlp_out.1-2@-1"]
     assert sorted(sets.set.values.tolist()) == sorted(names)
     assert joint.shape == (2, 2)
     assert joint[1, 1] == pytest.approx(
-        results.effect("sets", "logit_diff", "denoise")[
+        results.effect("sets", "logit_diff", "denoise").values[
             0, 0, sets.set.values.tolist().index(names[3])
         ]
     )
@@ -242,13 +242,13 @@ def test_a_circuits_curve(model: ps.Model, pairs: list[Pair], tmp_path: Path) ->
     found = results.circuit("logit_diff")
     assert found.sizes == (1, 5, 18)
     np.testing.assert_allclose(found.fraction, np.array([1, 5, 18]) / 21)  # 18 heads, 3 MLPs
-    top = first.top("head_z", "logit_diff", "denoise", 1)[0]
+    [top] = first.top("head_z", "logit_diff", "denoise", 1).itertuples()
     assert found.recovered[0] == pytest.approx(top.effect, abs=1e-9)
     rest = {"rest": {"within": ["head_z", "mlp_out"], "besides": []}}
     every = ps.sweep(
         model, pairs, sets=rest, positions="all", direction="noise", out=tmp_path / "c"
     )
-    whole = every.effect("sets", "logit_diff", "noise")
+    whole = every.effect("sets", "logit_diff", "noise").values
     assert whole.item() != pytest.approx(1, abs=0.01)  # the embedding is not noised
 
 
