@@ -159,8 +159,8 @@ def outside(results: Results) -> int:
 def test_a_large_grid_keeps_what_is_largest(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_data, "OVER_PAIRS", 30 * page_data.NUMBERS * 6)
-    monkeypatch.setattr(page_data, "OF_PAIRS", 2 * 30 * 6)
+    monkeypatch.setattr(page_data, "OVER_PAIRS", 2 * 30 * page_data.NUMBERS * 6)  # aligned twice
+    monkeypatch.setattr(page_data, "OF_PAIRS", 2 * 2 * 30 * 6)
     heads, mlp = components(page_data.page_data(results))
     assert len(mlp["positions"]) * 3 <= 15
     assert len(heads["units"]) * len(heads["positions"]) * 3 <= 18

@@ -306,8 +306,8 @@ def test_top_and_detections(results: Results) -> None:
     found = results.detections("head_z", "logit_diff", "denoise", align="start")
     assert list(found.itertuples(index=False)) == [best]
     # 0.25 is 0.72 SD from the mean.
-    assert len(results.detections("head_z", "logit_diff", "denoise", sd=0.7)) == 2
-    assert len(results.detections("head_z", "logit_diff", "denoise", sd=0.75)) == 1
+    assert len(results.detections("head_z", "logit_diff", sd=0.7, align="start")) == 2
+    assert len(results.detections("head_z", "logit_diff", sd=0.75, align="start")) == 1
 
 
 def test_warnings_name_what_is_wrong(tmp_path: Path) -> None:
