@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.effect import known_mean
 from patchsweep.plan import Plan
 from patchsweep.results import CellEffect, Results
 from patchsweep.sites import SETS, Grid, Status, unit_name
@@ -142,7 +143,7 @@ def baselines(results: Results) -> Table:
     """Metrics of the unpatched runs, and how far a null patch comes out from them."""
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
-        means = results.baseline(metric)[:, 0].mean(axis=(1, 2))
+        means = known_mean(known_mean(results.baseline(metric)[:, 0], 1), 1)
         floor = float(np.fmax.reduce(results.noise_floor(metric), axis=None))
         table.add_row(Text(metric), _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
