@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import re
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,17 +29,18 @@ SETTINGS: dict[str, Any] = {
 
 
 def pairs(hf_model: Any) -> list[Pair]:
-    """Four: the answers of three are the least likely tokens; that and the wrong one of the last are
-    those whose difference the two runs change least."""
+    """Four: the answers of three are the least likely tokens; the right and wrong one of the last
+    are of the unlikely ones those whose difference the two runs change least."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, 50, (4, 2, 6)).tolist()
     with torch.no_grad():
         logits = hf_model(input_ids=torch.tensor(prompts).flatten(0, 1)).logits[:, -1]
     clean, corrupt = logits[::2], logits[1::2]
     answer, wrong = clean.argmin(-1).tolist(), [20, 21, 22, 23]
-    moved, token = (clean - corrupt)[-1].sort()
+    low = clean[-1].argsort()[:20]
+    moved, order = (clean - corrupt)[-1, low].sort()
     least = int(moved.diff().argmin())
-    answer[-1], wrong[-1] = token[least : least + 2].tolist()
+    answer[-1], wrong[-1] = low[order[least : least + 2]].tolist()
     return [Pair(tuple(a), tuple(b), (answer[i],), (wrong[i],)) for i, (a, b) in enumerate(prompts)]
 
 
