@@ -37,7 +37,7 @@ def pairs(hf_model: Any) -> list[Pair]:
         logits = hf_model(input_ids=torch.tensor(prompts).flatten(0, 1)).logits[:, -1]
     clean, corrupt = logits[::2], logits[1::2]
     answer, wrong = clean.argmin(-1).tolist(), [20, 21, 22, 23]
-    low = clean[-1].argsort()[:20]
+    low = clean[-1].argsort()[:8]
     moved, order = (clean - corrupt)[-1, low].sort()
     least = int(moved.diff().argmin())
     answer[-1], wrong[-1] = low[order[least : least + 2]].tolist()
