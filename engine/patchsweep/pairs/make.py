@@ -21,10 +21,10 @@ RESERVED = ("other", "zero", "mean", "resample", "vector", "clean", "corrupt")
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> tuple[int, ...]:
     """Token ids [position] of a prompt.
 
-    `bos`: "auto" keeps the special tokens that the tokenizer puts before a text by default (those
-    it would put after it are left out: the next token is read at the end of the text), "always"
-    starts with exactly one bos token, "never" with none. BadInput for another word, and for
-    "always" where there is no bos token.
+    `bos`: "auto" keeps the special tokens that the tokenizer puts before a text by default, but for
+    a text that begins with them, as one from a chat template (those it would put after it are left
+    out: the next token is read at the end of the text), "always" starts with exactly one bos token,
+    "never" with none. BadInput for another word, and for "always" where there is no bos token.
     """
     if bos not in BOS:
         raise BadInput(f"unknown bos '{bos}': use one of {', '.join(BOS)}")
@@ -33,7 +33,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> 
         default = _ids(tokenizer, text, special=True)
         for start in range(len(default) - len(body) + 1):
             if default[start : start + len(body)] == body:
-                return default[: start + len(body)]
+                before = default[:start]
+                return body if body[:start] == before else before + body
         return default
     first: Any = tokenizer.bos_token_id
     if first is None:

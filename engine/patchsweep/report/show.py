@@ -264,7 +264,7 @@ def _listed(warnings: Sequence[str], components: Sequence[str]) -> Table:
 
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
-ELSEWHERE |= {"prompts", "joint", "metrics", "components", "patchsweep_schema"}
+ELSEWHERE |= {"prompts", "doubts", "joint", "metrics", "components", "patchsweep_schema"}
 
 
 def provenance(results: Results) -> dict[str, str]:

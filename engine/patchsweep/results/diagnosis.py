@@ -47,7 +47,7 @@ class Diagnosed(Effects):
                 bad = self.counts(name, metric)[Status.NOT_FINITE]
                 if bad:
                     out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
-        return [*out, *_diagnose(self)]
+        return [*out, *self.attrs.get("doubts", []), *_diagnose(self)]
 
     def _missing(self, done: NDArray[np.bool_]) -> int:
         """How many pairs have something that is not done [source, sample, pair] yet."""
