@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -88,7 +89,8 @@ class Expected:
         table = self.hf_model.get_input_embeddings()(torch.tensor(used)).double().numpy()
         noise = np.zeros((len(self.case.pairs[pair].clean), table.shape[1]))
         for slot, position in enumerate(noised[pair]):
-            rng = np.random.default_rng([given.get("seed", 0), pair, sample, slot])
+            own = self.case.pairs[pair].clean
+            rng = np.random.default_rng([given.get("seed", 0), sample, slot, *own])
             noise[position] = rng.standard_normal(table.shape[1]) * sigma * table.std()
         return torch.from_numpy(noise)
 
@@ -108,14 +110,15 @@ class Expected:
 
     def resampled(self) -> list[list[tuple[int, ...]]]:
         given, pairs = self.given("resample"), self.case.pairs
-        rng = np.random.default_rng(given.get("seed", 0))
-        out = []
-        for _ in range(given.get("samples", 1)):
-            fits = [
-                [q.clean for q in pairs if len(q) == len(p) and q.clean != p.clean] for p in pairs
-            ]
-            out.append([fit[rng.integers(len(fit))] for fit in fits])
-        return out
+        seed = given.get("seed", 0)
+
+        def drawn(sample: int, own: tuple[int, ...]) -> tuple[int, ...]:
+            def score(other: tuple[int, ...]) -> str:
+                return hashlib.sha256(f"{seed} {sample} {own} {other}".encode()).hexdigest()
+
+            return min({q.clean for q in pairs if len(q.clean) == len(own)} - {own}, key=score)
+
+        return [[drawn(n, p.clean) for p in pairs] for n in range(given.get("samples", 1))]
 
     def _mean(self, component: str, layer: int) -> torch.Tensor:
         """[position or 1, unit, width]"""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -168,10 +170,117 @@ def test_bad_csv(
     refused(write(tmp_path / "p.csv", *lines), tokenizer, *words)
 
 
+def test_a_json_array(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = tmp_path / "p.json"
+    file.write_text(json.dumps([ROW, {**ROW, "group": "g"}], indent=2))
+    [one, other] = read_pairs(file, tokenizer)
+    assert one == make_pair(tokenizer, **ROW)  # type: ignore[arg-type]
+    assert (other.group, other.origin) == ("g", "p.json")
+    file.write_text(json.dumps([ROW, {**ROW, "answer": 3}]))
+    refused(file, tokenizer, "p.json:2", "answer is not a text")
+    for text, words in (("[{", "not JSON"), ("{}", "not a list of objects"), ("[1]", "not a list")):
+        file.write_text(text)
+        refused(file, tokenizer, "p.json", words)
+    file.write_text("[]")
+    refused(file, tokenizer, "p.json", "no pairs")
+
+
+def test_null_is_a_key_left_out(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    nothing = dict.fromkeys(["wrong", "labels", "align", "group", "others", "continuation"])
+    [pair] = read_pairs(write(tmp_path / "p.jsonl", {**ROW, **nothing}), tokenizer)
+    assert pair == make_pair(tokenizer, CLEAN, CORRUPT, " Mary")
+    for key, words in (("clean", "missing key 'clean'"), ("clen", "unknown key 'clen'")):
+        refused(write(tmp_path / "p.jsonl", {**ROW, key: None}), tokenizer, "p.jsonl:1", words)
+
+
+@pytest.mark.parametrize(
+    ("header", "cells"), [(",", "0,"), ("Unnamed: 0,", "0,"), ("Unnamed: 0.1,Unnamed: 0,", "0,0,")]
+)
+def test_the_index_that_pandas_writes(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, header: str, cells: str
+) -> None:
+    names, row = f"{header}clean,corrupt,answer,wrong", f'{cells}"{CLEAN}","{CORRUPT}", Mary, John'
+    [pair] = read_pairs(write(tmp_path / "p.csv", names, row), tokenizer)
+    assert pair == make_pair(tokenizer, **ROW)  # type: ignore[arg-type]
+
+
+def test_two_columns_of_one_name(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = write(tmp_path / "p.csv", "clean,answer,clean", f'"{CLEAN}", Mary,"{CORRUPT}"')
+    refused(file, tokenizer, "p.csv:1", "two columns 'clean'")
+
+
+def test_the_names_of_eap_ig(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    header = "clean,corrupted,correct_idx,incorrect_idx"
+    file = write(tmp_path / "p.csv", header, f'"{CLEAN}","{CORRUPT}",7042,9302')
+    refused(file, tokenizer, "p.csv:2", "token ids: name the columns clean, corrupt, answer, wrong")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"clean": "A \ud83d is"},
+        {"corrupt": "B \ud83d is"},
+        {"answer": ["\ud83d"]},
+        {"wrong": "\ud83d"},
+        {"continuation": " \ud83d"},
+        {"others": {"x": "\ud83d"}},
+        {"group": "\ud83d"},
+        {"labels": {"\ud83d": 1}},
+    ],
+)
+def test_half_a_character(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, more: dict[str, Any]
+) -> None:
+    file = write(tmp_path / "p.jsonl", ROW, {**ROW, **more})
+    refused(file, tokenizer, "p.jsonl:2", "'\\ud83d' is half a character")
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    file = tmp_path / os.fsdecode(b"p\xff.jsonl")
+    [pair] = read_pairs(write(file, ROW), tokenizer)
+    assert pair.origin == "p?.jsonl"
+
+
+def test_numbers_of_other_libraries() -> None:
+    plain = Pair((1, 2, 3), (1, 4, 3, 9), (5, 6), (7,), {"S": 1}, "g", (0, 1, 3), {"x": (1, 2, 4)})
+    for of in (np.array, torch.tensor):
+        made = Pair(
+            of((1, 2, 3)),
+            list(of((1, 4, 3, 9))),  # type: ignore[arg-type]
+            of((5, 6)),
+            (of(7),),  # type: ignore[arg-type]
+            {"S": of(1)},  # type: ignore[dict-item]
+            "g",
+            of((0, 1, 3)),
+            {"x": of((1, 2, 4))},
+        )
+        assert made == plain
+        numbers = (*made.clean, *made.corrupt, *made.answer, *made.wrong, *made.labels.values())
+        assert {type(n) for n in (*numbers, *(made.align or ()), *made.others["x"])} == {int}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"clean": (1.0, 2.0, 3.0)}, "clean: .*flat list of whole numbers"),
+        ({"clean": torch.tensor([[1, 2, 3]])}, "clean: .*flat list"),
+        ({"answer": 5}, "answer: .*flat list"),
+        ({"wrong": "Rome"}, "wrong: .*flat list"),
+        ({"labels": {"S": "1"}}, "labels: .*flat list"),
+        ({"labels": {1: 1}}, "a pair's names: 1 is no text"),
+        ({"group": 3}, "a pair's names: 3 is no text"),
+    ],
+)
+def test_what_is_no_number_or_no_text(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words) as error:
+        Pair(**{"clean": (1, 2, 3), "corrupt": (1, 2, 4), "answer": (1,), **more})
+    assert "\n" not in str(error.value)
+
+
 def test_bad_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     refused(write(tmp_path / "p.jsonl", "", " "), tokenizer, "p.jsonl", "no pairs")
     refused(tmp_path / "gone.csv", tokenizer, "gone.csv", "No such file")
-    refused(write(tmp_path / "p.txt", ROW), tokenizer, "p.txt", ".jsonl or .csv")
+    refused(write(tmp_path / "p.txt", ROW), tokenizer, "p.txt", ".jsonl, .json or .csv")
     (tmp_path / "latin.jsonl").write_bytes(b'{"clean": "\xe9"}')
     refused(tmp_path / "latin.jsonl", tokenizer, "latin.jsonl", "not UTF-8")
 
@@ -180,7 +289,8 @@ def test_bad_files(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     ("bos", "text", "first"),
     [
         ("auto", "When John", ["<s>", "When", "ĠJohn"]),
-        ("auto", "<s>When", ["<s>", "<s>", "When"]),
+        ("auto", "<s>When", ["<s>", "When"]),  # as a chat template begins
+        ("auto", "<s>", ["<s>"]),
         ("always", "When John", ["<s>", "When", "ĠJohn"]),
         ("always", "<s>When", ["<s>", "When"]),
         ("never", "When John", ["When", "ĠJohn"]),

@@ -18,6 +18,13 @@ def change(patched: NDArray[Any], status: NDArray[np.uint8], destination: Array)
     return np.where(status == Status.STRUCTURAL, 0.0, moved)
 
 
+def known_mean(values: Array, axis: int = 0) -> Array:
+    """Mean along an axis of what is there; NaN (not done, or a sample that only another source has)
+    is left out, and stays where there is nothing else."""
+    known = ~np.isnan(values)
+    return ratio(np.where(known, values, 0.0).sum(axis), known.sum(axis))
+
+
 def ratio(numerator: Array, denominator: Array) -> Array:
     """Their quotient, NaN where the denominator is zero."""
     with np.errstate(divide="ignore", invalid="ignore"):

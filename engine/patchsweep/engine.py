@@ -40,6 +40,7 @@ from patchsweep.splitting import Launch, Splitting
 from patchsweep.store import WAVES_SPLIT, Store, remove
 from patchsweep.values import Values
 from patchsweep.wave import launch_wave
+from patchsweep.wording import doubts
 from patchsweep.writer import background
 
 T = TypeVar("T")
@@ -143,6 +144,8 @@ def carry_out(
                 log.warning("done again: %s", damage)
         if fill or not existing:
             attribution.tried(backend.forward, plan, settings, values)
+        if processes.first and (fill or not existing):
+            attrs["doubts"] = doubts(backend.forward, backend.carry, model.tokenizer, plan.pairs)
         if overwrite and there:
             remove(out)  # only now can nothing be refused any more
         goes_on = existing if not fill else None

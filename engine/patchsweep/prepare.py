@@ -19,9 +19,12 @@ from patchsweep.pairs import Pair, read_pairs
 from patchsweep.plan import Plan
 from patchsweep.sae import SAE
 from patchsweep.sites import SETS
-from patchsweep.spec import Gaussian, Mean, Metric, Prompts, Sweep, Vector
+from patchsweep.spec import Gaussian, Mean, Metric, Prompts, Resample, Sweep, Vector
 from patchsweep.values import Constants, Values, embedding_std, read_tensor, read_vector
 from patchsweep.wave import Carry, wavefront
+
+# What draws hang on: results that were drawn in another way are of another sweep.
+DRAWS = "the prompts' own tokens"
 
 
 def prepare(
@@ -135,11 +138,13 @@ def _direction(m: Metric, width: int) -> Tensor:
 
 
 def digest(values: Values, plan: Plan, tokenizer: Any) -> str:
-    """Identifies what files gave to a sweep, whatever computes it. Means are known by their
-    prompts: they round differently from one backend or device to another."""
+    """Identifies what files and draws gave to a sweep, whatever computes it. Means are known
+    by their prompts: they round differently from one backend or device to another."""
     found = hashlib.sha256()
     of_means = set()
     for number, source in enumerate(plan.sources):
+        if isinstance(source.given, Gaussian | Resample):
+            found.update(DRAWS.encode())
         if isinstance(source.given, Mean):
             of_means.add(number)
             found.update(f"{mean_prompts(source.given, plan.pairs, tokenizer)}".encode())

@@ -25,7 +25,7 @@ IDENTITY = {
     "prefilter": "another prefilter",
     "edges": "other scores of edges",
     "backend": "another backend",
-    "values": "other means, vectors, probes or autoencoder",
+    "values": "other means, vectors, draws, probes or autoencoder",
 }
 
 

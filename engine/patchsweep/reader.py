@@ -133,6 +133,11 @@ class Reader:
         said: list[dict[str, Any]] = self.attrs["sources"]
         return bool(said[source]["normalised"])
 
+    def samples(self, source: int) -> int:
+        """How many samples a source has; the arrays have as many as the source with the most."""
+        said: list[dict[str, Any]] = self.attrs["sources"]
+        return int(said[source]["samples"])
+
     def ends(self, metric: str, grid: Grid) -> tuple[Array, Array]:
         """The metric of the destination and of the source run, [direction, source, sample, pair].
 

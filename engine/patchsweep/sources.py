@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from hashlib import sha256
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,18 +138,32 @@ def _gaussian(given: Gaussian, sigma: float, pairs: Sequence[Pair]) -> Source:
 
 
 def _resampled(given: Resample, pairs: Sequence[Pair]) -> tuple[tuple[Other, ...], ...]:
-    """Each sample sets a pair against the clean prompt of another pair of the same length."""
-    rng = np.random.default_rng(given.seed)
+    """Each sample sets a pair against another clean prompt of the same length: that whose hash with
+    the pair's own is lowest. So a draw hangs on these two prompts, the seed and the sample, not on
+    where they stand in the list, and stays when others leave it."""
+    known: dict[int, dict[tuple[int, ...], bytes]] = {}
+    for pair in pairs:
+        known.setdefault(len(pair), {})[pair.clean] = repr(pair.clean).encode()
     out = []
-    for _ in range(given.samples):
+    for sample in range(given.samples):
         row = []
         for i, pair in enumerate(pairs):
-            fit = [p.clean for p in pairs if len(p) == len(pair) and p.clean != pair.clean]
+            fit = {p: text for p, text in known[len(pair)].items() if p != pair.clean}
             if not fit:
                 raise BadInput(
                     f"pair {i}: resample needs another pair of the same length with another clean "
                     "prompt: add pairs, or use mean"
                 )
-            row.append(Other(pair.clean, fit[rng.integers(len(fit))], np.arange(len(pair))))
+            mine = sha256(f"{given.seed} {sample} {pair.clean} ".encode())
+            drawn = min(fit, key=lambda p: _lengthened(mine, fit[p]))
+            row.append(Other(pair.clean, drawn, np.arange(len(pair))))
         out.append(tuple(row))
     return tuple(out)
+
+
+def _lengthened(begun: Any, text: bytes) -> bytes:
+    """The hash of what it was begun with and of `text`."""
+    whole = begun.copy()
+    whole.update(text)
+    found: bytes = whole.digest()
+    return found

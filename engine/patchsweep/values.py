@@ -47,13 +47,15 @@ class Values:
         width: int,
     ) -> NDArray[np.float64]:
         """Noise [token, width] on embeddings, in float64: token i is noised position slot[i] of
-        pair[i]. Every sigma scales the same draw."""
+        pair[i]. Every sigma scales the same draw, which hangs on the seed, the sample, the slot and
+        the prompt's own tokens: not on where the prompt stands in a list."""
         rows = []
         for p, s, number in zip(pair, slot, source, strict=True):
-            given = self.sources[number].given
-            assert isinstance(given, Gaussian)
-            rng = np.random.default_rng([given.seed, p, sample, s])
-            rows.append(rng.standard_normal(width) * self.sources[number].sigma * self.noise_scale)
+            of = self.sources[number]
+            assert isinstance(of.given, Gaussian)
+            tokens = of.others[sample][p].tokens
+            rng = np.random.default_rng([of.given.seed, sample, s, *tokens])
+            rows.append(rng.standard_normal(width) * of.sigma * self.noise_scale)
         return np.stack(rows)
 
     def constant(

@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -31,33 +32,39 @@ KEYS = (
     "continuation",
 )
 MAPPINGS = ("labels", "corrupt_labels", "others")
+NAMELESS = re.compile(r"|Unnamed: [\d.]+")  # a column of pandas' index, written once, and twice
+# Names of files made for EAP-IG, whose answers are token ids of one tokenizer.
+OF_EAP_IG = ("corrupted", "correct_idx", "incorrect_idx")
 
 
 def read_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto"
 ) -> list[Pair]:
-    """The prompt pairs of a .jsonl file (one object a line) or a .csv file (the same columns).
+    """The prompt pairs of a .jsonl file (one object a line), a .json file (a list of objects) or a
+    .csv file (the same columns).
 
     Keys: clean, answer; optional corrupt, wrong, labels {name: token index}, corrupt_labels, align,
     group, others {name: text}, continuation (see `make_pair`). `answer` and `wrong` are a text or a
-    list of texts. In a CSV cell, lists and mappings are written as JSON; an empty cell is a key
-    left out. BadInput as "file:line: ..." for everything malformed.
+    list of texts. In a CSV cell, lists and mappings are written as JSON; an empty cell, like null,
+    is a key left out, and so is a column without a name (the index that pandas writes). BadInput as
+    "file:line: ..." (of .json: the number of the object) for everything malformed.
     """
     path = Path(path)
-    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
-        raise BadInput(f"{path}: unknown kind of pairs file: use .jsonl or .csv")
+        raise BadInput(f"{path}: unknown kind of pairs file: use .jsonl, .json or .csv")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot read the pairs file: {reason}") from error
-    pairs = []
+    pairs, origin = [], path.name.encode(errors="replace").decode()
     for line, row in readers[path.suffix.lower()](path, text):
         where = f"{path}:{line}"
-        _check_row(row, where)
-        pair = make_pair(tokenizer, **row, bos=bos, where=where)
-        pairs.append(replace(pair, origin=path.name))
+        given = {k: v for k, v in row.items() if v is not None or k not in KEYS}
+        _check_row(given, where)
+        pair = make_pair(tokenizer, **given, bos=bos, where=where)
+        pairs.append(replace(pair, origin=origin))
     if not pairs:
         raise BadInput(f"{path}: no pairs in the file: write at least one")
     return pairs
@@ -77,15 +84,30 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
+def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}: one object a line goes in a .jsonl") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise BadInput(f"{path}: not a list of objects: write [{{...}}, ...] with {KEYS[0]}, ...")
+    yield from enumerate(rows, start=1)
+
+
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
+        names = [name for name in reader.fieldnames or [] if not NAMELESS.fullmatch(name)]
+        if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+            raise BadInput(f"{path}:1: there are two columns '{twice[0]}': keep one")
         for cells in reader:
             where = f"{path}:{reader.line_num}"
             if None in cells:
                 raise BadInput(f"{where}: more cells than columns: quote cells that hold a comma")
             # A key that is unknown is an error even where its cell is empty.
-            row: dict[str, Any] = {k: v for k, v in cells.items() if v or k not in KEYS}
+            row: dict[str, Any] = {
+                k: v for k, v in cells.items() if (v or k not in KEYS) and not NAMELESS.fullmatch(k)
+            }
             for key in [k for k in row if k in ("answer", "wrong", "align", *MAPPINGS)]:
                 if key in MAPPINGS or row[key].startswith("["):
                     try:
@@ -99,6 +121,11 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _check_row(row: Mapping[str, Any], where: str) -> None:
     """BadInput unless the keys are known, the needed ones are there, and the types are right."""
+    if theirs := [key for key in OF_EAP_IG if key in row]:
+        raise BadInput(
+            f"{where}: {', '.join(theirs)} are names of EAP-IG, whose answers are token ids: name "
+            "the columns clean, corrupt, answer, wrong, and write the answers as text"
+        )
     for key in row:
         if key not in KEYS:
             near = difflib.get_close_matches(str(key), KEYS, n=1)

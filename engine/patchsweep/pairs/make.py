@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs.alignment import Align, aligned_positions, labelled
-from patchsweep.pairs.pair import Pair, other_length, unequal
+from patchsweep.pairs.pair import Pair, check_text, other_length, unequal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +21,11 @@ RESERVED = ("other", "zero", "mean", "resample", "vector", "clean", "corrupt")
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> tuple[int, ...]:
     """Token ids [position] of a prompt.
 
-    `bos`: "auto" keeps the special tokens that the tokenizer puts before a text by default (those
-    it would put after it are left out: the next token is read at the end of the text), "always"
-    starts with exactly one bos token, "never" with none. BadInput for another word, and for
-    "always" where there is no bos token.
+    `bos`: "auto" keeps the special tokens that the tokenizer puts before a text by default, once: a
+    text that begins with them, as chat templates do, gets no second ones (those it would put after
+    it are left out: the next token is read at the end of the text), "always" starts with exactly
+    one bos token, "never" with none. BadInput for another word, and for "always" where there is no
+    bos token.
     """
     if bos not in BOS:
         raise BadInput(f"unknown bos '{bos}': use one of {', '.join(BOS)}")
@@ -33,7 +34,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, bos: Bos = "auto") -> 
         default = _ids(tokenizer, text, special=True)
         for start in range(len(default) - len(body) + 1):
             if default[start : start + len(body)] == body:
-                return default[: start + len(body)]
+                before = default[:start]
+                there = next(k for k in range(start, -1, -1) if before[start - k :] == body[:k])
+                return before + body[there:]
         return default
     first: Any = tokenizer.bos_token_id
     if first is None:
@@ -75,6 +78,12 @@ def make_pair(
     wrong, labels outside the prompt, and a continuation that merges with the prompt.
     """
     at = f"{where}: " if where else ""
+    texts = {"clean": [clean], "answer": _listed(answer), "wrong": _listed(wrong)}
+    texts |= {"corrupt": [corrupt or ""], "continuation": [continuation or ""], "group": [group]}
+    texts |= {"others": [*(others or {}), *(others or {}).values()], "labels": [*(labels or {})]}
+    for what, some in texts.items():
+        for text in some:
+            check_text(f"{at}{what}", text)
     a = encode(tokenizer, clean, bos)
     b = () if corrupt is None else encode(tokenizer, corrupt, bos)
     if not a or (corrupt is not None and not b):
@@ -161,8 +170,12 @@ def _token_set(
     what: str,
 ) -> tuple[int, ...]:
     """The token of each text, without repeats."""
-    texts = [texts] if isinstance(texts, str) else texts
-    return tuple(dict.fromkeys(_one_token(tokenizer, prompt, text, bos, what) for text in texts))
+    found = (_one_token(tokenizer, prompt, text, bos, what) for text in _listed(texts))
+    return tuple(dict.fromkeys(found))
+
+
+def _listed(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _one_token(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from operator import index
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,8 @@ class Pair:
     position that stands for each, −1 for none; None: the same one, in prompts of equal length.
     `others` are further corrupt prompts, each as long as the clean one. `continuation` are the
     tokens of an answer of several: all prompts end with all but its last. `origin` is the task
-    or the file that the pair is from, for titles. BadInput if these do not fit together.
+    or the file that the pair is from, for titles. Integers of numpy and torch are taken as ints.
+    BadInput if these do not fit together.
     """
 
     clean: tuple[int, ...]
@@ -40,10 +42,22 @@ class Pair:
     origin: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
+        for name in ("clean", "corrupt", "answer", "wrong", "continuation"):
+            self._set(name, _whole(name, getattr(self, name)))
+        if self.align is not None:
+            self._set("align", _whole("align", self.align))
+        self._set("others", {name: _whole(name, x) for name, x in self.others.items()})
+        places = _whole("labels", self.labels.values())
+        self._set("labels", dict(zip(self.labels, places, strict=True)))
+        for text in (self.group, *self.labels, *self.others):
+            check_text("a pair's names", text)
         _check_labels(self)
         _check_lengths(self)
         _check_align(self)
         _check_tail(self)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # frozen from here on
 
     def __len__(self) -> int:
         return len(self.clean)
@@ -66,11 +80,32 @@ class Pair:
         return np.arange(len(self.clean), dtype=np.int64)
 
 
+def _whole(name: str, numbers: Iterable[object]) -> tuple[int, ...]:
+    """Whole numbers of any library as ints."""
+    try:
+        return tuple(index(n) for n in numbers)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise BadInput(f"{name}: {error}: give a flat list of whole numbers") from error
+
+
+def check_text(what: str, text: object) -> None:
+    """BadInput for what is no text, or holds half a character."""
+    if not isinstance(text, str):
+        raise BadInput(f"{what}: {text!r} is no text: write it in quotes")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadInput(
+            f"{what}: {text[error.start : error.end]!r} is half a character (a lone surrogate): "
+            "write the whole one, or leave it out"
+        ) from error
+
+
 def _check_labels(pair: Pair) -> None:
-    for name, index in pair.labels.items():
-        if not 0 <= index < len(pair):
+    for name, at in pair.labels.items():
+        if not 0 <= at < len(pair):
             raise BadInput(
-                f"label '{name}' at {index} is outside the prompt: "
+                f"label '{name}' at {at} is outside the prompt: "
                 f"it has {len(pair)} tokens, use 0 to {len(pair) - 1}"
             )
 

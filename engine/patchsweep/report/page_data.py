@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep import drawing, heatmaps
-from patchsweep.effect import Array
+from patchsweep.effect import Array, known_mean
 from patchsweep.results import Columns, Results, layer_parts
 from patchsweep.sites import COMPONENTS, SETS, Grid, Status, unit_name
 from patchsweep.statistics import beyond_sd, bootstrap
@@ -198,18 +198,18 @@ def _metric(
     moved = np.concatenate([part.of(of_layers) for of_layers, _ in changes], axis=1)
     span = results.changes(component, metric, *way, layers[0])[1]
     low, high = bootstrap(moved, span, results.groups)
-    destination = results.ends(metric, grid)[0][d, s].mean(0)
+    destination = known_mean(results.ends(metric, grid)[0][d, s])
     out = {
         "effect": part.of(results.effect(component, metric, *way, align=align).values),
         "low": low,
         "high": high,
-        "patched": _mean(moved + destination[:, None, None, None]),
+        "patched": known_mean(moved + destination[:, None, None, None]),
     }
     if component in results.store.estimators:
         estimate = results.estimated_effect(component, metric, *way, align=align)
         out["estimate"] = part.of(estimate.values)
     array = f"{component}/{metric}_status"
-    regions = ((d, s, slice(None), slice(None), layer) for layer in layers)
+    regions = ((d, s, slice(results.samples(s)), slice(None), layer) for layer in layers)
     counts = np.concatenate(
         [_counted(results.store.read(array, region), part) for region in regions], axis=2
     )
@@ -221,14 +221,6 @@ def _metric(
     found["detections"] = _detections(results, component, metric, way, part)
     found["windows"] = _windows(results, component, metric, way, part)
     return found
-
-
-def _mean(values: Array) -> Array:
-    """Mean over pairs [pair, ...], of those that have a value."""
-    known = np.isfinite(values)
-    count = known.sum(0)
-    total = np.where(known, values, 0.0).sum(0)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _counted(status: NDArray[np.uint8], part: Part) -> NDArray[np.int64]:

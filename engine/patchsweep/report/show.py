@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from patchsweep.effect import known_mean
 from patchsweep.errors import BadInput
 from patchsweep.plan import Plan
 from patchsweep.reader import one_of_each
@@ -224,7 +225,7 @@ def baselines(results: Results) -> Table:
     """Metrics of the unpatched runs, and how far a null patch comes out from them."""
     table = _table("metric", "clean", "corrupt", "noise floor (max)")
     for metric in results.metrics:
-        means = results.baseline(metric)[:, 0].mean(axis=(1, 2))
+        means = known_mean(known_mean(results.baseline(metric)[:, 0], 1), 1)
         floor = float(np.fmax.reduce(results.noise_floor(metric), axis=None))
         table.add_row(Text(metric), _number(means[0]), _number(means[1]), f"{floor:.1e}")
     return table
@@ -341,7 +342,7 @@ def _listed(warnings: Sequence[str]) -> Table:
 
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
-ELSEWHERE |= {"prompts", "joint", "metrics", "components", "patchsweep_schema"}
+ELSEWHERE |= {"prompts", "doubts", "joint", "metrics", "components", "patchsweep_schema"}
 
 
 def provenance(results: Results) -> dict[str, str]:

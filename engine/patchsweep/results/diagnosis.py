@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep import diagnostics
+from patchsweep.effect import known_mean
 from patchsweep.results.effects import Effects, layer_parts
 from patchsweep.sites import RUN, SETS, Status
 from patchsweep.spec import INNER
@@ -46,7 +47,7 @@ class Diagnosed(Effects):
                 bad = self.counts(name, metric)[Status.NOT_FINITE]
                 if bad:
                     out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
-        return [*out, *_diagnose(self)]
+        return [*out, *self.attrs.get("doubts", []), *_diagnose(self)]
 
     def _missing(self, done: NDArray[np.bool_]) -> int:
         """How many pairs have something that is not done [source, sample, pair] yet."""
@@ -62,7 +63,7 @@ def _count(n: int, what: str) -> str:
 def _diagnose(results: Diagnosed) -> list[str]:
     """What the diagnostics say of every component and direction, by the first source."""
     lines: list[str] = []
-    ends = {m: results.baseline(m)[:, 0].mean(1) for m in results.metrics}
+    ends = {m: known_mean(results.baseline(m)[:, 0], 1) for m in results.metrics}
     for metric, (clean, corrupt) in ends.items():
         if results.normalised(0):
             lines += diagnostics.small_denominators(clean - corrupt, metric)
@@ -98,12 +99,12 @@ def _diagnose_cells(results: Diagnosed, component: str, direction: str) -> list[
     effects = {m: over.effect for m, over in found.items()}
     ran_at_all = [over.status == Status.EXACT for over in found.values()]
     for metric in outcomes:
-        floor = results.noise_floor(metric)[int(direction == "denoise"), 0, 0]
+        floor = known_mean(results.noise_floor(metric)[int(direction == "denoise"), 0])
         runs = changed = under = 0
         for part in layer_parts(grid):
-            region = (grid.directions.index(direction), 0, 0, slice(None), part)
+            region = (grid.directions.index(direction), 0, slice(None), slice(None), part)
             status = results.store.read(f"{component}/{metric}_status", region)
-            ran = np.isin(status, RUN)
+            ran = np.isin(status, RUN).any(0)
             size = np.abs(results.changes(component, metric, direction, None, part)[0])
             runs += int(ran.sum())
             changed += int((ran & (size > 0)).sum())

@@ -112,7 +112,7 @@ class Intervals(Effects):
             values = self.store.read(f"{component}/{metric}", (d, s, n)).astype(np.float64)
             status = self.store.read(f"{component}/{metric}_status", (d, s, n))
             destination, donor = (end[n][:, None, None, None] for end in ends)
-            use = np.isin(status, MEASURED) & np.isfinite(values)
+            use = np.isin(status, MEASURED) & np.isfinite(values) & np.isfinite(donor - destination)
             partly |= columns.any((status == Status.ESTIMATED)[None]).any(axis=(0, 1))
             if not use.any():
                 continue

@@ -35,6 +35,7 @@ class Gaussian(Data):
     sigma: standard deviations of the embeddings, one or several; the deviation is taken over the
     embeddings of the noised tokens of all pairs (std: tokens) or of the whole vocabulary (table).
     tokens: where the prompts differ, or indices and labels. The same noise is used for every sigma.
+    It hangs on the seed and the prompt's own tokens: a prompt keeps its draws in any list.
     """
 
     sigma: Annotated[tuple[float, ...], BeforeValidator(_positive)] = (3.0,)
@@ -79,7 +80,8 @@ class Mean(Data):
 
 
 class Resample(Data):
-    """The activation in the clean run of another pair, drawn for every sample."""
+    """The activation in the clean run of another pair, drawn for every sample: by the seed and the
+    two prompts' tokens, so that a pair keeps its draws in any list that has what it drew."""
 
     samples: Annotated[StrictInt, Field(ge=1)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
