@@ -27,7 +27,46 @@ SHARE = 0.25  # of the sizes of singles, by which a joint effect has to differ f
 LISTED = 5
 
 
-def small_denominators(span: Floats, metric: str) -> list[str]:
+def wrong_answers(clean: Floats) -> list[str]:
+    """Pairs whose clean run does not prefer the answer: clean [pair] is its logit difference."""
+    wrong = int((clean <= 0).sum())
+    if not wrong:
+        return []
+    return [f"the clean run prefers the wrong answer in {wrong} of {len(clean)} pairs"]
+
+
+def unlikely_answers(rank: Floats) -> list[str]:
+    """Pairs whose clean run does not have the answer on top: rank [pair], 0 is the top."""
+    known = rank[np.isfinite(rank)]
+    below = int((known > 0).sum())
+    if not below:
+        return []
+    return [
+        f"the answer is not the clean run's likeliest token in {below} of {len(rank)} pairs "
+        f"(mean rank {known.mean():.0f})"
+    ]
+
+
+def by_index(asked: bool, lengths: Sequence[int]) -> list[str]:
+    """Positions that were asked for by index, over prompts [pair] of unequal length."""
+    if not asked or len(set(lengths)) == 1:
+        return []
+    return [
+        f"positions are indices, and the prompts have {min(lengths)} to {max(lengths)} tokens: an "
+        "index is another token in each"
+    ]
+
+
+def few_pairs(pairs: int, enough: int) -> list[str]:
+    """So few pairs that intervals over them say little."""
+    if pairs >= enough:
+        return []
+    if pairs == 1:
+        return ["1 pair: how effects vary over prompts is not known"]
+    return [f"{pairs} pairs: intervals over them are wide"]
+
+
+def small_denominators(span: Floats) -> list[str]:
     """Pairs whose runs hardly differ: span [pair] is clean − corrupt."""
     size = np.abs(span)
     known = np.isfinite(size)
@@ -36,8 +75,8 @@ def small_denominators(span: Floats, metric: str) -> list[str]:
     if not small.size:
         return []
     return [
-        f"{metric}: |clean − corrupt| is below {SMALL_DENOMINATOR:.0%} of the largest in pair "
-        f"{_listed([str(i) for i in small], 10)}: their own effects are unreliable"
+        f"|clean − corrupt| is below {SMALL_DENOMINATOR:.0%} of the largest in pair "
+        f"{_listed([str(i) for i in small], 10)}, whose own effects are unreliable"
     ]
 
 
@@ -101,13 +140,18 @@ def never_changed(metric: str, changed: int, runs: int) -> list[str]:
     return [f"{metric} changed in none of the {runs:,} cells that were run: it says nothing"]
 
 
-def below_noise(metric: str, under: int, runs: int, floor: float) -> list[str]:
-    """How many runs are no further from the baseline than a null patch is, at most `floor`."""
-    if not under:
+def below_noise(runs: Mapping[str, tuple[int, int, float]]) -> list[str]:
+    """How many runs, of how many, are no further from the baseline than a null patch is, and how
+    far that is at most, by metric."""
+    some = {metric: one for metric, one in runs.items() if one[0]}
+    if not some:
         return []
+    said = ", ".join(f"{metric} {under:,}" for metric, (under, _, _) in some.items())
+    total = max(count for _, count, _ in some.values())
+    floor = max(floor for _, _, floor in some.values())
     return [
-        f"{metric}: {under:,} of {runs:,} cells that were run changed no more than a null patch "
-        f"does (at most {floor:.1e}): rounding"
+        f"of {total:,} cells that were run some changed no more than a null patch does (at most "
+        f"{floor:.1e}), by {said}: that is rounding"
     ]
 
 

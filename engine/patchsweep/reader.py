@@ -59,6 +59,13 @@ class Reader:
         prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
         return () if prefiltered else tuple(self.store.estimators)
 
+    @property
+    def asked_by_index(self) -> bool:
+        """Whether the sweep was asked for some indices from the start, over all pairs."""
+        positions = self.attrs.get("spec", {}).get("positions", "each")
+        entries = positions if isinstance(positions, list) else []
+        return any(isinstance(entry, int) and entry >= 0 for entry in entries)
+
     def grid(self, component: str) -> Grid:
         """The grid of a component; BadInput if it was not patched."""
         return self.store.grids[one_of("component", component, self.components)]
@@ -78,7 +85,8 @@ class Reader:
         return {run: self.store.read(f"prompts/{run}_text") for run in RUNS}
 
     @cached_property
-    def _lengths(self) -> list[int]:
+    def lengths(self) -> list[int]:
+        """Tokens of every clean prompt, [pair]."""
         lengths: list[int] = self.store.read("prompts/length").tolist()
         return lengths
 
@@ -86,16 +94,17 @@ class Reader:
     def _reads(self) -> list[int]:
         """Where the answer of every pair is read."""
         after = [max(1, len(c)) for c in self.store.group_attrs("prompts")["continuation"]]
-        return [length - n for length, n in zip(self._lengths, after, strict=True)]
+        return [length - n for length, n in zip(self.lengths, after, strict=True)]
 
     @cached_property
-    def _labels(self) -> list[dict[str, int]]:
+    def labels(self) -> list[dict[str, int]]:
+        """Where the labels of every pair are, [pair]."""
         labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
         return labels
 
     @cached_property
     def _known_labels(self) -> set[str]:
-        return {name for labels in self._labels for name in labels}
+        return {name for labels in self.labels for name in labels}
 
     @cached_property
     def _has_corrupt_prompt(self) -> bool:
@@ -116,11 +125,11 @@ class Reader:
     def _token(self, run: str, position: int | str, pair: int) -> str | None:
         if isinstance(position, str) and position not in self._known_labels:
             return ""
-        at = self._labels[pair].get(position) if isinstance(position, str) else position
+        at = self.labels[pair].get(position) if isinstance(position, str) else position
         if at is None:
             return None
-        at = at + self._lengths[pair] if at < 0 else at
-        if not 0 <= at < self._lengths[pair]:
+        at = at + self.lengths[pair] if at < 0 else at
+        if not 0 <= at < self.lengths[pair]:
             return None
         if not self._has_corrupt_prompt:
             run = "clean"

@@ -173,13 +173,13 @@ def _said(group: Sequence[str]) -> str:
     return ", ".join(group)
 
 
-def same_token(labels: Sequence[Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """Pairs of shared labels that fall on one token in some pairs, and in how many."""
+def same_token(labels: Sequence[Mapping[str, int]]) -> list[str]:
+    """Where two of the shared labels fall on one token in some pairs, a line each."""
     names = _shared(labels)
     found = []
     for i, one in enumerate(names):
         for other in names[i + 1 :]:
             count = sum(pair[one] == pair[other] for pair in labels)
             if count:
-                found.append((one, other, count))
+                found.append(f"{one} and {other} are one token in {count} of {len(labels)} pairs")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 
 import numpy as np
@@ -9,13 +10,15 @@ from numpy.typing import NDArray
 
 from patchsweep import diagnostics
 from patchsweep.effect import known_mean
-from patchsweep.results.effects import Effects, layer_parts
-from patchsweep.sites import RUN, SETS, Status
+from patchsweep.results.columns import same_token
+from patchsweep.results.effects import layer_parts
+from patchsweep.results.together import Together
+from patchsweep.sites import COMPONENTS, RUN, SETS, Status
 from patchsweep.spec import INNER
 from patchsweep.store import EDGES
 
 
-class Diagnosed(Effects):
+class Diagnosed(Together):
     """Warnings: what is not done, not finite, or not what it seems."""
 
     @cached_property
@@ -29,96 +32,175 @@ class Diagnosed(Effects):
         ]
 
     def warnings(self) -> list[str]:
-        """What a reader of these results must know: one line each."""
-        out = []
-        for name in self.components:
-            done = self.store.done(name)
-            if not done.all():
-                missing = int((~done).sum())
-                out.append(
-                    f"{name}: {missing} of {done.size} blocks not done: continue with --resume"
-                )
-        if self.store.estimators and (missing := self._missing(self.store.estimated())):
-            out.append(f"estimates of {_count(missing, 'pair')} not done: continue with --resume")
-        if self.attrs.get(EDGES) and (missing := self._missing(self.store.scored())):
-            out.append(f"edges of {_count(missing, 'pair')} not scored: continue with --resume")
-        for name in self.components:
-            for metric in self.metrics:
-                bad = self.counts(name, metric)[Status.NOT_FINITE]
-                if bad:
-                    out.append(f"{name}: {metric} is not finite in {_count(bad, 'cell')}")
-        return [*out, *self.attrs.get("doubts", []), *_diagnose(self)]
+        """What a reader of these results must know, one line for every cause, worst first."""
+        found = _Found()
+        _unfinished(self, found)
+        _pairs(self, found)
+        _metrics(self, found)
+        for component in self.components:
+            _component(self, component, found)
+        return found.lines()
 
-    def _missing(self, done: NDArray[np.bool_]) -> int:
-        """How many pairs have something that is not done [source, sample, pair] yet."""
-        sources = self.attrs["sources"]
-        missing = [~of[: said["samples"]].all(0) for of, said in zip(done, sources, strict=True)]
-        return int(np.any(missing, axis=0).sum())
+
+# Every cause in the order of what is said, with what to do about it.
+CAUSES = {
+    "not done": "continue with --resume",
+    "not finite": "try dtype: float32, half precision overflows",
+    "doubts": "",
+    "clean run": "prompts: {only_correct: true} leaves such pairs out",
+    "unlikely": "effects say how answer and wrong compare, not what the model says",
+    "small": "leave those pairs out, or read effects over pairs only",
+    "saturated": "read logit_diff beside it",
+    "index": "ask for each, for labels, or for indices from the end",
+    "same token": "their columns share it: sweep such pairs apart",
+    "few": "20 or more are usual",
+    "stream windows": "keep windows to attn_out and mlp_out",
+    "disagree": "report both",
+    "never": "leave it out, or add a continuous metric",
+    "joint": "patch them as sets to tell",
+    "and or": "",
+    "negative": "",
+    "rounding": "do not read them",
+}
+AT_MOST = 3  # things that a line says of one cause
+FEW = 20  # pairs
+
+
+class _Found:
+    """What was found, by cause: for every text of whom it is said."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, dict[str, list[str]]] = {cause: {} for cause in CAUSES}
+        self._runs: dict[str, tuple[int, int, float]] = {}
+
+    def add(self, cause: str, lines: Iterable[str], subject: str = "") -> None:
+        for line in lines:
+            self._said[cause].setdefault(line, []).append(subject)
+
+    def count(self, metric: str, under: int, runs: int, floor: float) -> None:
+        """Runs that are no further from the baseline than a null patch is, and all."""
+        before = self._runs.get(metric, (0, 0, 0.0))
+        self._runs[metric] = (before[0] + under, before[1] + runs, max(before[2], floor))
+
+    def lines(self) -> list[str]:
+        out = []
+        self.add("rounding", diagnostics.below_noise(self._runs))
+        for cause, advice in CAUSES.items():
+            items = [
+                f"{', '.join(subjects)}: {text}" if any(subjects) else text
+                for text, subjects in self._said[cause].items()
+            ]
+            if cause == "doubts":
+                out += items
+            elif items:
+                more = f"; and {len(items) - AT_MOST} more" if len(items) > AT_MOST else ""
+                out.append("; ".join(items[:AT_MOST]) + more + (f"; {advice}" if advice else ""))
+        return out
+
+
+def _unfinished(results: Diagnosed, found: _Found) -> None:
+    """What is not done yet, or not finite."""
+    for name in results.components:
+        done = results.store.done(name)
+        missing = int((~done).sum())
+        found.add("not done", [f"{missing} of {done.size} blocks not done"] * bool(missing), name)
+    marks = {}
+    if results.store.estimators:
+        marks["estimates of {} not done"] = results.store.estimated()
+    if results.attrs.get(EDGES):
+        marks["edges of {} not scored"] = results.store.scored()
+    for text, done in marks.items():
+        if pairs := _missing(results, done):
+            found.add("not done", [text.format(_count(pairs, "pair"))])
+    for name in results.components:
+        for metric in results.metrics:
+            if bad := results.counts(name, metric)[Status.NOT_FINITE]:
+                found.add("not finite", [f"{metric} is not finite in {_count(bad, 'cell')}"], name)
+
+
+def _missing(results: Diagnosed, done: NDArray[np.bool_]) -> int:
+    """How many pairs have something that is not done [source, sample, pair] yet."""
+    sources = results.attrs["sources"]
+    missing = [~of[: said["samples"]].all(0) for of, said in zip(done, sources, strict=True)]
+    return int(np.any(missing, axis=0).sum())
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _diagnose(results: Diagnosed) -> list[str]:
-    """What the diagnostics say of every component and direction, by the first source."""
-    lines: list[str] = []
+def _pairs(results: Diagnosed, found: _Found) -> None:
+    """What the prompts are like: their wording, their answers, their positions, how many."""
+    found.add("doubts", results.attrs.get("doubts", []))
+    clean = {m: known_mean(results.baseline(m)[0, 0]) for m in results.metrics}
+    if "logit_diff" in clean:
+        found.add("clean run", diagnostics.wrong_answers(clean["logit_diff"]))
+    if "rank" in clean:
+        found.add("unlikely", diagnostics.unlikely_answers(clean["rank"]))
+    found.add("index", diagnostics.by_index(results.asked_by_index, results.lengths))
+    shown = {c for c in results.components if results.columns(c).align == "labels"}
+    found.add("same token", same_token(results.labels) if shown else [])
+    found.add("few", diagnostics.few_pairs(len(results.lengths), FEW))
+    stream = [c for c in results.components if c in COMPONENTS and COMPONENTS[c].enters == "stream"]
+    if windows := [c for c in stream if results.window_sizes(c)]:
+        text = f"windows of {', '.join(windows)}: adjacent layers patch the same thing"
+        found.add("stream windows", [text])
+
+
+def _metrics(results: Diagnosed, found: _Found) -> None:
+    """What the metrics of the unpatched runs can show, by the first source."""
     ends = {m: known_mean(results.baseline(m)[:, 0], 1) for m in results.metrics}
     for metric, (clean, corrupt) in ends.items():
         if results.normalised(0):
-            lines += diagnostics.small_denominators(clean - corrupt, metric)
+            found.add("small", diagnostics.small_denominators(clean - corrupt), metric)
         for direction in results.grid(results.components[0]).directions:
             if metric.startswith(("prob", "logprob")) and not metric.startswith("prob_diff"):
                 destination = corrupt if direction == "denoise" else clean
-                lines += diagnostics.saturated(metric, destination, direction)
-    for component in results.components:
-        for direction in results.grid(component).directions:
-            said = _diagnose_cells(results, component, direction)
-            lines += [f"{component}, {direction}: {line}" for line in said]
-        if results.grid(component).directions == ("denoise", "noise"):
-            metric = results.metrics[0]
-            denoise, noise = (
-                results.effect(component, metric, d).values for d in ("denoise", "noise")
-            )
-            if component != SETS:
-                said = diagnostics.and_or(denoise, noise, results.cell_namer(component))
-                lines += [f"{component}: {line}" for line in said]
-    return lines
+                found.add("saturated", diagnostics.saturated(metric, destination, direction))
 
 
-def _diagnose_cells(results: Diagnosed, component: str, direction: str) -> list[str]:
-    """The diagnoses of one component in one direction."""
-    lines: list[str] = []
-    name, grid, columns = (
-        results.cell_namer(component),
-        results.grid(component),
-        results.columns(component),
-    )
+def _component(results: Diagnosed, component: str, found: _Found) -> None:
+    """The diagnoses of one component, by the first source."""
+    grid, columns = results.grid(component), results.columns(component)
+    name = results.cell_namer(component)
     outcomes = [m for m in results.metrics if m not in results.inner_metrics]
-    found = {m: results.over_pairs(component, m, direction, None, columns) for m in outcomes}
-    effects = {m: over.effect for m, over in found.items()}
-    ran_at_all = [over.status == Status.EXACT for over in found.values()]
-    for metric in outcomes:
-        floor = known_mean(results.noise_floor(metric)[int(direction == "denoise"), 0])
-        runs = changed = under = 0
-        for part in layer_parts(grid):
-            region = (grid.directions.index(direction), 0, slice(None), slice(None), part)
-            status = results.store.read(f"{component}/{metric}_status", region)
-            ran = np.isin(status, RUN).any(0)
-            size = np.abs(results.changes(component, metric, direction, None, part)[0])
-            runs += int(ran.sum())
-            changed += int((ran & (size > 0)).sum())
-            under += int((ran & (size <= floor[:, None, None, None])).sum())
-        if metric.startswith(("rank", "accuracy")):
-            lines += diagnostics.never_changed(metric, changed, runs)
-        else:
-            highest = float(np.nanmax(floor, initial=0.0))
-            lines += diagnostics.below_noise(metric, under, runs, highest)
-    if component != SETS:
-        if outcomes:
-            lines += diagnostics.disagreement(effects, np.any(ran_at_all, axis=0), name)
-            lines += diagnostics.negative(effects[outcomes[0]], name)
+    by_direction = []
+    for direction in grid.directions:
+        over = {m: results.over_pairs(component, m, direction, None, columns) for m in outcomes}
+        for metric in outcomes:
+            _runs(results, component, metric, direction, found)
+        if component == SETS or not outcomes:
+            continue
+        subject = f"{component}, {direction}"
+        effects = {m: o.effect for m, o in over.items()}
+        ran = np.any([o.status == Status.EXACT for o in over.values()], axis=0)
+        by_direction.append(effects[outcomes[0]])
+        found.add("disagree", diagnostics.disagreement(effects, ran, name), subject)
+        found.add("negative", diagnostics.negative(effects[outcomes[0]], name), subject)
         joint = results.attrs.get("joint", {}).get(component, {}).get(direction)
-        if joint:
-            lines += diagnostics.backup(joint["joint"], joint["singles"], direction)
-    return lines
+        if joint and COMPONENTS[component].enters != "stream":
+            text = diagnostics.backup(joint["joint"], joint["singles"], direction)
+            found.add("joint", text, subject)
+    if grid.directions == ("denoise", "noise") and len(by_direction) == 2:
+        denoise, noise = by_direction
+        found.add("and or", diagnostics.and_or(denoise, noise, name), component)
+
+
+def _runs(results: Diagnosed, component: str, metric: str, direction: str, found: _Found) -> None:
+    """What the runs of a component changed in a metric at all."""
+    grid = results.grid(component)
+    floor = known_mean(results.noise_floor(metric)[int(direction == "denoise"), 0])
+    runs = changed = under = 0
+    for part in layer_parts(grid):
+        region = (grid.directions.index(direction), 0, slice(None), slice(None), part)
+        status = results.store.read(f"{component}/{metric}_status", region)
+        ran = np.isin(status, RUN).any(0)
+        size = np.abs(results.changes(component, metric, direction, None, part)[0])
+        runs += int(ran.sum())
+        changed += int((ran & (size > 0)).sum())
+        under += int((ran & (size <= floor[:, None, None, None])).sum())
+    if metric.startswith(("rank", "accuracy")):
+        subject = f"{component}, {direction}"
+        found.add("never", diagnostics.never_changed(metric, changed, runs), subject)
+    else:
+        found.count(metric, under, runs, float(np.nanmax(floor, initial=0.0)))

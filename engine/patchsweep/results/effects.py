@@ -49,12 +49,12 @@ class Effects(Reader):
         labels where pairs share some, else end. Positions that the sweep was asked for by name or
         index stay as they are, and so do the cells that a prefilter chose by index."""
         grid = self.grid(component)
-        if component == SETS or grid.positions != tuple(range(max(self._lengths))):
+        if component == SETS or grid.positions != tuple(range(max(self.lengths))):
             return as_given(grid.positions)
         if align is None:
             chosen = component in self.store.estimators and component not in self.only_estimated
-            align = "start" if chosen else meaning(self._lengths, self._labels)
-        return aligned(align, self._lengths, self._reads, self._labels)
+            align = "start" if chosen else meaning(self.lengths, self.labels)
+        return aligned(align, self.lengths, self._reads, self.labels)
 
     def effect(
         self,
@@ -171,15 +171,15 @@ class Effects(Reader):
         """How many pairs have each column, [column]; of given ones that is not counted."""
         if columns.align == "given":
             return np.full(len(columns.names), grid.pairs)
-        return pairs_of(columns, self._lengths)
+        return pairs_of(columns, self.lengths)
 
     def labels_at(self, columns: Columns) -> list[str]:
         """The labels that lie at an index in all pairs, by column; empty where columns are no
         indices."""
         if columns.align != "start":
             return [""] * len(columns.names)
-        shared = [n for n in self._labels[0] if all(n in pair for pair in self._labels)]
-        places = {n: {pair[n] for pair in self._labels} for n in shared}
+        shared = [n for n in self.labels[0] if all(n in pair for pair in self.labels)]
+        places = {n: {pair[n] for pair in self.labels} for n in shared}
         return [" ".join(n for n in shared if places[n] == {at}) for at in columns.names]
 
     def tokens_of(

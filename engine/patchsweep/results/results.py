@@ -16,7 +16,6 @@ from patchsweep.results.cells import Cells
 from patchsweep.results.diagnosis import Diagnosed
 from patchsweep.results.intervals import Intervals
 from patchsweep.results.lazy import dataset
-from patchsweep.results.together import Together
 from patchsweep.store import Store
 
 if TYPE_CHECKING:
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Results(Cells, Intervals, Together, Diagnosed):
+class Results(Cells, Intervals, Diagnosed):
     """The results of a sweep, read from its folder when asked for."""
 
     def to_xarray(self, component: str) -> xr.Dataset:
