@@ -76,6 +76,25 @@ def hooked_grid(model: ps.Model, pair: ps.Pair, component: str, step: int = 1) -
     return torch.stack(grid).view(len(layers), heads, len(pair)).float().numpy()
 
 
+def test_heads_by_label_over_pairs_of_unequal_length(model: ps.Model, tmp_path: Path) -> None:
+    """The demo's table of heads equals a loop over the stored arrays."""
+    pairs = ps.tasks.ioi(model.tokenizer, n=8)
+    assert len({len(pair) for pair in pairs}) > 1
+    results = ps.sweep(model, pairs, components=["head_z"], out=tmp_path / "r.zarr")
+    raw = results.store.read("head_z/logit_diff")[0, 0, 0].astype(float)  # [pair, layer, ...]
+    clean, corrupt = results.store.read("baseline/logit_diff")[:, 0, 0].astype(float)
+    span = sum(clean - corrupt)
+    for label in ("S2", "END"):
+        at = [pair.labels[label] for pair in pairs]
+        moved = sum(raw[i, :, :, p] - corrupt[i] for i, p in enumerate(at))
+        found = results.effect("head_z", "logit_diff").sel(position=label)
+        np.testing.assert_allclose(found, moved / span, atol=1e-9)
+    first, second = results.top("head_z", "logit_diff", n=2).itertuples()
+    assert (first.layer, first.head, first.position) == (20, 0, "END")
+    assert (second.layer, second.head, second.position) == (23, 3, "END")
+    assert (first.effect, second.effect) == pytest.approx((0.483, 0.463), abs=5e-4)
+
+
 @pytest.fixture(scope="module")
 def grids(
     model: ps.Model, tmp_path_factory: pytest.TempPathFactory
