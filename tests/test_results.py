@@ -12,7 +12,10 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
+import patchsweep as ps
 import patchsweep.results
+from inputs import Letters
+from oracle.families import FAMILIES
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.results import Results, lazy
@@ -107,7 +110,7 @@ def test_estimates_do_not_count_as_measured(tmp_path: Path) -> None:
     assert np.isnan(results.effect("head_z", "logit_diff", align="start")[1, 0, 1])
 
 
-def test_to_xarray_squeezes_renames_and_computes_effects(results: Results) -> None:
+def test_to_xarray_renames_and_computes_effects(results: Results) -> None:
     ds = results.to_xarray("head_z")
     assert set(ds.data_vars) == {"logit_diff", "logit_diff_status", "logit_diff_effect"}
     assert ds.logit_diff.dims == ("direction", "pair", "layer", "head", "position")
@@ -120,6 +123,51 @@ def test_to_xarray_squeezes_renames_and_computes_effects(results: Results) -> No
     assert whole.shape == (2, 2, 2, 2, 3)
     picked = ds.logit_diff_effect[::-1, 1, [1, 0], :, [2, 1]].values
     np.testing.assert_array_equal(picked, whole[::-1, 1][:, [1, 0]][:, :, :, [2, 1]])
+
+
+@pytest.mark.parametrize("name", ["head_z", "mlp_out", "embed", "sets"])
+def test_named_dimensions_stay(tmp_path: Path, name: str) -> None:
+    """With one pair, layer, head and position, too, so that nothing has to ask how many it has."""
+    hf_model = FAMILIES["llama"].build(1, num_attention_heads=1, num_key_value_heads=1)
+    results = ps.sweep(
+        ps.wrap(hf_model, Letters()),
+        [Pair((5, 6, 7), (5, 1, 7), (2,), (3,))],
+        components=["head_z", "mlp_out", "embed"],
+        sets={"one": ["mlp_out.0@1"]},
+        positions=[1],
+        out=tmp_path / "r",
+    )
+    ds = results.to_xarray(name)
+    unit = ["head"] if name == "head_z" else []
+    named = ["pair", "set"] if name == "sets" else ["pair", "layer", *unit, "position"]
+    for array in ds.data_vars.values():
+        assert list(array.dims) == named
+        assert set(array.shape) == {1}
+    assert set(ds.coords) >= set(named)
+    assert "unit" not in ds.coords
+    effect = results.effect(name, "logit_diff", "denoise")
+    assert ds.logit_diff_effect.mean("pair").values.ravel() == pytest.approx(effect.ravel())
+    squeezed = results.to_xarray(name, squeeze=True)
+    assert all(array.dims == () for array in squeezed.data_vars.values())
+    assert squeezed.pair == 0
+    frame = results.to_frame().query("component == @name")
+    assert {"pair", "layer", "unit", "position"} <= set(frame.columns)
+    assert len(frame) == 1
+
+
+def test_what_the_sweep_asked_several_of_stays(tmp_path: Path) -> None:
+    results = ps.sweep(
+        ps.wrap(FAMILIES["llama"].build(1), Letters()),
+        [Pair((5, 6, 7), (5, 1, 7), (2,), (3,))],
+        components=["mlp_out"],
+        corrupt={"gaussian": {"sigma": [1, 2], "samples": 2}},
+        direction="both",
+        out=tmp_path / "r",
+    )
+    dims = ("direction", "source", "sample", "pair", "layer", "position")
+    assert results.to_xarray("mlp_out").logit_diff.dims == dims
+    squeezed = results.to_xarray("mlp_out", squeeze=True)
+    assert squeezed.logit_diff.dims == ("direction", "source", "sample", "position")
 
 
 def test_to_xarray_reads_only_what_is_used(results: Results) -> None:
@@ -145,7 +193,7 @@ def without_dask(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_to_xarray_without_dask(results: Results) -> None:
     ds = results.to_xarray("head_z")
     assert ds.chunks == {}
-    test_to_xarray_squeezes_renames_and_computes_effects(results)
+    test_to_xarray_renames_and_computes_effects(results)
     test_to_xarray_reads_only_what_is_used(results)
 
 

@@ -158,7 +158,7 @@ def test_prompts_without_a_corrupt_one(model: ps.Model, tmp_path: Path) -> None:
         model, [pair], components=["head_z"], source="zero", direction="noise", out=tmp_path / "r"
     )
     ds = results.to_xarray("head_z")
-    assert ds.logit_diff.sizes == {"layer": 3, "head": 6, "position": 4}
+    assert ds.logit_diff.sizes == {"pair": 1, "layer": 3, "head": 6, "position": 4}
     clean = results.baseline("logit_diff")[0].item()
     change = ds.logit_diff - clean  # no source run: effects are differences
     np.testing.assert_allclose(

@@ -13,7 +13,7 @@ import torch
 import patchsweep as ps
 from patchsweep.pairs import Pair
 
-CITIES = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid"}
+CITIES = {"France": "Paris", "Italy": "Rome", "England": "London"}
 SETTINGS: dict[str, Any] = {"components": ["resid_post"], "positions": [-1]}
 
 
@@ -69,7 +69,7 @@ def test_only_some_pairs(model: ps.Model, tmp_path: Path) -> None:
     right, lost = pairs(model), pairs(model, "{}")
     [line] = said(model, [*right[:2], lost[2]], tmp_path / "r")
     assert line.startswith("answer: in 1 of 3 pairs")
-    assert "in pair 2 ' Madrid'" in line
+    assert "in pair 2 ' London'" in line
 
 
 def test_a_prompt_that_ends_in_a_space(model: ps.Model, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from patchsweep.sites import DIMENSIONS, SETS, Grid
 from patchsweep.store import Store
 
 
-def dataset(results: Reader, component: str) -> xr.Dataset:
+def dataset(results: Reader, component: str, squeeze: bool) -> xr.Dataset:
     """See `Results.to_xarray`."""
     grid = results.grid(component)
     ds = results.store.opened(component)
@@ -36,14 +36,12 @@ def dataset(results: Reader, component: str) -> xr.Dataset:
     if find_spec("dask"):
         # Without a token dask would read everything, for a name of its own.
         ds = ds.chunk(ds[results.metrics[0]].encoding["preferred_chunks"], token=uuid.uuid4().hex)
-    optional = ["direction", "source", "sample", "pair", "unit"]
+    unit = "" if component == SETS else ds.attrs["unit_name"]
+    ds = ds.rename(unit=unit) if unit else ds.isel(unit=0, drop=True)
     if component == SETS:
-        ds, optional = ds.rename(position="set"), [*optional, "layer"]
-    squeezed: xr.Dataset = ds.squeeze([dim for dim in optional if ds.sizes[dim] == 1])
-    if component == SETS:
-        return squeezed.drop_vars(["layer", "unit"])
-    unit_name = ds.attrs["unit_name"]
-    return squeezed.rename(unit=unit_name) if unit_name else squeezed.drop_vars("unit")
+        ds = ds.rename(position="set").isel(layer=0, drop=True)
+    may_go = ds.sizes if squeeze else ("direction", "source", "sample")
+    return ds.squeeze([dim for dim in may_go if ds.sizes[dim] == 1])
 
 
 class _LazyEffect(BackendArray):

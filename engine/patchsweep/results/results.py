@@ -26,17 +26,18 @@ if TYPE_CHECKING:
 class Results(Cells, Intervals, Diagnosed):
     """The results of a sweep, read from its folder when asked for."""
 
-    def to_xarray(self, component: str) -> xr.Dataset:
+    def to_xarray(self, component: str, *, squeeze: bool = False) -> xr.Dataset:
         """One component, opened lazily: nothing but coordinates is read until values are used; with
         dask, where it is installed, chunk by chunk of the store.
 
         Per metric: `<metric>` (raw, of the patched run), `<metric>_status` and `<metric>_effect`
         (float64), and where the sweep has it `<metric>_estimate` (its attribute `approximation`
-        says how), over [direction, source, sample, pair, layer, unit, position]; of the first four
-        and `unit` those of size 1 are squeezed, and `unit` is renamed to what it counts (`head`).
-        "sets" has the dimension `set`, with the sets' names, in place of the last three.
+        says how), over [direction, source, sample, pair, layer, unit, position]. `unit` is named as
+        what it counts (`head`), and missing where a layer has no units; "sets" has the dimension
+        `set`, with the sets' names, in place of the last three. The first three are there where
+        they have several entries; all others always, or with `squeeze` where they have several.
         """
-        return dataset(self, component)
+        return dataset(self, component, squeeze)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per patching experiment; cells not done or outside their prompt are left out.
