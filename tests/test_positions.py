@@ -168,6 +168,27 @@ def test_changes_intervals_and_windows_go_the_same_way(
         assert joint[0, column] == pytest.approx(sum(cells) / below, abs=1e-9), name
 
 
+@pytest.mark.parametrize("align", ["labels", "end"])
+def test_arrays_by_meaning(uneven_results: ps.Results, align: str) -> None:
+    """Per pair; their sums over pairs make the effect."""
+    ds = uneven_results.to_xarray("head_z", by=align).sel(direction="noise")
+    stored = uneven_results.to_xarray("head_z").sel(direction="noise")
+    assert ds.prob.dims == ("pair", "layer", "head", "position")
+    for name, places in columns_by_hand(uneven("or"), align).items():
+        column = ds.sel(position=name)
+        assert int(column.n_pairs) == sum(map(bool, places))
+        for i, at in enumerate(places):
+            for kind in ("prob", "prob_effect"):
+                wanted = stored[kind][i].isel(position=at)
+                mean = wanted.mean("position") if at else wanted.sum("position") * np.nan
+                np.testing.assert_allclose(column[kind][i], mean, atol=1e-12)
+            if len(at) == 1:
+                status = stored.prob_status[i].isel(position=at[0])
+                np.testing.assert_array_equal(column.prob_status[i], status)
+    longest = max(range(4), key=lambda i: len(uneven("or")[i]))
+    assert ds.token[longest].values[-1] == "speak"
+
+
 def test_cells_of_few_pairs_are_left_out(uneven_results: ps.Results) -> None:
     """Half of the pairs at least, if nothing else is asked for."""
     asked = "head_z", "logit_diff", "denoise"

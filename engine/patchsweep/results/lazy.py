@@ -13,12 +13,15 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from patchsweep.effect import Array, change, ratio
-from patchsweep.reader import Reader
-from patchsweep.sites import DIMENSIONS, SETS, Grid
+from patchsweep.results.columns import Columns
+from patchsweep.results.effects import Effects
+from patchsweep.sites import DIMENSIONS, MEASURED, SETS, Grid, Status
 from patchsweep.store import Store
 
+_COLUMN = "column"
 
-def dataset(results: Reader, component: str, squeeze: bool) -> xr.Dataset:
+
+def dataset(results: Effects, component: str, by: str | None, squeeze: bool) -> xr.Dataset:
     """See `Results.to_xarray`."""
     grid = results.grid(component)
     ds = results.store.opened(component)
@@ -36,12 +39,57 @@ def dataset(results: Reader, component: str, squeeze: bool) -> xr.Dataset:
     if find_spec("dask"):
         # Without a token dask would read everything, for a name of its own.
         ds = ds.chunk(ds[results.metrics[0]].encoding["preferred_chunks"], token=uuid.uuid4().hex)
+    if by is not None:
+        ds = _by_meaning(results, component, ds, results.columns(component, by))
     unit = "" if component == SETS else ds.attrs["unit_name"]
     ds = ds.rename(unit=unit) if unit else ds.isel(unit=0, drop=True)
     if component == SETS:
         ds = ds.rename(position="set").isel(layer=0, drop=True)
     may_go = ds.sizes if squeeze else ("direction", "source", "sample")
     return ds.squeeze([dim for dim in may_go if ds.sizes[dim] == 1])
+
+
+def _by_meaning(results: Effects, component: str, ds: xr.Dataset, columns: Columns) -> xr.Dataset:
+    """The same with columns in place of positions, of each its mean over a pair's positions."""
+    texts = results.tokens_of(component, columns)
+    tokens = [["/".join(dict.fromkeys(two)) if two else "" for two in row] for row in texts]
+    there = [[two is not None for two in row] for row in texts]
+    if columns.members is not None:
+        members = xr.DataArray(
+            columns.members.astype(np.float64), dims=("pair", _COLUMN, "position")
+        )
+
+        def mean(name: str, use: Any) -> Any:
+            count = xr.dot(use.astype(np.float64), members, dim="position")
+            total = xr.dot(ds[name].where(use, 0.0), members, dim="position")
+            return (total / count.where(count > 0)).assign_attrs(ds[name].attrs)
+
+        found = {}
+        for name in map(str, ds.data_vars):
+            kind = name.rsplit("_", 1)[-1]
+            if kind == "status":
+                found[name] = _statuses(ds[name], members)
+            elif kind == "estimate":
+                found[name] = mean(name, np.isfinite(ds[name]))
+            else:
+                status = ds[f"{name.removesuffix('_effect')}_status"]
+                found[name] = mean(name, status.isin(MEASURED) & np.isfinite(ds[name]))
+        ds = xr.Dataset(found, attrs=ds.attrs).rename({_COLUMN: "position"})
+    return ds.assign_coords(
+        position=list(columns.names),
+        token=(("pair", "position"), tokens),
+        n_pairs=("position", np.sum(there, axis=0)),
+    )
+
+
+def _statuses(status: xr.DataArray, members: xr.DataArray) -> Any:
+    """What a column is, by what its positions are: not known if one is not, run if one was."""
+    order = (Status.NOT_DONE, Status.NOT_FINITE, Status.STRUCTURAL)
+    found: Any = xr.full_like(status.isel(position=0, drop=True), Status.OUTSIDE)
+    for code in (*order, Status.AUDITED, Status.EXACT, Status.ESTIMATED):
+        seen: Any = xr.dot((status == code).astype(np.float64), members, dim="position") > 0
+        found = found * ~seen + code * seen
+    return found.astype(np.uint8).assign_attrs(status.attrs)
 
 
 class _LazyEffect(BackendArray):

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Results(Cells, Intervals, Diagnosed):
     """The results of a sweep, read from its folder when asked for."""
 
-    def to_xarray(self, component: str, *, squeeze: bool = False) -> xr.Dataset:
+    def to_xarray(
+        self, component: str, by: str | None = None, *, squeeze: bool = False
+    ) -> xr.Dataset:
         """One component, opened lazily: nothing but coordinates is read until values are used; with
         dask, where it is installed, chunk by chunk of the store.
 
@@ -36,8 +38,12 @@ class Results(Cells, Intervals, Diagnosed):
         what it counts (`head`), and missing where a layer has no units; "sets" has the dimension
         `set`, with the sets' names, in place of the last three. The first three are there where
         they have several entries; all others always, or with `squeeze` where they have several.
+
+        `by`: labels, end or start: positions are what they mean (see `columns`) instead of what is
+        stored: of a segment the mean over its tokens in each pair, `token` [pair, position] their
+        text, `n_pairs` [position] how many pairs have it.
         """
-        return dataset(self, component, squeeze)
+        return dataset(self, component, by, squeeze)
 
     def to_frame(self) -> pd.DataFrame:
         """A row per patching experiment; cells not done or outside their prompt are left out.
