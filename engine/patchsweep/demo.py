@@ -16,7 +16,7 @@ from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
 from patchsweep.report.figures import plot
 from patchsweep.report.page import write_page
-from patchsweep.report.show import print_pairs, top_table
+from patchsweep.report.show import print_pairs, print_warnings, top_table
 from patchsweep.results import Results
 from patchsweep.sites import Status
 from patchsweep.spec import parse_spec
@@ -56,6 +56,8 @@ def demo(out: Path, console: Console) -> None:
         results = carry_out(model, pairs, spec, store, resume=False, overwrite=True)
         figures = plot(results, out / f"{task}-figures", formats=("png",))
         console.print(top_table(results, COMPONENTS[0], "logit_diff", "denoise"))
+        console.print()
+        print_warnings(console, results)
         _report(results, full_forwards(model, sorted(pairs, key=len)[PAIRS // 2]), console)
         page = write_page(results, out / f"{task}-figures" / "report.html")
         console.print(

@@ -57,11 +57,7 @@ def show(results: Results, console: Console, asked: Asked | None = None) -> None
     asked = asked or Asked()
     asked.check(results)
     print_pairs(console, header(results))
-    warnings = results.warnings()
-    said = ("Warnings", "bold yellow") if warnings else ("No warnings", "bold")
-    console.print(Text(*said))
-    console.print(_listed(warnings))
-    console.print()
+    print_warnings(console, results)
     _print_titled(console, "Baselines, mean over pairs", baselines(results))
     console.print()
     for component, direction, metric in asked.parts(results):
@@ -332,12 +328,16 @@ def _detections(
     return Text(f"{text}: {', '.join(names)}{more}" if len(found) else text)
 
 
-def _listed(warnings: Sequence[str]) -> Table:
-    """Warnings as a list."""
+def print_warnings(console: Console, results: Results) -> None:
+    """Print what a reader must know, worst first."""
+    warnings = results.warnings()
+    said = ("Warnings", "bold yellow") if warnings else ("No warnings", "bold")
+    console.print(Text(*said))
     lines = Table.grid(padding=(0, 1))
     for line in warnings:
         lines.add_row("-", Text(line))
-    return lines
+    console.print(lines)
+    console.print()
 
 
 # Attributes that are shown above, or not as text.
