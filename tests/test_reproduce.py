@@ -1,5 +1,5 @@
 """The papers' experiments: their frame and what is compared, on tiny models and planted effects;
-one short run of each on SmolLM2-135M."""
+one short run of each on SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 

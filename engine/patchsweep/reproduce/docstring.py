@@ -63,7 +63,7 @@ def run(setting: Setting) -> Report:
         ),
         tuple(tables),
         {
-            f"heads-{at}": heads.figure((f"{title}: {called}", setting.subject), found[at])
+            f"heads-{at}": heads.figure((f"{title}: {called}", *setting.caption), found[at])
             for at, called in POSITIONS.items()
         },
         sure(_findings, results, setting.n),

@@ -56,8 +56,8 @@ def run(setting: Setting) -> Report:
         ),
         (baselines(found, METRICS), _peak_table(found, sizes), places.table(by_place)),
         {
-            "windows": mlps.figure((title, setting.subject, under), curves),
-            "positions": places.figure((title, setting.subject), by_place),
+            "windows": mlps.figure((title, *setting.caption, under), curves),
+            "positions": places.figure((title, *setting.caption), by_place),
         },
         (
             *sure(

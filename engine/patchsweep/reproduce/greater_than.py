@@ -59,7 +59,7 @@ def run(setting: Setting) -> Report:
             *saturated(results),
         ),
         tuple(tables),
-        {"heads": heads.figure((title, setting.subject), found)},
+        {"heads": heads.figure((title, *setting.caption), found)},
         sure(_findings, results, setting.n),
     )
 

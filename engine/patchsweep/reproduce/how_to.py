@@ -69,8 +69,8 @@ def run(setting: Setting) -> Report:
         ),
         (_metric_table(results), _curve_table(curves), _noise_table(noise), gates.table(toy)),
         {
-            "metrics": _heads_figure((title, setting.subject), results),
-            "circuit": _curve_figure((title, setting.subject), curves),
+            "metrics": _heads_figure((title, *setting.caption), results),
+            "circuit": _curve_figure((title, *setting.caption), curves),
         },
         (
             *sure(_findings, {"heads": results, **circuits, "noise": noise}, setting.n),

@@ -44,7 +44,7 @@ def run(setting: Setting) -> Report:
         own = [said for said in lists if said.corrupted == kind]
         if own:
             tables.append(heads.against(own, found[kind], f"Against {own[0].where}"))
-        title = (f"IOI, {called} corrupted: effect of every head", setting.subject)
+        title = (f"IOI, {called} corrupted: effect of every head", *setting.caption)
         figures[f"heads-{kind}"] = heads.figure(title, found[kind])
     circuit = roles(setting, found["s2"], found["s1_io"])
     more, findings = _circuit(setting, circuit)

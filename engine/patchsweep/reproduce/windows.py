@@ -47,7 +47,7 @@ def run(setting: Setting) -> Report:
         title,
         (*lines(setting, NAME, tried), *saturated(found)),
         (baselines(found, METRICS), _table(found)),
-        {"windows": mlps.figure((title, setting.subject, under), _curves(found))},
+        {"windows": mlps.figure((title, *setting.caption, under), _curves(found))},
         sure(_findings, found, setting.n),
     )
 
