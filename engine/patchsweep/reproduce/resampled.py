@@ -57,19 +57,20 @@ class Drawn(Results):
 
 
 def sure(
-    claims: Claims[K], results: Mapping[K, Results], n: int, seed: int = 0
+    claims: Claims[K], results: Mapping[K, Results], n: int, seed: int = 0, ways: int = 1
 ) -> tuple[Finding, ...]:
     """What is found in results that are all of the same `n` pairs, each finding with the share of
     DRAWS resamples of the pairs in which it holds, of those that decide it; without one where it is
-    not decided, and for a single pair."""
-    found = tuple(claims(results, range(n)))
+    not decided, and for a single pair. ways: how often every pair comes in the results, one after
+    another, drawn together."""
+    found = tuple(claims(results, range(n * ways)))
     if n < 2:
         return found
     readers = {name: (r.store, cache(r.changes), cache(r.baseline)) for name, r in results.items()}
     rng = np.random.default_rng(seed)
     held: list[list[bool]] = [[] for _ in found]
     for _ in range(DRAWS):
-        pairs = tuple(rng.integers(n, size=n).tolist())
+        pairs = tuple((rng.integers(n, size=n)[:, None] * ways + np.arange(ways)).ravel().tolist())
         drawn = {name: Drawn(*reader, pairs) for name, reader in readers.items()}
         for each, finding in zip(held, claims(drawn, pairs), strict=True):
             if finding.holds is not None:

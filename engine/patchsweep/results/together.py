@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import Array
@@ -22,22 +23,27 @@ class Together(Effects):
 
         BadInput if the sweep had no such windows, or not the component on its own.
         """
-        grid, sets = self.grid(component), self.grid(SETS)
+        found = self.window_sets(component, size)
         joint = self.effect(SETS, metric, direction, source)[0, 0]
         single = self.effect(component, metric, direction, source)[:, 0]
-        where = {name: i for i, name in enumerate(sets.positions)}
-        firsts = range(grid.layers - size + 1)
+        total = np.stack([single[i : i + size].sum(0) for i in range(len(found))])
+        return joint[found], total
+
+    def window_sets(self, component: str, size: int) -> NDArray[np.int64]:
+        """Which of the sets is the window of `size` layers, [first layer, position]; BadInput if
+        the sweep had no such windows, or not the component on its own."""
+        grid = self.grid(component)
+        where = {name: i for i, name in enumerate(self.grid(SETS).positions)}
         try:
             found = [
                 [where[window_name(component, range(i, i + size), p)] for p in grid.positions]
-                for i in firsts
+                for i in range(grid.layers - size + 1)
             ]
         except KeyError as error:
             raise BadInput(
                 f"no windows of {size} layers of {component} in these results"
             ) from error
-        total = np.stack([single[i : i + size].sum(0) for i in firsts])
-        return joint[np.array(found)], total
+        return np.array(found, np.int64)
 
     def window_sizes(self, component: str) -> tuple[int, ...]:
         """The sizes of the sliding windows of a component, in layers."""
