@@ -223,6 +223,6 @@ EXPERIMENT = Experiment(
     NAME,
     "facts: MLPs by corruption, window and metric",
     "Zhang & Nanda 2023, facts, §4.1",
-    32,
+    16,
     run,
 )

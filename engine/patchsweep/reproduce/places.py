@@ -45,7 +45,8 @@ def effects(results: Results, metric: str, size: int, pairs: Sequence[Pair]) -> 
         for column, at in enumerate(tokens(pair).values()):
             share[i, at, column] = 1 / max(1, len(at))
     # What lies outside a prompt has no value, and no share.
-    moved = np.where(share.any(2)[:, None], moved, 0.0)
+    inside = np.asarray(share.any(2))
+    moved = np.where(inside[:, None], moved, 0.0)
     total = np.einsum("plt,ptc->lc", moved, share)
     there = share.any(1)  # [pair, place]
     return ratio(total, (span @ there if metric in NORMALISED else there.sum(0)).astype(float))

@@ -166,6 +166,6 @@ EXPERIMENT = Experiment(
     NAME,
     "windows of layers against the sum of their single layers",
     "Zhang & Nanda 2023, §5",
-    32,
+    16,
     run,
 )
