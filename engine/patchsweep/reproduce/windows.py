@@ -75,13 +75,13 @@ def _findings(found: Mapping[str, Results], depth: int) -> Iterator[Finding]:
 
 def _typical(found: Mapping[str, Results], depth: int) -> Finding:
     """How far the largest joint effect lies above the largest sum, over everything that varies."""
-    times = [
+    every = [
         times(peaks)
         for results in found.values()
         for metric in SHOWN
         for peaks in _peaks(results, metric, depth).values()
     ]
-    known = [each for each in times if np.isfinite(each)]
+    known = [each for each in every if np.isfinite(each)]
     middle = float(np.median(known)) if known else float("nan")
     return Finding(
         "over sizes, metrics and corruptions the largest joint effect at the middle layers is "
