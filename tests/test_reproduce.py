@@ -85,7 +85,7 @@ def test_the_papers_models_are_known_by_their_size() -> None:
         roles.DUPLICATE: ("0.1", "0.10", "3.0"),
         roles.INDUCTION: ("5.5", "5.8", "5.9", "6.9"),
     }
-    assert "those of Wang et al. 2022" in circuit.line
+    assert "those of Wang et al. 2022" in circuit.lines[0]
     xl = sized(GPT2Config(n_layer=48, n_head=25, n_embd=1600))
     assert published.model_of(xl) == "gpt2-xl"
     assert published.circuit("gpt2-xl") is None
