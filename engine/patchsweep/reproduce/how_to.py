@@ -67,7 +67,13 @@ def run(setting: Setting) -> Report:
             published.applies(NAME, setting.model)[1],
             "Gates: a small model whose circuits were set by hand, in float64.",
         ),
-        (_metric_table(results), _curve_table(curves), _noise_table(noise), gates.table(toy)),
+        (
+            _metric_table(results),
+            _head_table(results),
+            _curve_table(curves),
+            _noise_table(noise),
+            gates.table(toy),
+        ),
         {
             "metrics": _heads_figure((title, *setting.caption), results),
             "circuit": _curve_figure((title, *setting.caption), curves),
@@ -146,6 +152,27 @@ def _metric_table(results: Results) -> Table:
     return Table(
         "Heads by direction and metric", (*columns, "runs that changed nothing"), tuple(rows)
     )
+
+
+def _head_table(results: Results) -> Table:
+    """A row per head that any metric detects, by its effect on the logit difference; a column per
+    metric."""
+    rows = []
+    for direction in DIRECTIONS:
+        effects = np.stack([_effect(results, metric, direction) for metric in METRICS])
+        far = np.stack([beyond_sd(effect) for effect in effects])
+        layers, numbers = np.nonzero(far.any(0))
+        order = np.argsort(-np.abs(effects[0, layers, numbers]), kind="stable")
+        for layer, head in zip(layers[order], numbers[order], strict=True):
+            shown = (
+                f"{value:+.3f}{' *' if detected else ''}"
+                for value, detected in zip(
+                    effects[:, layer, head], far[:, layer, head], strict=True
+                )
+            )
+            rows.append((direction, f"{layer}.{head}", *shown))
+    title = "Effects of the heads that any metric detects, a column per metric"
+    return Table(f"{title} (* detects it)", ("direction", "head", *METRICS), tuple(rows))
 
 
 def _unchanged(results: Results, metric: str, direction: Direction) -> float:

@@ -64,6 +64,8 @@ def run(setting: Setting) -> Report:
             answered(sweeps["s2"]["STR"]),
             applies,
             *circuit.lines,
+            "The S-inhibition heads are restored at all positions, the name movers' attention is "
+            "that from END.",
             *saturated(by_name),
         ),
         (baselines(by_name, heads.METRICS), *tables, *more),

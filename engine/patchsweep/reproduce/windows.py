@@ -142,7 +142,8 @@ def _table(found: Mapping[str, Results], depth: int) -> Table:
             for size, peaks in _peaks(results, metric, depth).items():
                 joint, total = mlps.by_window(results, metric, size)
                 more = f"{int((joint > total).sum())} of {len(joint)}"
-                ends = (*map(str, peaks), f"{times(peaks):.2f}", more)
+                share = times(peaks)
+                ends = (*map(str, peaks), f"{share:.2f}" if np.isfinite(share) else "none", more)
                 rows.append((NAMES[metric], corruption, layers(size), *ends))
     columns = ("metric", "corruption", "window", "largest joint effect at layers")
     more_columns = ("largest sum at layers", "joint / sum", "of all windows joint is larger in")
