@@ -130,5 +130,5 @@ def figure(title: Sequence[str], found: Found, size: int) -> Figure:
         for (corruption, metric, layers), values in found.items()
         if layers == size
     ]
-    said = f"windows of {size} MLPs, by their first layer, one position at a time"
+    said = f"windows of {size} MLPs, by their first layer, one position at a time; grey: no value"
     return pictures.figure([*title, said], [shown])
