@@ -1,4 +1,4 @@
-"""How faithful estimates of SmolLM2-135M are to exact patching, and what they cost.
+"""How faithful estimates of SmolLM2-135M-Instruct are to exact patching, and what they cost.
 
 `python -m benchmarks.attribution --help`
 """

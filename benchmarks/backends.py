@@ -38,7 +38,7 @@ WAYS = {
 def backends(
     *, out: Path = OUT, rounds: int = 2, cells: int = 64, limit: str = "200MB", tiny: bool = False
 ) -> None:
-    """Measure one head x position grid of SmolLM2-135M through every backend.
+    """Measure one head x position grid of SmolLM2-135M-Instruct through every backend.
 
     Example: python -m benchmarks.backends --rounds 3
 

@@ -42,7 +42,8 @@ def cpu_sweep(
     full: bool = False,
     tiny: bool = False,
 ) -> None:
-    """Measure the wavefront against full forwards on SmolLM2-135M, and print and write the result.
+    """Measure the wavefront against full forwards on SmolLM2-135M-Instruct; print and write the
+    result.
 
     Example: python -m benchmarks.cpu_sweep --rounds 5
 

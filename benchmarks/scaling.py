@@ -68,8 +68,8 @@ class Simulated:
 
 
 def scaling(*, out: Path = OUT, rounds: int = 3, prompts: int = 8, pairs: int = 2000) -> None:
-    """Measure a sweep of SmolLM2-135M with one and two processes of one thread each, and simulate
-    sweeps of large models on many GPUs.
+    """Measure a sweep of SmolLM2-135M-Instruct with one and two processes of one thread each, and
+    simulate sweeps of large models on many GPUs.
 
     Example: python -m benchmarks.scaling --rounds 5
 

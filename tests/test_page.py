@@ -24,6 +24,7 @@ from patchsweep.errors import BadInput
 from patchsweep.report import page_data
 from patchsweep.report.figures import Wanted, _figures, plot
 from patchsweep.report.page import page, write_page
+from patchsweep.report.show import header, provenance
 from patchsweep.results import Results
 from patchsweep.sites import Status, unit_name
 from tiny import build, pairs_of, rows, tokenizer
@@ -48,6 +49,21 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 @pytest.fixture(scope="module")
 def text(results: Results) -> str:
     return page(results)
+
+
+@pytest.mark.parametrize("weights", ["random, 2-bit", ""])
+def test_weights_are_named(tmp_path: Path, weights: str) -> None:
+    """Wherever the model is: in the attributes, in the terminal, on the page and in figures."""
+    model = replace(ps.wrap(build(), tokenizer(), "tiny"), weights=weights)
+    settings = SETTINGS | {"components": ["mlp_out"], "windows": []}
+    results = ps.sweep(model, pairs_of(model, rows(1)), out=tmp_path / "x.zarr", **settings)
+    called = "tiny: random, 2-bit" if weights else "tiny"
+    assert results.attrs["weights"] == weights
+    assert results.model == called
+    assert header(results)["model"] == called
+    assert "weights" not in provenance(results)
+    assert called in page(results)
+    assert weights in results.plot().axes[0].get_title()
 
 
 def embedded(text: str) -> Any:

@@ -1,5 +1,5 @@
 """The papers' experiments: their frame and what is compared, on tiny models and planted effects;
-one short run of each on SmolLM2-135M."""
+one short run of each on SmolLM2-135M-Instruct."""
 
 from __future__ import annotations
 
@@ -18,7 +18,16 @@ from made_tokenizers import byte_level
 from patchsweep.cli import _status
 from patchsweep.errors import BadInput
 from patchsweep.model import empty_model
-from patchsweep.reproduce import EXPERIMENTS, claims, heads, movers, published, reproduce
+from patchsweep.reproduce import (
+    EXPERIMENTS,
+    claims,
+    greater_than,
+    heads,
+    movers,
+    published,
+    reproduce,
+    roles,
+)
 from patchsweep.reproduce.experiment import Finding, Report, Setting, Table, markdown
 from patchsweep.reproduce.heads import Heads
 from tiny import build
@@ -67,13 +76,19 @@ def test_the_papers_models_are_known_by_their_size() -> None:
     said, line = published.applies(IOI, small)
     assert len(said) == 12
     assert "GPT-2 small" in line
-    assert published.circuit(small) == (("9.6", "9.9", "10.0"), ("7.3", "7.9", "8.6", "8.10"))
-    circuit = movers.roles(Setting(small, 1, 0, Path()), [], [])  # whatever was detected
-    assert (circuit.movers, circuit.inhibition) == published.circuit(small)
-    assert "those of Wang et al. 2022" in circuit.line
+    circuit = roles.circuit(Setting(small, 1, 0, Path()), [], [])  # whatever was detected
+    assert circuit.known
+    assert circuit.heads == {
+        roles.MOVERS: ("9.6", "9.9", "10.0"),
+        roles.NEGATIVE: ("10.7", "11.10"),
+        roles.INHIBITION: ("7.3", "7.9", "8.6", "8.10"),
+        roles.DUPLICATE: ("0.1", "0.10", "3.0"),
+        roles.INDUCTION: ("5.5", "5.8", "5.9", "6.9"),
+    }
+    assert "those of Wang et al. 2022" in circuit.lines[0]
     xl = sized(GPT2Config(n_layer=48, n_head=25, n_embd=1600))
     assert published.model_of(xl) == "gpt2-xl"
-    assert published.circuit(xl) is None
+    assert published.circuit("gpt2-xl") is None
     for name, known in (("best-practices-windows", True), ("arithmetic", False)):
         said, line = published.applies(name, xl)
         assert said == []
@@ -90,6 +105,13 @@ def test_the_published_lists() -> None:
     [found] = [said for said in ioi if (said.corrupted, said.corruption) == ("s1_io", "STR")][1:2]
     assert (found.where, found.metric) == ("Table 4", "prob")
     assert found.heads == {"+9.9"}
+    by_noise = [said for said in ioi if (said.corrupted, said.corruption) == ("s1_io", "GN")]
+    assert {said.metric: said.negative for said in by_noise} == {
+        "logit_diff": {"10.7", "11.10"},
+        "prob": set(),
+        "kl": {"10.7", "11.10"},
+    }
+    assert [said.metric for said in published.lists(GREATER_THAN)][::3] == ["logit_diff_sum"] * 2
     docstring = published.lists("docstring")
     assert [said.reading for said in docstring].count(True) == 6
     assert len({(said.corruption, said.metric, said.position) for said in docstring}) == 12
@@ -160,9 +182,9 @@ def test_effects_as_the_paper_has_them(setting: Setting) -> None:
 
 def test_the_circuit_is_measured_as_the_model_attends(setting: Setting) -> None:
     """Attention and restored logits against the model's own forwards, one pair at a time."""
-    circuit = movers.Circuit(("3.1", "2.3"), ("0.1", "1.2"), 2)
+    circuit = roles.Circuit({roles.MOVERS: ("3.1", "2.3"), roles.INHIBITION: ("0.1", "1.2")}, 2)
     pairs = setting.pairs("ioi", corruption="s2")
-    results = {"STR": circuit.sweep(setting, "STR", pairs, "pairs")}
+    results = {"STR": movers.restored(setting, circuit, "STR", pairs, "pairs")}
     table, shares = movers.attention(circuit, results)
     hf = setting.model.hf_model
     hf.set_attn_implementation("eager")
@@ -194,6 +216,74 @@ def test_the_circuit_is_measured_as_the_model_attends(setting: Setting) -> None:
 def test_a_share_of_nothing_lost_is_not_decided() -> None:
     assert movers.Gain(2.0, 1.0, 1.75, 0.1).share == pytest.approx(0.75)
     assert np.isnan(movers.Gain(1.0, 2.0, 1.75, 0.1).share)
+
+
+def test_classes_are_assigned_by_effect_and_attention(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rule in plain numpy, from the attention that the model itself returns."""
+    late, early, other = np.zeros((3, 4, 4))
+    late[2, 1], late[3, :2], late[3, 3] = 0.9, (0.7, 0.8), -0.9
+    early[0, :3], early[1, :] = 0.9, 0.9
+    other[0, 3], other[3, 2] = 0.9, 0.9  # by another metric; above the name movers
+    far = {name: values != 0 for name, values in (("late", late), ("s2", early), ("kl", other))}
+    s1_io = [Heads("STR", "logit_diff", late, far["late"])]
+    s2 = [Heads("STR", "logit_diff", early, far["s2"]), Heads("GN", "kl", other, far["kl"])]
+    hf = setting.model.hf_model
+    hf.set_attn_implementation("eager")
+    seen = []
+    for pair in setting.pairs("ioi", corruption="s2"):
+        with torch.no_grad():
+            attentions = hf(torch.tensor([pair.clean]), output_attentions=True).attentions
+        pattern = torch.stack([layer[0] for layer in attentions]).numpy()  # [layer, head, to, from]
+        io, s1, s2_at = (pair.labels[name] for name in ("IO", "S1", "S2"))
+        end = pattern[:, :, -1, [io, s1, s2_at]]
+        seen.append(np.concatenate([end, pattern[:, :, s2_at, [s1, s1 + 1]]], -1))
+    look = np.mean(seen, 0)  # [layer, head, where to]
+    least = float(np.median(look[:2, :, 3:].max(-1)))
+    monkeypatch.setattr(roles, "ATTENDED", least)
+    found = roles.circuit(setting, s2, s1_io)
+    below = [(layer, head) for layer in range(2) for head in range(4)]
+    inhibition = [at for at in below if early[at] > 0 and look[at][:3].argmax() == 2]
+    rest = [at for at in below if at not in inhibition and look[at][3:].max() >= least]
+
+    def named(cells: list[tuple[int, int]]) -> tuple[str, ...]:
+        return tuple(f"{layer}.{head}" for layer, head in cells)
+
+    assert found.heads == {
+        roles.MOVERS: ("2.1", "3.1", "3.0"),
+        roles.NEGATIVE: ("3.3",),
+        roles.INHIBITION: named(inhibition),
+        roles.DUPLICATE: named([at for at in rest if look[at][3] > look[at][4]]),
+        roles.INDUCTION: named([at for at in rest if look[at][3] <= look[at][4]]),
+    }
+    assert 0 < len(inhibition) < 7  # the rules tell heads apart
+    assert 0 < len(rest) < 8 - len(inhibition)
+    assert not found.known
+    assert "Values are those of key-value heads, shared by 2" in found.lines[-1]
+
+
+def test_years_are_summed(setting: Setting) -> None:
+    """The paper's form and that of means, by the model's own logits; the year itself is neither."""
+    pairs = setting.pairs("greater_than", wrong="below")
+    metrics = [{"logit_diff": {"reduce": "sum"}}, "logit_diff"]
+    results = setting.sweep("years", pairs, sets={"one": ["head_z.0.0"]}, metrics=metrics)
+    tokenizer = setting.tokenizer
+    for i, pair in enumerate(pairs):
+        year = int(tokenizer.decode([pair.clean[pair.labels["YY"]]]))
+        wrong = [int(tokenizer.decode([token])) for token in pair.wrong]
+        assert sorted(wrong) == list(range(year))
+        with torch.no_grad():
+            logits = setting.model.hf_model(torch.tensor([pair.clean])).logits[0, -1].double()
+        right, left = logits[[*pair.answer]], logits[[*pair.wrong]]
+        ends = [results.baseline(name)[0, 0, 0, i] for name in ("logit_diff_sum", "logit_diff")]
+        forms = (right.sum() - left.sum(), right.mean() - left.mean())
+        assert ends == pytest.approx([float(form) for form in forms], rel=1e-4, abs=1e-4)
+    sizes = [(len(pair.answer), len(pair.wrong)) for pair in pairs]
+    said = greater_than.unequal(pairs)
+    assert f"in {sum(a != b for a, b in sizes)} of 3 pairs they differ in number" in said
+    even = [replace(pair, answer=(1, 2), wrong=(3, 4)) for pair in pairs]
+    assert "in 0 of 3 pairs they differ" in greater_than.unequal(even)
 
 
 def test_what_is_done_is_used_again(setting: Setting) -> None:
@@ -246,6 +336,7 @@ def test_ioi_on_a_tiny_model(folder: Path, tmp_path: Path) -> None:
         "Detected heads, S2 corrupted",
     ]
     assert len(report.tables[0].rows) == len(report.tables[1].rows) == 6
+    assert any(t.title == "Detected heads by class, S2 corrupted" for t in report.tables)
     assert {*report.figures} == {"heads-s2", "heads-s1_io", "heads-abc"}
     assert len(report.findings) >= 6
 
@@ -283,7 +374,7 @@ def test_every_experiment_says_what_it_is() -> None:
 def test_greater_than_on_smollm2(tmp_path: Path) -> None:
     report = reproduce(GREATER_THAN, out=tmp_path, n=1)
     [detected] = [t for t in report.tables if t.title.startswith("Detected")]
-    assert len(detected.rows) == 6
+    assert len(detected.rows) == 8
     assert "20.8" in detected.rows[0][3].split()
 
 

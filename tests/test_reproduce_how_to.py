@@ -81,6 +81,25 @@ def test_circuits_are_the_best_heads_and_the_best_that_help(
             assert found == [f"{value:.3f}" for value in wanted]
 
 
+def test_a_row_per_head_and_a_column_per_metric(setting: Setting, report: Report) -> None:
+    title = "Effects of the heads that any metric detects, a column per metric (* detects it)"
+    shown = [row for row in rows(report, title) if row["direction"] == "denoise"]
+    every = {
+        f"{layer}.{head}": recovered(setting, [(layer, head)], True)
+        for layer in range(3)
+        for head in range(4)
+    }
+    values = np.array([*every.values()])
+    far = np.abs(values - values.mean()) > 2 * values.std()
+    assert far.any()
+    for (head, value), detected in zip(every.items(), far, strict=True):
+        found = [row["logit_diff"] for row in shown if row["head"] == head]
+        assert found == [f"{value:+.3f}{' *' if detected else ''}"] * len(found)
+        assert found or not detected
+    sizes = [abs(every[row["head"]]) for row in shown]
+    assert sizes == sorted(sizes, reverse=True)
+
+
 def test_its_figures_can_be_drawn(report: Report) -> None:
     for figure in report.figures.values():
         drawn = BytesIO()

@@ -104,7 +104,7 @@ def test_windows_do_what_full_forwards_do(setting: Setting, report: Report, name
 def test_all_pairs_drawn_once_are_the_results(setting: Setting) -> None:
     pairs, _ = facts.long_subjects(setting)
     results = facts.subject_sweeps(setting, pairs)["STR"]
-    drawn = Drawn(results.store, results.changes, results.baseline, (2, 0, 1))
+    drawn = Drawn(results.store, results.changes, results.baseline, (2, 0, 1, 4, 5, 3))
     for name in mlps.METRICS:
         for size in (1, 3, 5):
             for found, whole in zip(
@@ -121,32 +121,45 @@ def test_a_joint_effect_is_set_against_the_sum(setting: Setting) -> None:
     pairs, _ = facts.long_subjects(setting)
     for name in ("logit_diff", "prob"):
         single = expected(setting, pairs, name, 1)
+        # Of six layers the middle half is from 1 to 4: where the middle of a window has to lie.
         holds = all(
-            expected(setting, pairs, name, size).max()
-            > np.convolve(single, np.ones(size), "valid").max()
-            for size in (3, 5)
+            expected(setting, pairs, name, size)[first].max()
+            > np.convolve(single, np.ones(size), "valid")[first].max()
+            for size, first in ((3, slice(0, 4)), (5, slice(0, 2)))
         )
-        claim = f"STR, {mlps.NAMES[name]}: a window's joint effect"
+        claim = f"STR, {mlps.NAMES[name]}: at the middle layers a window's joint effect"
         (finding,) = [f for f in found.findings if f.claim.startswith(claim)]
         assert finding.holds == holds
 
 
-def test_facts_are_known_and_have_long_subjects(setting: Setting) -> None:
+def known(setting: Setting, pair: ps.Pair) -> bool:
+    return metric("logit_diff", pair, oracle.baseline(setting.model.hf_model, pair.clean)) > 0
+
+
+def test_facts_are_known_both_ways_round_and_have_long_subjects(setting: Setting) -> None:
     pairs, tried = facts.long_subjects(setting)
     drawn = [p for p in facts.facts.stream(setting.tokenizer, 0) if "SUBJECT_3" in p.labels]
-    known = [
-        p
-        for p in drawn[:tried]
-        if metric("logit_diff", p, oracle.baseline(setting.model.hf_model, p.clean)) > 0
-    ]
-    assert pairs == known
-    assert len(pairs) == 3 < tried
+    ways = {(p.clean, p.corrupt): p for p in drawn}  # the task has both, in any order
+    first = list({frozenset((p.clean, p.corrupt)): p for p in reversed(drawn)}.values())[::-1]
+    first.sort(key=drawn.index)
+    wanted: list[ps.Pair] = []
+    count = 0
+    for pair in first:
+        count += 1
+        other = ways[pair.corrupt, pair.clean]
+        if known(setting, pair) and known(setting, other):
+            wanted += [pair, other]
+        if len(wanted) == 2 * setting.n:
+            break
+    assert pairs == wanted
+    assert tried == count > 3
 
 
 def test_too_few_known_facts_are_refused(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, _ = facts.long_subjects(setting)
-    monkeypatch.setattr(facts.facts, "stream", lambda *_: iter(pairs[:2]))
-    with pytest.raises(ps.BadInput, match=r"knows 2 of 2 facts .*, 3 are asked for: ask for fewer"):
+    monkeypatch.setattr(facts.facts, "stream", lambda *_: iter(pairs[:4]))
+    few = r"knows 2 of 2 pairs of facts .*, 3 are asked for: ask for fewer"
+    with pytest.raises(ps.BadInput, match=few):
         facts.long_subjects(setting)
 
 
@@ -159,26 +172,39 @@ def test_windows_need_layers(setting: Setting) -> None:
         windows.run(replace(setting, model=small))
 
 
+@pytest.mark.parametrize(("name", "size"), [("logit_diff", 1), ("logit_diff", 3), ("prob", 3)])
 @pytest.mark.usefixtures("report")
-def test_places_are_means_over_their_tokens(setting: Setting) -> None:
+def test_places_are_means_over_their_tokens(setting: Setting, name: str, size: int) -> None:
     pairs, _ = facts.long_subjects(setting)
     results = mlps.sweeps(
-        setting, "positions", pairs, facts.subject_labels(pairs), metrics=facts.SHOWN
+        setting,
+        "positions",
+        pairs,
+        facts.subject_labels(pairs),
+        metrics=facts.SHOWN,
+        windows=[3, 5],
     )["STR"]
-    found = places.effects(results, "logit_diff", pairs)
-    base = [ends(setting, pair, "logit_diff") for pair in pairs]
-    for place in ("middle subject", "last"):
+    found = places.effects(results, name, size, pairs)
+    assert found.shape == (LAYERS - size + 1, len(places.PLACES))
+    base = [ends(setting, pair, name) for pair in pairs]
+    for place in ("middle subject", "further", "last"):
+        have = [i for i, pair in enumerate(pairs) if places.tokens(pair)[place]]
         moved = [
             np.mean(
                 [
-                    metric("logit_diff", pair, logits(setting, pair, range(2, 3), [at])) - corrupt
-                    for at in places.tokens(pair)[place]
+                    metric(name, pairs[i], logits(setting, pairs[i], range(2, 2 + size), [at]))
+                    - base[i][1]
+                    for at in places.tokens(pairs[i])[place]
                 ]
             )
-            for pair, (_, corrupt) in zip(pairs, base, strict=True)
+            for i in have
         ]
-        wanted = np.mean(moved) / np.mean([clean - corrupt for clean, corrupt in base])
-        assert found[2, places.PLACES.index(place)] == pytest.approx(wanted, rel=1e-7, abs=1e-9)
+        span = np.mean([base[i][0] - base[i][1] for i in have]) if name == "logit_diff" else 1
+        here = found[2, places.PLACES.index(place)]
+        if have:
+            assert here == pytest.approx(np.mean(moved) / span, rel=1e-7, abs=1e-9)
+        else:
+            assert np.isnan(here)
 
 
 @pytest.mark.parametrize(
@@ -198,8 +224,8 @@ def test_places_of_a_prompt(subject: tuple[int, int], length: int, wanted: list[
 
 def test_a_place_that_no_fact_has_is_empty() -> None:
     values = np.array([[0.1, 0.2, 0.4, np.nan, 0.0, 0.3], [0.0, 0.1, 0.2, np.nan, -0.1, 0.5]])
-    (row,) = places.table({("STR", "prob"): values}).rows
-    assert row[2:] == ("+0.100", "+0.200", "+0.400", "", "+0.000", "+0.500", "2.00")
+    (row,) = places.table({("STR", "prob", 1): values}).rows
+    assert row[3:] == ("+0.100", "+0.300", "+0.600", "", "-0.100", "+0.800", "2.00")
 
 
 def test_peak() -> None:

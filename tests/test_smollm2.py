@@ -1,4 +1,5 @@
-"""The trained SmolLM2-135M in float32: grids and cells against full forwards with plain hooks."""
+"""The trained SmolLM2-135M-Instruct in float32: grids and cells against full forwards with plain
+hooks."""
 
 from __future__ import annotations
 

@@ -191,10 +191,10 @@ def test_ioi_pairs_of_a_seed_stay() -> None:
 
 @KINDS
 @settings(max_examples=5)
-@given(seed=SEEDS)
-def test_greater_than(kind: str, seed: int) -> None:
+@given(seed=SEEDS, wrong=st.sampled_from(greater_than.options["wrong"]))
+def test_greater_than(kind: str, seed: int, wrong: str) -> None:
     t = tokenizer(kind)
-    for p in greater_than(t, 4, seed):
+    for p in greater_than(t, 4, seed, wrong=wrong):
         form = r"The (\w+) lasted from the year (\d\d)(\d\d) to the year (\d\d)"
         found, other = re.fullmatch(form, text(t, p.clean)), re.fullmatch(form, text(t, p.corrupt))
         assert found
@@ -209,12 +209,13 @@ def test_greater_than(kind: str, seed: int) -> None:
         ]
         if kind == "bytes":  # years as they are, all hundred of them
             answers, wrongs = ([int(w) for w in words(t, ts)] for ts in (p.answer, p.wrong))
-            assert sorted(wrongs) == list(range(int(year) + 1))
+            assert sorted(wrongs) == list(range(int(year) + (wrong == "up_to")))
             assert sorted(answers) == list(range(int(year) + 1, 100))
         else:  # their tens: all ten years that begin so, or none, come later
-            later = {w: [int(f"{w}{y}") > int(year) for y in range(10)] for w in "0123456789"}
-            assert {*words(t, p.answer)} == {w for w, found in later.items() if all(found)}
-            assert {*words(t, p.wrong)} == {w for w, found in later.items() if not any(found)}
+            tens = {w: [int(f"{w}{y}") for y in range(10)] for w in "0123456789"}
+            least = int(year) + (wrong == "up_to")  # the first that is not wrong
+            assert {*words(t, p.answer)} == {w for w, of in tens.items() if min(of) > int(year)}
+            assert {*words(t, p.wrong)} == {w for w, of in tens.items() if max(of) < least}
 
 
 @KINDS
@@ -391,7 +392,9 @@ def test_pairs_know_their_task() -> None:
 def test_unknown_task_and_no_pairs() -> None:
     with pytest.raises(BadInput, match="unknown task 'oio': did you mean 'ioi'"):
         find("oio")
-    with pytest.raises(BadInput, match="unknown option 'corruption' of greater_than: it has none"):
+    with pytest.raises(
+        BadInput, match="unknown option 'corruption' of greater_than: use one of wrong"
+    ):
         greater_than(tokenizer("smollm2"), 1, corruption="01")
     with pytest.raises(BadInput, match="at least 1"):
         ioi(tokenizer("smollm2"), 0)

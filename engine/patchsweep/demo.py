@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from patchsweep.engine import carry_out
+from patchsweep.loading import weights
 from patchsweep.model import Model, load_model
 from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
@@ -30,7 +31,11 @@ BATCH, REPEATS = 32, 3  # of the full forwards that are timed for comparison
 
 def demo(out: Path, console: Console) -> None:
     """Sweep both tasks into `out`, draw them, and print what was found and how fast."""
-    console.print(f"Loading {MODEL} (the first time it is unpacked into the cache: some 20 s)")
+    console.print(
+        f"Loading {MODEL}: {weights(MODEL)} (the first time it is unpacked into the cache: some "
+        "20 s)",
+        highlight=False,
+    )
     model = load_model(MODEL)
     for task, title in (("ioi", "indirect object identification"), ("facts", "facts")):
         spec = parse_spec(

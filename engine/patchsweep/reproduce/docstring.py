@@ -53,8 +53,9 @@ def run(setting: Setting) -> Report:
             "STR: the argument C in the definition becomes a random one. "
             f"GN: its embedding gets {setting.noise}.",
             f"{heads.SCALES} Mean and deviation are over the heads of both positions. {heads.RULE}",
-            "The wrong answers are all other arguments that either prompt names: the logit "
-            "difference takes the mean over them.",
+            "Chosen here: the heads that mean and deviation are over; and that the wrong answers "
+            "are all other arguments that either prompt names, the logit difference taking the "
+            "mean over them.",
             answered(results["STR"]),
             applies,
             "That model is published only in the format of another library, which this one does "
@@ -63,7 +64,7 @@ def run(setting: Setting) -> Report:
         ),
         tuple(tables),
         {
-            f"heads-{at}": heads.figure((f"{title}: {called}", setting.subject), found[at])
+            f"heads-{at}": heads.figure((f"{title}: {called}", *setting.caption), found[at])
             for at, called in POSITIONS.items()
         },
         sure(_findings, results, setting.n),

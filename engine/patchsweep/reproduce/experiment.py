@@ -51,12 +51,18 @@ class Setting:
         return self.model.tokenizer
 
     @property
-    def subject(self) -> str:
-        """The model, its size, and how many pairs from which seed, in one line."""
+    def caption(self) -> tuple[str, str]:
+        """The model; its size, and how many pairs from which seed: two lines for a figure."""
         d, dtype = self.model.dimensions, str(self.model.hf_model.dtype).removeprefix("torch.")
         heads = f"{d.layers} layers of {d.heads} heads ({d.kv_heads} for keys and values)"
-        name = self.model.name[-LONGEST_NAME:]
-        return f"{name}, {heads}, {dtype}; {counted(self.n)}, seed {self.seed}"
+        names = self.model.name[-LONGEST_NAME:], self.model.weights
+        drawn = f"{heads}, {dtype}; {counted(self.n)}, seed {self.seed}"
+        return ": ".join(filter(None, names)), drawn
+
+    @property
+    def subject(self) -> str:
+        """The caption in one line."""
+        return "; ".join(self.caption)
 
     def pairs(self, task: str, *, only_correct: bool = False, **options: str) -> list[Pair]:
         """`n` pairs of a built-in task; BadInput as for the prompts of a spec."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
@@ -27,6 +28,7 @@ NAME = "best-practices-facts"
 SIZES = (1, 3, 5, 10)  # adjacent layers
 WINDOW = 5  # that of the paper's figure
 SHOWN = ("logit_diff", "prob")  # the metrics of the paper's claims
+WAYS = 2  # each prompt of a pair is clean once
 
 
 def run(setting: Setting) -> Report:
@@ -34,8 +36,16 @@ def run(setting: Setting) -> Report:
     pairs, tried = long_subjects(setting)
     found = subject_sweeps(setting, pairs)
     sizes = (1, *found["STR"].window_sizes("mlp_out"))
-    everywhere = mlps.sweeps(setting, "positions", pairs, subject_labels(pairs), metrics=SHOWN)
-    by_place = _by_place(everywhere, pairs)
+    everywhere = mlps.sweeps(
+        setting,
+        "positions",
+        pairs,
+        subject_labels(pairs),
+        metrics=SHOWN,
+        windows=[size for size in sizes if size > 1],
+    )
+    by_place = _by_place(everywhere, pairs, sizes)
+    shown = WINDOW if WINDOW in sizes else sizes[-1]
     title = "Facts: MLPs by corruption, window and metric"
     curves = {
         (corruption, metric): [
@@ -50,55 +60,69 @@ def run(setting: Setting) -> Report:
         title,
         (
             *lines(setting, NAME, tried),
-            "Positions: single layers, one position at a time; the mean over the tokens of a "
-            "place, then over facts.",
+            "Positions: single layers and windows, one position at a time; the mean over the "
+            "tokens of a place, then over facts.",
             *saturated(found),
         ),
         (baselines(found, METRICS), _peak_table(found, sizes), places.table(by_place)),
         {
-            "windows": mlps.figure((title, setting.subject, under), curves),
-            "positions": places.figure((title, setting.subject), by_place),
+            "windows": mlps.figure((title, *setting.caption, under), curves),
+            "positions": places.figure((title, *setting.caption), by_place, shown),
         },
         (
+            *sure(lambda drawn, _: _peak_findings(drawn, shown), found, setting.n, ways=WAYS),
             *sure(
-                lambda drawn, _: _peak_findings(drawn, WINDOW if WINDOW in sizes else sizes[-1]),
-                found,
-                setting.n,
-            ),
-            *sure(
-                lambda drawn, at: places.findings(_by_place(drawn, [pairs[i] for i in at])),
+                lambda drawn, at: places.findings(
+                    _by_place(drawn, [pairs[i] for i in at], sizes), shown
+                ),
                 everywhere,
                 setting.n,
+                ways=WAYS,
             ),
         ),
     )
 
 
-def _by_place(found: Mapping[str, Results], pairs: Sequence[Pair]) -> places.Found:
+def _by_place(
+    found: Mapping[str, Results], pairs: Sequence[Pair], sizes: Sequence[int]
+) -> places.Found:
     return {
-        (corruption, metric): places.effects(results, metric, pairs)
+        (corruption, metric, size): places.effects(results, metric, size, pairs)
         for corruption, results in found.items()
         for metric in SHOWN
+        for size in sizes
     }
 
 
 def long_subjects(setting: Setting) -> tuple[list[Pair], int]:
-    """`n` facts whose subjects have at least three tokens and whose object the model puts above the
-    other prompt's, and how many were tried. BadInput if there are fewer."""
-    tried = 0
+    """`n` pairs of facts, each both ways round, whose subjects have at least three tokens and of
+    which the model puts the object above the other prompt's in both prompts; and how many were
+    tried. BadInput if there are fewer."""
     pairs: list[Pair] = []
+    seen: set[tuple[int, ...]] = set()  # the pairs that were tried, both ways
     for pair in facts.stream(setting.tokenizer, setting.seed):
-        if len(pairs) == setting.n:
+        if len(pairs) == WAYS * setting.n:
             break
-        if len(subject(pair)) > 2:
-            tried += 1
-            pairs += [pair] * answers_right(setting.model, pair)
-    if len(pairs) < setting.n:
+        if len(subject(pair)) > 2 and pair.clean + pair.corrupt not in seen:
+            both = both_ways(pair)
+            seen |= {one.clean + one.corrupt for one in both}
+            pairs += both if all(answers_right(setting.model, one) for one in both) else ()
+    known, tried = len(pairs) // WAYS, len(seen) // WAYS
+    if known < setting.n:
         raise BadInput(
-            f"{setting.model.name} knows {len(pairs)} of {tried} facts with subjects of three "
+            f"{setting.model.name} knows {known} of {tried} pairs of facts with subjects of three "
             f"tokens or more, {setting.n} are asked for: ask for fewer"
         )
     return pairs, tried
+
+
+def both_ways(pair: Pair) -> tuple[Pair, Pair]:
+    """A pair of facts, and the same with its other prompt as the clean one: their subjects lie at
+    the same positions."""
+    other = replace(
+        pair, clean=pair.corrupt, corrupt=pair.clean, answer=pair.wrong, wrong=pair.answer
+    )
+    return pair, other
 
 
 def subject(pair: Pair) -> dict[str, int]:
@@ -127,8 +151,9 @@ def lines(setting: Setting, name: str, tried: int) -> tuple[str, ...]:
     """How the facts were chosen and patched, for the report of an experiment."""
     return (
         f"Model: {setting.subject}.",
-        f"Facts with subjects of three tokens or more; of {tried} tried, {setting.n} whose object "
-        "the model puts above that of the corrupt prompt.",
+        f"Pairs of facts with subjects of three tokens or more; of {tried} tried, {setting.n} of "
+        "which the model puts the object above that of the other prompt in both prompts. Each "
+        f"prompt of a pair is clean once: {WAYS * setting.n} pairs of runs.",
         "MLP outputs restored at the last subject token, clean into corrupt: single layers and "
         "windows of adjacent layers together.",
         "STR: another subject of as many tokens. "
@@ -198,6 +223,6 @@ EXPERIMENT = Experiment(
     NAME,
     "facts: MLPs by corruption, window and metric",
     "Zhang & Nanda 2023, facts, §4.1",
-    32,
+    16,
     run,
 )

@@ -48,7 +48,7 @@ def effect(results: Results, site: str) -> Effect:
     at = parse_site(site)
     cell = at.layer or 0, at.unit or 0, LABELS.index(str(at.position))
     denoise, noise = (
-        results.effect(at.component, "logit_diff", direction)[cell]
+        results.effect(at.component, "logit_diff", direction).values[cell]
         for direction in ("denoise", "noise")
     )
     return Effect(float(denoise), float(noise))
@@ -58,7 +58,7 @@ def of_set(results: Results, name: str) -> Effect:
     """The effect of sites that are patched together."""
     where = results.grid("sets").positions.index(name)
     denoise, noise = (
-        results.effect("sets", "logit_diff", direction)[0, 0, where]
+        results.effect("sets", "logit_diff", direction).values[0, 0, where]
         for direction in ("denoise", "noise")
     )
     return Effect(float(denoise), float(noise))

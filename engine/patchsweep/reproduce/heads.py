@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep import heatmaps
+from patchsweep import drawing
 from patchsweep.effect import Array
 from patchsweep.reproduce.experiment import Table
 from patchsweep.reproduce.pictures import draw
@@ -27,9 +27,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 METRICS = ("logit_diff", "prob", "kl")
-NAMES = {"logit_diff": "logit difference", "prob": "probability", "kl": "KL divergence"}
+NAMES = {
+    "logit_diff": "logit difference",
+    "logit_diff_sum": "logit difference of sums",
+    "prob": "probability",
+    "kl": "KL divergence",
+}
+NORMALISED = ("logit_diff", "logit_diff_sum")
 UNITS = {
     "logit_diff": "0 = corrupt, 1 = clean",
+    "logit_diff_sum": "0 = corrupt, 1 = clean",
     "prob": "patched − corrupt",
     "kl": "corrupt − patched, nats",
 }
@@ -85,20 +92,22 @@ def effects(
 ) -> Heads:
     """The effects of all heads at one entry of the results' positions, over all pairs; detected are
     those far from the mean over all entries."""
-    if metric == "logit_diff":
-        effect = results.effect("head_z", metric, "denoise", source)
+    if metric in NORMALISED:
+        effect = results.effect("head_z", metric, "denoise", source).values
     else:
         moved = results.changes("head_z", metric, "denoise", source)[0]
         effect = np.nanmean(moved, axis=0) * (-1 if metric == "kl" else 1)
     return Heads(corruption, metric, effect[..., position], beyond_sd(effect)[..., position])
 
 
-def all_effects(by_corruption: Mapping[str, Results], position: int = 0) -> list[Heads]:
-    """The effects by every corruption on every metric of METRICS."""
+def all_effects(
+    by_corruption: Mapping[str, Results], position: int = 0, metrics: Sequence[str] = METRICS
+) -> list[Heads]:
+    """The effects by every corruption on every metric."""
     return [
         effects(results, corruption, metric, position)
         for corruption, results in by_corruption.items()
-        for metric in METRICS
+        for metric in metrics
     ]
 
 
@@ -134,7 +143,7 @@ def overlap(found: Sequence[Heads | List], corruption: str) -> float:
 def figure(title: Sequence[str], found: Sequence[Heads]) -> Figure:
     """Layer × head, a row of pictures per corruption, a column per metric; each metric has one
     scale, centred at 0; detected heads are framed."""
-    heatmaps.needed()
+    drawing.needed()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 

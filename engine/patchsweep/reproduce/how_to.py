@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep import heatmaps
+from patchsweep import drawing
 from patchsweep.circuits import Curve
 from patchsweep.effect import Array
 from patchsweep.reproduce import gates, pictures, published
@@ -67,10 +67,16 @@ def run(setting: Setting) -> Report:
             published.applies(NAME, setting.model)[1],
             "Gates: a small model whose circuits were set by hand, in float64.",
         ),
-        (_metric_table(results), _curve_table(curves), _noise_table(noise), gates.table(toy)),
+        (
+            _metric_table(results),
+            _head_table(results),
+            _curve_table(curves),
+            _noise_table(noise),
+            gates.table(toy),
+        ),
         {
-            "metrics": _heads_figure((title, setting.subject), results),
-            "circuit": _curve_figure((title, setting.subject), curves),
+            "metrics": _heads_figure((title, *setting.caption), results),
+            "circuit": _curve_figure((title, *setting.caption), curves),
         },
         (
             *sure(_findings, {"heads": results, **circuits, "noise": noise}, setting.n),
@@ -92,9 +98,8 @@ def _curves(circuits: Mapping[str, Results]) -> dict[str, Curve]:
 
 def _circuit(setting: Setting, name: str, heads: Results, positive: bool) -> Results:
     """Circuits of the best heads, of all or only of those that help."""
-    cells = heads.top("head_z", "logit_diff", "denoise", max(SIZES))
-    chosen = [c for c in cells if c.effect > 0 or not positive]
-    ranking = [f"head_z.{c.layer}.{c.unit}" for c in chosen]
+    cells = heads.top("head_z", "logit_diff", "denoise", max(SIZES)).itertuples()
+    ranking = [f"head_z.{c.layer}.{c.head}" for c in cells if c.effect > 0 or not positive]
     return setting.sweep(
         name,
         setting.pairs("ioi"),
@@ -117,7 +122,7 @@ def _noise_levels(setting: Setting) -> Results:
 
 
 def _effect(results: Results, metric: str, direction: Direction) -> Array:
-    return results.effect("head_z", metric, direction)[..., 0]
+    return results.effect("head_z", metric, direction).values[..., 0]
 
 
 def _negative(effect: Array) -> int:
@@ -146,6 +151,27 @@ def _metric_table(results: Results) -> Table:
     return Table(
         "Heads by direction and metric", (*columns, "runs that changed nothing"), tuple(rows)
     )
+
+
+def _head_table(results: Results) -> Table:
+    """A row per head that any metric detects, by its effect on the logit difference; a column per
+    metric."""
+    rows = []
+    for direction in DIRECTIONS:
+        effects = np.stack([_effect(results, metric, direction) for metric in METRICS])
+        far = np.stack([beyond_sd(effect) for effect in effects])
+        layers, numbers = np.nonzero(far.any(0))
+        order = np.argsort(-np.abs(effects[0, layers, numbers]), kind="stable")
+        for layer, head in zip(layers[order], numbers[order], strict=True):
+            shown = (
+                f"{value:+.3f}{' *' if detected else ''}"
+                for value, detected in zip(
+                    effects[:, layer, head], far[:, layer, head], strict=True
+                )
+            )
+            rows.append((direction, f"{layer}.{head}", *shown))
+    title = "Effects of the heads that any metric detects, a column per metric"
+    return Table(f"{title} (* detects it)", ("direction", "head", *METRICS), tuple(rows))
 
 
 def _unchanged(results: Results, metric: str, direction: Direction) -> float:
@@ -256,7 +282,7 @@ def _heads_figure(title: Sequence[str], results: Results) -> Figure:
 
 def _curve_figure(title: Sequence[str], curves: Mapping[str, Curve]) -> Figure:
     """Performance against the number of heads, both ways, for every ranking."""
-    heatmaps.needed()
+    drawing.needed()
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(6.5, 4.2), layout="constrained")

@@ -1,5 +1,5 @@
 """Indirect object identification: what corruption and metric do to which heads are detected
-(Tables 4 and 5, §4.2), and why noise is out of distribution (§3.2)."""
+(Tables 1, 4 and 5, §4.2), and why noise is out of distribution (§3.2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from patchsweep.reproduce import claims, heads, published
+from patchsweep.reproduce import claims, heads, published, roles
 from patchsweep.reproduce.experiment import (
     Experiment,
     Finding,
@@ -19,8 +19,9 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 from patchsweep.reproduce.heads import Heads
-from patchsweep.reproduce.movers import Circuit, Gain, attention, recovered, roles
+from patchsweep.reproduce.movers import Gain, attention, recovered, restored
 from patchsweep.reproduce.resampled import sure
+from patchsweep.reproduce.roles import NEGATIVE, Circuit
 from patchsweep.results import Results
 
 NAME = "best-practices-ioi"
@@ -44,9 +45,11 @@ def run(setting: Setting) -> Report:
         own = [said for said in lists if said.corrupted == kind]
         if own:
             tables.append(heads.against(own, found[kind], f"Against {own[0].where}"))
-        title = (f"IOI, {called} corrupted: effect of every head", setting.subject)
+        title = (f"IOI, {called} corrupted: effect of every head", *setting.caption)
         figures[f"heads-{kind}"] = heads.figure(title, found[kind])
-    circuit = roles(setting, found["s2"], found["s1_io"])
+    circuit = roles.circuit(setting, found["s2"], found["s1_io"])
+    table5 = [said for said in lists if said.corrupted == "s2"]
+    tables.append(roles.table(circuit, found["s2"], table5, "S2 corrupted"))
     more, findings = _circuit(setting, circuit)
     flat = {(kind, c): results for kind, each in sweeps.items() for c, results in each.items()}
     by_name = {f"{c}, {CORRUPTED[kind][1]}": results for (kind, c), results in flat.items()}
@@ -60,12 +63,17 @@ def run(setting: Setting) -> Report:
             f"{heads.SCALES} {heads.RULE}",
             answered(sweeps["s2"]["STR"]),
             applies,
-            circuit.line,
+            *circuit.lines,
+            "The S-inhibition heads are restored at all positions, the name movers' attention is "
+            "that from END.",
             *saturated(by_name),
         ),
         (baselines(by_name, heads.METRICS), *tables, *more),
         figures,
-        (*sure(_table_findings, flat, setting.n), *findings),
+        (
+            *sure(lambda drawn, _: _table_findings(circuit, drawn), flat, setting.n),
+            *findings,
+        ),
     )
 
 
@@ -86,8 +94,8 @@ def _sweeps(setting: Setting, kind: str) -> dict[str, Results]:
     }
 
 
-def _table_findings(flat: Mapping[tuple[str, str], Results], _: Sequence[int]) -> list[Finding]:
-    """What Tables 4 and 5 and §4.2 say of the lists."""
+def _table_findings(circuit: Circuit, flat: Mapping[tuple[str, str], Results]) -> list[Finding]:
+    """What Tables 1, 4 and 5 and §4.2 say of the lists."""
     found = {
         kind: heads.all_effects({c: flat[kind, c] for c in ("STR", "GN")}) for kind in CORRUPTED
     }
@@ -96,46 +104,54 @@ def _table_findings(flat: Mapping[tuple[str, str], Results], _: Sequence[int]) -
         claims.metrics_agree(found["s2"], table5, "Table 5"),
         claims.only_by_noise(found["s2"], table5, "logit_diff", "Table 5"),
         _first_layer(found["s2"]),
-        _no_negative(found["s1_io"], "S1 and IO", "Table 4"),
-        _same_by_noise(found["s1_io"]),
-        _no_negative(found["abc"], "all three names", "§4.2, App. H.3"),
+        *roles.findings(circuit, found["s2"]),
+        *(_missed(circuit.heads[NEGATIVE], found["s1_io"], c) for c in ("STR", "GN")),
+        _no_negative(found["abc"]),
     ]
 
 
 def _first_layer(found: Sequence[Heads]) -> Finding:
     """Negative detections in the first layer are an artefact of noise."""
     by = {
-        c: {h for m in ("prob", "kl") for h in claims.one(found, c, m).negative if h[:2] == "0."}
+        (c, m): {h for h in claims.one(found, c, m).negative if h[:2] == "0."}
         for c in ("STR", "GN")
+        for m in ("prob", "kl")
     }
+    shown = (f"{c}, {heads.NAMES[m]}: {heads.text([*of])}" for (c, m), of in by.items())
     return Finding(
-        "S2, by probability and KL divergence: GN detects a negative head of the first layer "
+        "S2, by probability and by KL divergence: GN detects a negative head of the first layer "
         "that STR does not (0.10)",
         "Table 5, §3.2",
-        f"first layer, negative: GN {heads.text([*by['GN']])}; STR {heads.text([*by['STR']])}",
-        bool(by["GN"] - by["STR"]),
+        "; ".join(shown),
+        all(bool(by["GN", m] - by["STR", m]) for m in ("prob", "kl")),
     )
 
 
-def _no_negative(found: Sequence[Heads], called: str, where: str) -> Finding:
-    """Probability misses the negative heads that the logit difference finds."""
+def _missed(movers: Sequence[str], found: Sequence[Heads], corruption: str) -> Finding:
+    """Probability misses the negative name movers, the other metrics find them; not decided where
+    there are none."""
+    negative = {m: claims.one(found, corruption, m).negative for m in heads.METRICS}
+    others = [negative[m] for m in heads.METRICS if m != "prob"]
+    return Finding(
+        f"S1 and IO, {corruption}: probability misses all negative name movers, logit difference "
+        "and KL divergence find them (10.7, 11.10)",
+        "Table 4",
+        f"negative name movers: {heads.text(movers)}; negative heads by "
+        + "; by ".join(f"{heads.NAMES[m]}: {heads.text(h)}" for m, h in negative.items()),
+        not {*movers} & {*negative["prob"]} and all({*movers} <= {*h} for h in others)
+        if movers
+        else None,
+    )
+
+
+def _no_negative(found: Sequence[Heads]) -> Finding:
+    """All names replaced, probability misses the negative heads that the logit difference finds."""
     negative = {m: claims.one(found, "STR", m).negative for m in ("logit_diff", "prob")}
     return Finding(
-        f"{called}, STR: probability detects no negative head, logit difference does",
-        where,
+        "all three names, STR: probability detects no negative head, logit difference does",
+        "§4.2, App. H.3",
         "; ".join(f"{heads.NAMES[m]}: {heads.text(h)}" for m, h in negative.items()),
         bool(negative["logit_diff"]) and not negative["prob"],
-    )
-
-
-def _same_by_noise(found: Sequence[Heads]) -> Finding:
-    """Under noise on S1 and IO all metrics detect the same heads."""
-    by = {m: claims.one(found, "GN", m).heads for m in heads.METRICS}
-    return Finding(
-        "S1 and IO, GN: all three metrics detect the same heads, negative ones among them",
-        "Table 4",
-        "; ".join(f"{heads.NAMES[m]}: {heads.text([*h])}" for m, h in by.items()),
-        len(set(by.values())) == 1 and any("−" in head for head in by["prob"]),
     )
 
 
@@ -147,7 +163,8 @@ def _circuit(setting: Setting, circuit: Circuit) -> tuple[tuple[Table, ...], tup
     pairs = setting.pairs("ioi", corruption="s2")
     corruptions = {"STR": "pairs", "GN": setting.gaussian(("S2",))}
     results = {
-        name: circuit.sweep(setting, name, pairs, corrupt) for name, corrupt in corruptions.items()
+        name: restored(setting, circuit, name, pairs, corrupt)
+        for name, corrupt in corruptions.items()
     }
     tables = attention(circuit, results)[0], recovered(results)[0]
     return tables, sure(lambda found, _: _circuit_findings(circuit, found), results, setting.n)
@@ -189,7 +206,7 @@ def _recovers(token: Gain, noise: Gain) -> bool | None:
 EXPERIMENT = Experiment(
     NAME,
     "indirect object identification: heads by corruption and metric",
-    "Zhang & Nanda 2023, §3.2, §4.2, Tables 4 and 5",
+    "Zhang & Nanda 2023, §3.2, §4.2, Tables 1, 4 and 5",
     32,
     run,
 )

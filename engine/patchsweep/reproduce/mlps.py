@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchsweep import heatmaps
+from patchsweep import drawing
 from patchsweep.effect import Array
 from patchsweep.pairs import Pair
 from patchsweep.reproduce.experiment import SIGMA, Setting
@@ -74,7 +74,7 @@ def by_window(results: Results, metric: str, size: int) -> tuple[Array, Array]:
     """Joint effect of every window of `size` layers, and the sum of its single layers, [first
     layer]; of a sweep at one position."""
     if size == 1:
-        joint = total = results.effect("mlp_out", metric, "denoise")[:, 0, 0]
+        joint = total = results.effect("mlp_out", metric, "denoise").values[:, 0, 0]
     else:
         joint, total = (x[:, 0] for x in results.windows("mlp_out", size, metric, "denoise"))
     scale = 1.0
@@ -84,9 +84,10 @@ def by_window(results: Results, metric: str, size: int) -> tuple[Array, Array]:
     return joint * scale, total * scale
 
 
-def peak(curve: Array, size: int) -> Peak:
-    """The peak of a curve [first layer] of windows of `size` layers."""
-    first, spread = int(curve.argmax()), float(curve.std())
+def peak(curve: Array, size: int, among: range | None = None) -> Peak:
+    """The peak of a curve [first layer] of windows of `size` layers; among: of these only."""
+    start, stop = (among.start, among.stop) if among else (0, len(curve))
+    first, spread = start + int(curve[start:stop].argmax()), float(curve.std())
     return Peak(
         height=float(curve[first]),
         layers=range(first, first + size),
@@ -95,16 +96,34 @@ def peak(curve: Array, size: int) -> Peak:
     )
 
 
-def peaks(results: Results, metric: str, size: int) -> tuple[Peak, Peak]:
+def peaks(
+    results: Results, metric: str, size: int, among: range | None = None
+) -> tuple[Peak, Peak]:
     """The peaks of the joint effect, and of the sum of single layers."""
     joint, total = by_window(results, metric, size)
-    return peak(joint, size), peak(total, size)
+    return peak(joint, size, among), peak(total, size, among)
 
 
-def figure(title: Sequence[str], panels: Mapping[tuple[str, str], Sequence[Curve]]) -> Figure:
+def middle_half(layers: int) -> tuple[float, float]:
+    """The second and third quarter of a model's layers, from where to where, in layers from 0."""
+    return (layers - 1) / 2 - layers / 4, (layers - 1) / 2 + layers / 4
+
+
+def middle(layers: int, size: int) -> range:
+    """The first layers of the windows whose middle lies in the middle half of the layers."""
+    low, high = middle_half(layers)
+    inside = [i for i in range(layers - size + 1) if low <= i + (size - 1) / 2 <= high]
+    return range(inside[0], inside[-1] + 1)
+
+
+def figure(
+    title: Sequence[str],
+    panels: Mapping[tuple[str, str], Sequence[Curve]],
+    shaded: tuple[float, float] | None = None,
+) -> Figure:
     """Curves over layers, (corruption, metric) -> its curves: a column of panels per corruption, a
-    row per metric, which has one scale."""
-    heatmaps.needed()
+    row per metric, which has one scale. shaded: from which layer to which."""
+    drawing.needed()
     from matplotlib.figure import Figure
 
     corruptions = list(dict.fromkeys(corruption for corruption, _ in panels))
@@ -113,7 +132,10 @@ def figure(title: Sequence[str], panels: Mapping[tuple[str, str], Sequence[Curve
     drawn = Figure(figsize=size, layout="constrained")
     grid = drawn.subplots(len(metrics), len(corruptions), squeeze=False, sharex=True, sharey="row")
     for (corruption, metric), curves in panels.items():
-        _draw(grid[metrics.index(metric)][corruptions.index(corruption)], curves)
+        axes = grid[metrics.index(metric)][corruptions.index(corruption)]
+        if shaded:
+            axes.axvspan(*shaded, color="0.92", linewidth=0)
+        _draw(axes, curves)
     windows = any(curve.size > 1 for curves in panels.values() for curve in curves)
     middle = " (middle of the window)" if windows else ""
     for column, corruption in enumerate(corruptions):

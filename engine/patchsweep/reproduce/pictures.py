@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep import heatmaps
+from patchsweep import drawing
 from patchsweep.effect import Array
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class Picture:
 
 def figure(title: Sequence[str], rows: Sequence[Sequence[Picture]]) -> Figure:
     """Pictures [row][column], each with its own scale, centred at 0; grey: no value."""
-    heatmaps.needed()
+    drawing.needed()
     from matplotlib.figure import Figure
 
     layers, columns = rows[0][0].values.shape
@@ -54,7 +54,7 @@ def draw(axes: Axes, values: Array, limit: float, framed: NDArray[np.bool_] | No
 
     image = axes.imshow(
         np.ma.masked_invalid(values),
-        cmap=heatmaps.COLOURS,
+        cmap=drawing.COLOURS,
         vmin=-limit,
         vmax=limit,
         aspect="auto",

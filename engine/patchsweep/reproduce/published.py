@@ -89,10 +89,10 @@ def applies(experiment: str, model: Model) -> tuple[list[List], str]:
     return [], f"No published list applies: there is none; the claims are of {known}{this}."
 
 
-def circuit(model: Model) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Name movers and S-inhibition heads that are known of this very model; None if none are."""
-    said = _file()["circuits"].get(model_of(model))
-    return said and (tuple(said["name_movers"].split()), tuple(said["s_inhibition"].split()))
+def circuit(name: str | None) -> dict[str, tuple[str, ...]] | None:
+    """Class -> its heads, in the circuit that is known of a model; None if none is."""
+    said = _file()["circuits"].get(name)
+    return said and {kind: tuple(heads.split()) for kind, heads in said.items()}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from functools import cache
 from typing import TypeVar
 
 import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
 
 from patchsweep.effect import Array, ratio
 from patchsweep.reproduce.experiment import Finding
@@ -32,44 +34,61 @@ class Drawn(Results):
         self,
         component: str,
         metric: str,
-        direction: str,
+        direction: str | None = None,
         source: str | None = None,
         layers: slice = slice(None),
+        align: str | None = "start",
     ) -> tuple[Array, Array | None]:
         """As of Results, of these pairs."""
-        moved, span = self.whole_changes(component, metric, direction, source)
+        moved, span = self.whole_changes(component, metric, direction, source, align=align)
         pairs = list(self.pairs)
         return moved[pairs][:, layers], None if span is None else span[pairs]
 
     def effect(
-        self, component: str, metric: str, direction: str, source: str | None = None
-    ) -> Array:
+        self,
+        component: str,
+        metric: str,
+        direction: str | None = None,
+        source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
+    ) -> xr.DataArray:
         """As of Results, of these pairs."""
-        moved, span = self.changes(component, metric, direction, source)
-        there = np.isfinite(moved)
-        below = np.ones(len(moved)) if span is None else span
-        total = np.where(there, below[:, None, None, None], 0.0).sum(0)
-        return ratio(np.where(there, moved, 0.0).sum(0), total)
+        columns = self.columns(component, align)
+        moved, span = self.changes(component, metric, direction, source, align=columns.align)
+        found, count = effect_of(moved, span)
+        found[count < self.least(component, min_pairs)] = np.nan
+        return self.labelled(component, columns, found, count, f"{metric}_effect")
 
     def baseline(self, metric: str) -> Array:
         """As of Results, of these pairs."""
         return self.whole_baseline(metric)[..., list(self.pairs)]
 
 
+def effect_of(moved: Array, span: Array | None) -> tuple[Array, NDArray[np.int64]]:
+    """The ratio of means of changes [pair, ...], and over how many pairs it is."""
+    there = np.isfinite(moved)
+    below = np.ones(len(moved)) if span is None else span
+    total = np.where(there, below[:, None, None, None], 0.0).sum(0)
+    return ratio(np.where(there, moved, 0.0).sum(0), total), there.sum(0)
+
+
 def sure(
-    claims: Claims[K], results: Mapping[K, Results], n: int, seed: int = 0
+    claims: Claims[K], results: Mapping[K, Results], n: int, seed: int = 0, ways: int = 1
 ) -> tuple[Finding, ...]:
     """What is found in results that are all of the same `n` pairs, each finding with the share of
     DRAWS resamples of the pairs in which it holds, of those that decide it; without one where it is
-    not decided, and for a single pair."""
-    found = tuple(claims(results, range(n)))
+    not decided, and for a single pair. ways: how often every pair comes in the results, one after
+    another, drawn together."""
+    found = tuple(claims(results, range(n * ways)))
     if n < 2:
         return found
     readers = {name: (r.store, cache(r.changes), cache(r.baseline)) for name, r in results.items()}
     rng = np.random.default_rng(seed)
     held: list[list[bool]] = [[] for _ in found]
     for _ in range(DRAWS):
-        pairs = tuple(rng.integers(n, size=n).tolist())
+        pairs = tuple((rng.integers(n, size=n)[:, None] * ways + np.arange(ways)).ravel().tolist())
         drawn = {name: Drawn(*reader, pairs) for name, reader in readers.items()}
         for each, finding in zip(held, claims(drawn, pairs), strict=True):
             if finding.holds is not None:

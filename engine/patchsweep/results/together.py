@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from patchsweep.circuits import OUTSIDE, Curve, curve
 from patchsweep.effect import Array
@@ -30,23 +31,28 @@ class Together(Effects):
 
         BadInput if the sweep had no such windows, or not the component on its own.
         """
-        grid, sets = self.grid(component), self.grid(SETS)
         columns = self.columns(component, align)
         asked = metric, direction, source, columns, min_pairs
-        where = {name: i for i, name in enumerate(sets.positions)}
-        firsts = range(grid.layers - size + 1)
+        found = self.window_sets(component, size)
+        joint = self.over_pairs(SETS, *asked, found).effect[:, 0]
+        single = self.over_pairs(component, *asked).effect[:, 0]
+        return joint, np.stack([single[i : i + size].sum(0) for i in range(len(found))])
+
+    def window_sets(self, component: str, size: int) -> NDArray[np.intp]:
+        """Which of the sets is the window of `size` layers, [first layer, position]; BadInput if
+        the sweep had no such windows, or not the component on its own."""
+        grid = self.grid(component)
+        where = {name: i for i, name in enumerate(self.grid(SETS).positions)}
         try:
             found = [
                 [where[window_name(component, range(i, i + size), p)] for p in grid.positions]
-                for i in firsts
+                for i in range(grid.layers - size + 1)
             ]
         except KeyError as error:
             raise BadInput(
                 f"no windows of {size} layers of {component} in these results"
             ) from error
-        joint = self.over_pairs(SETS, *asked, np.array(found)).effect[:, 0]
-        single = self.over_pairs(component, *asked).effect[:, 0]
-        return joint, np.stack([single[i : i + size].sum(0) for i in firsts])
+        return np.array(found, np.intp)
 
     def window_sizes(self, component: str) -> tuple[int, ...]:
         """The sizes of the sliding windows of a component, in layers."""

@@ -29,17 +29,20 @@ NOUNS = """
 """
 
 
-@task()
-def greater_than(tokenizer: PreTrainedTokenizerBase, seed: int, bos: Bos) -> Iterator[Pair]:
+@task(wrong=("up_to", "below"))
+def greater_than(
+    tokenizer: PreTrainedTokenizerBase, seed: int, bos: Bos, *, wrong: str
+) -> Iterator[Pair]:
     """Clean "The war lasted from the year 1732 to the year 17"; the corrupt prompt starts in 1701.
 
-    answer: the two-digit years above 32; wrong: those up to it (any metric over sets reads them).
+    answer: the two-digit years above 32; wrong: those up to it (Hanna et al.), or those below it
+    (Zhang & Nanda 2023, App. E); any metric over sets reads them.
     Where every digit is a token, the answer is read at the tens: digits that make every such year
     come after 32, against those that make none (of 32: 4 to 9 against 0 to 2).
     Labels NOUN, XX, YY, XX2, END (of digits XX_1, XX_2 ...); group: the noun.
     """
     nouns = single(tokenizer, NOUNS)
-    years = _years(tokenizer)
+    years = _years(tokenizer, own=wrong == "up_to")
     draws = list(product(nouns, years))
     for noun, (century, year) in in_random_order(random.Random(seed), draws):
         words = {"NOUN": noun, "XX": f"{century}", "XX2": f"{century}"}
@@ -47,14 +50,14 @@ def greater_than(tokenizer: PreTrainedTokenizerBase, seed: int, bos: Bos) -> Ite
             lay(tokenizer, TEMPLATE, words | {"YY": yy}, bos) for yy in (f"{year:02}", START)
         )
         if clean and corrupt and clean.fits(corrupt):
-            answer, wrong = years[century, year]
-            yield Pair(clean.ids, corrupt.ids, answer, wrong, clean.labels, noun)
+            yield Pair(clean.ids, corrupt.ids, *years[century, year], clean.labels, noun)
 
 
 def _years(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase, own: bool
 ) -> dict[tuple[int, int], tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(century, year) -> the tokens of the answers and of the wrongs."""
+    """(century, year) -> the tokens of the answers and of the wrongs; own: the year itself may be
+    one of these."""
     ends = {
         (century, year): following(tokenizer, f"the year {century}", f"{year:02}")
         for century in CENTURIES
@@ -65,7 +68,7 @@ def _years(
         sides = {
             (century, year): (
                 tuple(token for first, token in tokens.items() if first > year),
-                tuple(token for first, token in tokens.items() if first + span - 1 <= year),
+                tuple(token for first, token in tokens.items() if first + span - own <= year),
             )
             for century, year in product(CENTURIES, YEARS)
             if len(ends[century, year]) == len(ends[century, int(START)]) == width
