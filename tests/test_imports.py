@@ -39,7 +39,7 @@ LEVELS = (
     ("schedule", "prompts"),
     ("taps", "stacked"),
     ("wave", "interventions"),
-    ("means", "selftest", "attribution", "splitting", "wording"),
+    ("means", "selftest", "attribution", "splitting", "doubts"),
     ("prepare", "backends"),
     ("append", "assembly", "planning", "provenance"),
     ("joint", "output"),

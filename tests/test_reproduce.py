@@ -177,7 +177,10 @@ def test_effects_as_the_paper_has_them(setting: Setting) -> None:
         np.testing.assert_allclose(found.effect, by_hand, rtol=0, atol=1e-4 * np.ptp(by_hand))
         assert found.effect.shape == (4, 4)
         cells_ = results.detections("head_z", metric, "denoise")
-        assert {f"{c.layer}.{c.unit}" for c in cells_} == {*found.positive, *found.negative}
+        assert {f"{c.layer}.{c.head}" for c in cells_.itertuples()} == {
+            *found.positive,
+            *found.negative,
+        }
 
 
 def test_the_circuit_is_measured_as_the_model_attends(setting: Setting) -> None:

@@ -23,7 +23,7 @@ from patchsweep.reproduce import (
 )
 from patchsweep.reproduce.experiment import Finding, Report, markdown
 from patchsweep.reproduce.heads import METRICS, Heads
-from patchsweep.reproduce.resampled import DRAWS, Drawn, sure
+from patchsweep.reproduce.resampled import DRAWS, Drawn, effect_of, sure
 from patchsweep.results import Results
 from patchsweep.store import Store
 
@@ -343,8 +343,8 @@ def test_resampled_effects(pairs: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     moved, span = rng.normal(size=(3, 4, 2, 1)), rng.uniform(1, 2, 3)
     moved[0, 1] = np.nan
-    drawn = Drawn(cast(Store, None), lambda *_: (moved, span), lambda _: span, pairs)
-    found = drawn.effect("head_z", "logit_diff", "denoise")
+    drawn = Drawn(cast(Store, None), lambda *_, **__: (moved, span), lambda _: span, pairs)
+    found, _ = effect_of(*drawn.changes("head_z", "logit_diff", "denoise"))
     for layer in range(4):
         use = [p for p in pairs if np.isfinite(moved[p, layer, 0, 0])]
         by_hand = sum(moved[p, layer, :, 0] for p in use) / sum(span[p] for p in use)

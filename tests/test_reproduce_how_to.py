@@ -141,7 +141,7 @@ def test_docstring_heads_are_detected_over_both_positions(setting: Setting) -> N
     report = docstring.run(own)
     for corruption in ("STR", "GN"):
         results = ps.open(own.out / f"{corruption.lower()}.zarr")
-        cells = results.detections("head_z", "logit_diff", "denoise")
+        cells = list(results.detections("head_z", "logit_diff", "denoise").itertuples())
         for at, called in docstring.POSITIONS.items():
             (row,) = [
                 r
@@ -150,7 +150,7 @@ def test_docstring_heads_are_detected_over_both_positions(setting: Setting) -> N
             ]
             for sign, column in ((1, "positive"), (-1, "negative")):
                 wanted = [
-                    f"{c.layer}.{c.unit}"
+                    f"{c.layer}.{c.head}"
                     for c in cells
                     if c.position == at and np.sign(c.effect) == sign
                 ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 
 from dictionaries import (
     FEATURES,
@@ -24,6 +25,7 @@ from dictionaries import (
     sae_lens,
     sparsify,
 )
+from patchsweep.errors import BadInput
 from patchsweep.sae import SAE, load_sae
 
 
@@ -294,17 +296,129 @@ def test_plain_jumprelu_and_topk(tmp_path: Path, x: Array) -> None:
     ],
 )
 def test_hook_names(tmp_path: Path, hook: str, at: str) -> None:
-    sae = load_sae(sae_lens(tmp_path, draw(), OLD | {"hook_name": f"blocks.11.{hook}"}))
+    sae = load_sae(
+        sae_lens(tmp_path, draw(), OLD | {"hook_name": f"blocks.11.{hook}", "hook_layer": 11})
+    )
     assert (sae.layer, sae.at) == (11, at)
 
 
-def test_the_caller_wins(tmp_path: Path) -> None:
+def test_the_caller_says_what_the_file_does_not(tmp_path: Path) -> None:
     folder = sae_lens(tmp_path, draw(), OLD)
-    sites = [(s.layer, s.at) for s in (load_sae(folder, layer=2), load_sae(folder, at="mlp_out"))]
-    assert sites == [(2, "resid_pre"), (8, "mlp_out")]
-    sae_lens(tmp_path, draw(), OLD | {"hook_name": "somewhere.else"})
+    for at in ({"layer": 8}, {"at": "resid_pre"}, {"layer": 7, "at": "resid_post"}):  # the same
+        assert load_sae(folder, **at).layer == at.get("layer", 8)  # type: ignore[arg-type]
+    sae_lens(tmp_path, draw(), OLD | {"hook_name": "somewhere.else", "hook_layer": None})
     sae = load_sae(folder, layer=0, at="resid_post")
     assert (sae.layer, sae.at) == (0, "resid_post")
+
+
+GEMMA_2 = {
+    "hf_hook_point_in": "model.layers.12.output",
+    "hf_hook_point_out": "model.layers.12.output",
+    "width": FEATURES,
+    "model_name": "gemma-v3-270m-pt",
+    "architecture": "jump_relu",
+    "l0": 60,
+    "affine_connection": False,
+    "type": "sae",
+}
+
+
+def gemma_scope_2(folder: Path, weights: dict[str, Array], **change: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    save_file({name.lower(): x for name, x in weights.items()}, folder / "params.safetensors")
+    (folder / "config.json").write_text(json.dumps(GEMMA_2 | change))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("hook", "at"),
+    [
+        ("model.layers.12.output", "resid_post"),
+        ("model.language_model.layers.12.output", "resid_post"),
+        ("model.layers.12.self_attn.o_proj.input", "head_z"),
+        ("model.layers.12.post_feedforward_layernorm.output", "mlp_out"),
+    ],
+)
+def test_gemma_scope_2(tmp_path: Path, x: Array, hook: str, at: str) -> None:
+    w = draw("b_enc", "threshold")
+    sae = load_sae(gemma_scope_2(tmp_path, w, hf_hook_point_in=hook, hf_hook_point_out=hook))
+    assert (sae.layer, sae.at) == (12, at)
+    before = x @ w["W_enc"] + w["b_enc"]
+    same(features(sae, x), np.where(before > w["threshold"], before, 0))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"type": "transcoder"}, "is a transcoder"),
+        ({"type": "crosscoder"}, "is a crosscoder"),
+        (
+            {"hf_hook_point_out": "model.layers.13.output"},
+            "is a sae, what it writes is not what it reads",
+        ),
+        ({"affine_connection": True}, "affine skip connection"),
+        ({"width": 99}, "has 10 features, its settings say 99"),
+        ({"architecture": "gelu"}, "unknown architecture 'gelu'"),
+        ({"scale": 2.0}, "settings scale, unknown here"),
+        ({"hf_hook_point_in": "a.b", "hf_hook_point_out": "a.b"}, "unknown hook 'a.b'"),
+    ],
+)
+def test_gemma_scope_2_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    folder = gemma_scope_2(tmp_path, draw("b_enc", "threshold"), **change)
+    with pytest.raises(BadInput, match=words) as error:
+        load_sae(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_beside_any_weights(tmp_path: Path, x: Array) -> None:
+    """Is heard, whatever the weights are called; that of a model is not about them."""
+    w = draw("b_enc", "threshold")
+    file = plain(tmp_path / "mine.safetensors", w)
+    (tmp_path / "config.json").write_text('{"layer": 4, "at": "mlp_out"}')
+    assert (load_sae(file).layer, load_sae(file).at) == (4, "mlp_out")
+    with pytest.raises(BadInput, match="says layer 4, at mlp_out, the sweep layer 3"):
+        load_sae(file, layer=3)
+    (tmp_path / "config.json").write_text('{"trainer": {"k": 3}}')
+    with pytest.raises(BadInput, match="settings trainer, unknown here"):
+        load_sae(file, 4, "mlp_out")
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 6}')
+    assert load_sae(file, 4, "mlp_out").layer == 4
+    npz = gemma_scope(tmp_path / "layer_3", w)
+    (npz / "config.json").write_text('{"type": "transcoder"}')
+    with pytest.raises(BadInput, match="is a transcoder"):
+        load_sae(npz, at="resid_post")
+
+
+FULL = OLD | {
+    "model_name": "gpt2-small",
+    "prepend_bos": True,
+    "context_size": 128,
+    "dataset_path": "x",
+    "sae_lens_training_version": "3.1.0",
+    "l1_coefficient": 8e-5,
+    "neuronpedia_id": None,
+    "activation_fn_kwargs": {},
+    "seqpos_slice": [None],
+}
+
+
+def test_settings_that_change_nothing(tmp_path: Path, x: Array) -> None:
+    w = draw()
+    kwargs = {"center_unembed": True, "fold_ln": True, "center_writing_weights": False}
+    sae = load_sae(sae_lens(tmp_path, w, FULL | {"model_from_pretrained_kwargs": kwargs}))
+    same(features(sae, x), relu((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"]))
+    assert sae.processing_said
+    assert not load_sae(sae_lens(tmp_path, w, FULL)).processing_said
+
+
+def test_centred_writing_weights_folded_in_as_the_line_says(tmp_path: Path, x: Array) -> None:
+    """What the refusal asks for gives the features of activations without their mean."""
+    w = draw()
+    wanted = relu((x - x.mean(1, keepdims=True) - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+    folded = w | {"b_enc": w["b_enc"] - w["b_dec"] @ w["W_enc"]}
+    folded["W_enc"] = w["W_enc"] - w["W_enc"].mean(0)
+    sae = load_sae(sae_lens(tmp_path, folded, FULL | {"apply_b_dec_to_input": False}))
+    same(features(sae, x), wanted)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,30 @@ CFG_FAULTS: list[tuple[str, dict[str, Any]]] = [
     ("unknown hook 'blocks.1.hook_q'", {"hook_name": "blocks.1.hook_q"}),
     ("unknown hook 'hook_embed'", {"hook_name": "hook_embed"}),
     ("unknown hook 'layers.x'", {"hook_name": "layers.x"}),
-    ("does not say its layer", {"hook_name": None}),
+    ("does not say its layer", {"hook_name": None, "hook_layer": None}),
+    ("layer is 8 and 7", {"hook_layer": 7}),
+    ("settings what_is_this, unknown here", {"what_is_this": False}),
+    (
+        "hook_name is 'blocks.1.hook_mlp_out' and",
+        {"metadata": {"hook_name": "blocks.1.hook_mlp_out"}},
+    ),
+    ("settings new_one, unknown here", {"metadata": {"new_one": 1}}),
+    ("without their mean", {"model_from_pretrained_kwargs": {"center_writing_weights": True}}),
+    (
+        "loaded with fold_value_biases",
+        {"model_from_pretrained_kwargs": {"fold_value_biases": True}},
+    ),
+    ("settings x, unknown here", {"model_from_pretrained_kwargs": {"x": 0}}),
+    ("settings scale, unknown", {"activation_fn_kwargs": {"scale": 2}}),
+    ("reshapes its input by 'hook_z'", {"reshape_activations": "hook_z"}),
+    ("a single head", {"metadata": {"hook_head_index": 0}}),
+    ("is a transcoder", {"hook_name_out": "blocks.8.hook_mlp_out"}),
+    ("is a transcoder", {"d_out": 7}),
+    ("has 10 features, its settings say 11", {"d_sae": 11}),
+    ("tuned by a scaling_factor that is not", {"finetuning_scaling_factor": True}),
+    ("norm_scaling_factor that its settings do not use", {"norm_scaling_factor": 0.5}),
+    ("no setting of standard", {"rescale_acts_by_decoder_norm": True}),
+    ("k is 3 and 4", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4}, "k": 3}),
     ("a single head", {"hook_head_index": 3}),
     ("by 'layer_norm'", {"normalize_activations": "layer_norm"}),
     ("by 'constant_norm_rescale'", {"normalize_activations": "constant_norm_rescale"}),
@@ -211,6 +234,9 @@ def test_a_tuned_scale_that_cfg_does_not_use(tmp_path: Path) -> None:
         ("trained with transcode", {"transcode": True}),
         ("trained with signed", {"signed": True}),
         ("trained with gram_lookup", {"gram_lookup": True}),
+        ("trained with skip_connection", {"skip_connection": True}),
+        ("settings bandwidth, unknown here", {"bandwidth": 2}),
+        ("has 10 features, its settings say 11", {"num_latents": 11}),
         ("activates by 'groupmax'", {"activation": "groupmax"}),
         ("k is None", {"k": None}),
     ],
@@ -233,6 +259,28 @@ def test_folders_of_sparsify_that_name_no_site(tmp_path: Path, name: str) -> Non
 def test_parts_of_gemma_scope_that_are_no_sae_of_a_layer(tmp_path: Path, folders: str) -> None:
     folder = gemma_scope(tmp_path / folders, draw("b_enc", "threshold"))
     refused("transcoder or reads embeddings", lambda: load_sae(folder, 0, "mlp_out"))
+
+
+def test_settings_in_the_metadata(tmp_path: Path) -> None:
+    plain(tmp_path / "p.safetensors", draw(), format="pt", license="mit")
+    assert load_sae(tmp_path / "p.safetensors", 0, "resid_pre").layer == 0
+    file = plain(tmp_path / "p.safetensors", draw(), temperature="2")
+    refused("settings temperature, unknown here", lambda: load_sae(file, 0, "resid_pre"))
+    folder = sae_lens(tmp_path / "a", draw(), OLD)
+    save_file(draw(), folder / "sae_weights.safetensors", metadata={"k": "3"})
+    refused("settings k, unknown here", lambda: load_sae(folder))
+
+
+@pytest.mark.parametrize(
+    "given", [{"layer": 2}, {"at": "mlp_out"}, {"layer": 8, "at": "resid_post"}]
+)
+def test_a_sweep_that_says_another_place(tmp_path: Path, given: dict[str, Any]) -> None:
+    folder = sae_lens(tmp_path / "a", draw(), OLD)
+    refused("says layer 8, at resid_pre, the sweep", lambda: load_sae(folder, **given))
+    other = sparsify(tmp_path / "layers.8", draw())
+    refused("says layer 8, at resid_post, the sweep", lambda: load_sae(other, layer=9))
+    npz = gemma_scope(tmp_path / "gemma-scope-2b-pt-res/layer_8/w", draw("b_enc", "threshold"))
+    refused("says layer 8, at resid_post, the sweep", lambda: load_sae(npz, at="mlp_out"))
 
 
 def test_what_neither_file_nor_caller_says(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 import patchsweep as ps
 from inputs import Letters
 from oracle.families import FAMILIES, prompts
-from patchsweep.circuits import curve
 from patchsweep.pairs import Pair
 
 
@@ -225,43 +224,6 @@ def test_windows_beside_the_sum_of_their_layers(
     assert not np.allclose(joint, total)
     with pytest.raises(ps.BadInput, match="no windows of 3 layers"):
         results.windows("mlp_out", 3, "logit_diff", "denoise")
-
-
-def test_a_circuits_curve(model: ps.Model, pairs: list[Pair], tmp_path: Path) -> None:
-    """Everything noised is the corrupt run, nothing noised the clean one; in between, sets."""
-    first = ps.sweep(model, pairs, components=["head_z"], positions="all", out=tmp_path / "a")
-    ranking = {"results": tmp_path / "a", "component": "head_z", "metric": "logit_diff", "top": 18}
-    results = ps.sweep(
-        model,
-        pairs,
-        positions="all",
-        direction="both",
-        circuit={"ranking": ranking, "within": ["head_z", "mlp_out"], "sizes": [1, 5, 18]},
-        out=tmp_path / "b",
-    )
-    found = results.circuit("logit_diff")
-    assert found.sizes == (1, 5, 18)
-    np.testing.assert_allclose(found.fraction, np.array([1, 5, 18]) / 21)  # 18 heads, 3 MLPs
-    [top] = first.top("head_z", "logit_diff", "denoise", 1).itertuples()
-    assert found.recovered[0] == pytest.approx(top.effect, abs=1e-9)
-    rest = {"rest": {"within": ["head_z", "mlp_out"], "besides": []}}
-    every = ps.sweep(
-        model, pairs, sets=rest, positions="all", direction="noise", out=tmp_path / "c"
-    )
-    whole = every.effect("sets", "logit_diff", "noise").values
-    assert whole.item() != pytest.approx(1, abs=0.01)  # the embedding is not noised
-
-
-def test_cpr_and_cmd_by_hand() -> None:
-    names = ["circuit top 1", "circuit outside 1", "circuit top 5", "circuit outside 5"]
-    noised, denoised = np.array([0.0, 0.5, 0.0, -0.2]), np.array([0.3, 0.0, 0.9, 0.0])
-    found = curve(names, noised, denoised, 10)
-    assert found.faithfulness.tolist() == [0.5, 1.2]
-    assert found.recovered.tolist() == [0.3, 0.9]
-    area = (0 + 0.5) / 2 * 0.1 + (0.5 + 1.2) / 2 * 0.4 + (1.2 + 1) / 2 * 0.5
-    assert found.cpr == pytest.approx(area)
-    gap = (1 + 0.5) / 2 * 0.1 + (0.5 + 0.2) / 2 * 0.4 + (0.2 + 0) / 2 * 0.5
-    assert found.cmd == pytest.approx(gap)
 
 
 def test_intervals_and_p_values(model: ps.Model, pairs: list[Pair], tmp_path: Path) -> None:

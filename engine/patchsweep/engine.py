@@ -17,6 +17,7 @@ from patchsweep import results as results_of
 from patchsweep.assembly import Assembly
 from patchsweep.backends import Backend, opened, taken
 from patchsweep.distributed import Processes, alone, launched, restarted, together
+from patchsweep.doubts import doubts
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
 from patchsweep.forward import Forward
@@ -40,7 +41,6 @@ from patchsweep.splitting import Launch, Splitting
 from patchsweep.store import WAVES_SPLIT, Store, remove
 from patchsweep.values import Values
 from patchsweep.wave import launch_wave
-from patchsweep.wording import doubts
 from patchsweep.writer import background
 
 T = TypeVar("T")
@@ -145,7 +145,9 @@ def carry_out(
         if fill or not existing:
             attribution.tried(backend.forward, plan, settings, values)
         if processes.first and (fill or not existing):
-            attrs["doubts"] = doubts(backend.forward, backend.carry, model.tokenizer, plan.pairs)
+            attrs["doubts"] = doubts(
+                backend.forward, backend.carry, model.tokenizer, plan.pairs, sae
+            )
         if overwrite and there:
             remove(out)  # only now can nothing be refused any more
         goes_on = existing if not fill else None

@@ -187,9 +187,12 @@ def _curve(results: Results, metric: str, source: str) -> Figure:
     axes.minorticks_off()
     axes.set_xticks(found.sizes, [str(size) for size in found.sizes])
     axes.set_xlabel("sites in the circuit")
-    axes.set_ylabel(f"{metric} recovered\n(0 = corrupt run, 1 = clean run)")
-    pairs = heatmaps.counted(results.grid(SETS).pairs)
-    lines = (heatmaps.heading(results), f"n = {pairs}, CPR {found.cpr:.3f}, CMD {found.cmd:.3f}")
+    grid = results.grid(SETS)
+    normalised = results.normalised(grid.sources.index(source))
+    least = "corrupt run" if normalised else "everything patched"
+    axes.set_ylabel(f"{metric} recovered\n(0 = {least}, 1 = clean run)")
+    pairs = heatmaps.counted(grid.pairs)
+    lines = (heatmaps.heading(results), f"n = {pairs}, {found.areas}")
     axes.set_title("\n".join(lines), fontsize=9, parse_math=False)
     axes.legend(fontsize=8)
     return figure

@@ -268,10 +268,11 @@ def circuit(results: Results, metric: str) -> Table:
     """Performance against circuit size, with the areas under and beside the curve."""
     found = results.circuit(metric)
     table = _table("sites", "share", "all others noised", "these denoised")
+    table.add_row("0", "0.00%", _number(found.empty), "")
     for row in zip(found.sizes, found.fraction, found.faithfulness, found.recovered, strict=True):
         size, fraction, faithful, recovered = row
         table.add_row(str(size), f"{fraction:.2%}", f"{faithful:.3f}", f"{recovered:.3f}")
-    table.caption = f"CPR {found.cpr:.3f}, CMD {found.cmd:.3f}"
+    table.caption = found.areas
     return table
 
 

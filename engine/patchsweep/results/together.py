@@ -63,23 +63,14 @@ class Together(Effects):
     def has_circuit(self) -> bool:
         """Whether the sweep measured a circuit's curve."""
         sets = self.store.grids.get(SETS)
-        return sets is not None and any(str(name).startswith(OUTSIDE) for name in sets.positions)
+        return sets is not None and f"{OUTSIDE}0" in sets.positions
 
     def circuit(self, metric: str, source: str | None = None) -> Curve:
         """Performance against circuit size; BadInput if the sweep had no circuit."""
         grid = self.grid(SETS)
         effects = {d: self.effect(SETS, metric, d, source).values[0, 0] for d in grid.directions}
         names = [str(name) for name in grid.positions]
-        return curve(names, effects.get("noise"), effects.get("denoise"), self._circuit_sites())
-
-    def _circuit_sites(self) -> int:
-        """How many sites a circuit's ranking and all others are together."""
-        names = [str(name) for name in self.grid(SETS).positions]
-        owner = self.store.read(f"{SETS}/site_set")
-        outside = [i for i, name in enumerate(names) if name.startswith(OUTSIDE)]
-        if not outside:
-            raise BadInput(
-                "these results have no circuit: add circuit: {ranking: [...]} to the spec"
-            )
-        size = int(names[outside[0]].removeprefix(OUTSIDE))
-        return int((owner == outside[0]).sum()) + size
+        sites = np.bincount(self.store.read(f"{SETS}/site_set"), minlength=len(names))
+        number = grid.sources.index(source or grid.sources[0])
+        normalised = self.normalised(number)
+        return curve(names, effects.get("noise"), effects.get("denoise"), sites, normalised)

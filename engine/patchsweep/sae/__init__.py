@@ -14,13 +14,17 @@ Layouts, weights always from safetensors or npz, never from a pickle:
 - SAE-Lens: a folder of cfg.json and sae_weights.safetensors.
 - sparsify: a folder, named as the hooked module ("layers.5.mlp"), of cfg.json and sae.safetensors.
 - Gemma Scope: params.npz; layer and activation are read from the names of its folders.
+- Gemma Scope 2: a folder of config.json and params.safetensors.
 - Plain: one .safetensors of W_enc (or encoder) [width, feature], W_dec (or decoder)
   [feature, width], b_enc [feature] and perhaps b_dec [width], threshold [feature]. The metadata of
-  the file may say layer, at, hook_name, architecture, k and apply_b_dec_to_input; without the last
-  b_dec is not subtracted from the input, as in Gemma Scope.
+  the file, or a config.json beside it, may say layer, at, hook_name, architecture, k and
+  apply_b_dec_to_input; without the last b_dec is not subtracted from the input, as in Gemma Scope.
+
+A setting that is not known is refused, as is a tensor: what it changes cannot be guessed.
 
     autoencoder.py   the autoencoder itself: its features, checked shapes
     files.py         the published layouts: tensors and settings as they are there
+    settings.py      which settings are known, and which of them change nothing
     load.py          from those to an autoencoder
 """
 

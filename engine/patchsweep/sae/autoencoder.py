@@ -22,7 +22,8 @@ class SAE:
     subtracted from the input first. At most one of: `threshold` [feature] (JumpReLU; at or below
     it, and below zero, a feature is 0), `k` (TopK) and the pair `gain`, `magnitude` [feature]
     (gated: the factor and the bias of the magnitudes, while `bias` is the gates'); with none of
-    them the features are ReLU's. `source` is where it came from, for messages.
+    them the features are ReLU's. `source` is where it came from, for messages; `processing_said`:
+    whether it says if its model's weights were processed.
 
     BadInput if shapes do not fit together or weights are not finite.
     """
@@ -38,6 +39,7 @@ class SAE:
     gain: Tensor | None = None
     magnitude: Tensor | None = None
     source: str = "in memory"
+    processing_said: bool = True
 
     def __post_init__(self) -> None:
         if self.at not in SITES:

@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patchsweep.errors import BadInput
+from patchsweep.sae.settings import APPLIED, BESIDE, TRAINING, check_known, check_loading, merged
+from patchsweep.sae.settings import SPARSIFY as SETTINGS_OF_SPARSIFY
 
 SAE_LENS = "sae_weights.safetensors"
 SPARSIFY = "sae.safetensors"
@@ -106,13 +108,16 @@ def _json(file: Path) -> dict[str, Any]:
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[Settings, Mapping[str, str]]:
     """The settings of the autoencoder, and what tensors of other names are called here."""
-    if file.name == SAE_LENS:
-        return _sae_lens(file.parent), ALIASES
-    if file.name == SPARSIFY:
-        return _sparsify(file.parent), LINEAR
+    if file.name in (SAE_LENS, SPARSIFY):
+        check_known(str(file), metadata, {"format"})
+        lens = file.name == SAE_LENS
+        return (_sae_lens(file.parent), ALIASES) if lens else (_sparsify(file.parent), LINEAR)
+    said = merged(str(file), {key: _value(v) for key, v in metadata.items()}, *_beside(file.parent))
+    check_known(str(file), said, APPLIED | TRAINING | BESIDE)
+    check_loading(str(file), said)
     if file.suffix == ".npz":
-        return _gemma_scope(file), ALIASES
-    return _plain(metadata), ALIASES
+        said = {"architecture": "jumprelu"} | merged(str(file), _gemma_scope(file), said)
+    return {"apply_b_dec_to_input": False, **_gemma_scope_2(str(file), said)}, ALIASES
 
 
 def _sae_lens(folder: Path) -> Settings:
@@ -121,17 +126,24 @@ def _sae_lens(folder: Path) -> Settings:
     nested = said.get("metadata") or said.get("meta") or {}
     if not isinstance(nested, dict):
         raise BadInput(f"{folder / 'cfg.json'}: metadata is not a table: fetch it again")
-    flat = {"architecture": "standard", "apply_b_dec_to_input": True, **nested, **said}
-    flat = {key: value for key, value in flat.items() if value is not None}
-    flat.setdefault("hook_name", flat.get("hook_point"))
+    where = str(folder)
+    flat = merged(where, nested, said)
+    check_known(where, flat, APPLIED | TRAINING)
+    check_loading(where, flat)
+    flat = {"architecture": "standard", "apply_b_dec_to_input": True, **flat}
+    for old, new in (("hook_point", "hook_name"), ("hook_point_layer", "hook_layer")):
+        flat = merged(where, flat, {new: flat.get(old)})
     activation = flat.get("activation_fn_str", flat.get("activation_fn", "relu"))
+    options = dict(flat.get("activation_fn_kwargs") or {})
     if activation == "topk":
-        flat["architecture"] = "topk"
-        flat.setdefault("k", (flat.get("activation_fn_kwargs") or {}).get("k"))
+        flat = merged(where, flat | {"architecture": "topk"}, {"k": options.pop("k", None)})
     elif activation != "relu":
         raise BadInput(f"SAE {folder} activates by '{activation}': only relu and topk are known")
-    if flat.get("hook_head_index", flat.get("hook_point_head_index")) is not None:
+    check_known(f"{where}: activation_fn_kwargs", options, ())
+    heads = ("hook_head_index", "hook_point_head_index", "hook_head_index_out")
+    if any(head in flat for head in heads):
         raise BadInput(f"SAE {folder} reads a single head: only all heads together are known")
+    flat["processing_said"] = "model_from_pretrained_kwargs" in flat
     return flat | _scaler(folder / "activation_scaler.json", flat)
 
 
@@ -154,7 +166,8 @@ def _scaler(file: Path, said: Settings) -> dict[str, float]:
 def _sparsify(folder: Path) -> Settings:
     """Settings of a sparsify folder: TopK of the ReLU of the centred input."""
     said = _json(folder / "cfg.json")
-    for key in ("transcode", "signed", "gram_lookup"):
+    check_known(str(folder), said, SETTINGS_OF_SPARSIFY)
+    for key in ("transcode", "signed", "gram_lookup", "skip_connection"):
         if said.get(key):
             raise BadInput(f"SAE {folder} was trained with {key}: only plain TopK is known")
     if said.get("activation", "topk") != "topk":
@@ -164,6 +177,7 @@ def _sparsify(folder: Path) -> Settings:
         "apply_b_dec_to_input": True,
         "k": said.get("k"),
         "d_in": said.get("d_in"),
+        "d_sae": said.get("num_latents") or None,
         "hook_name": folder.absolute().name,
     }
 
@@ -171,7 +185,7 @@ def _sparsify(folder: Path) -> Settings:
 def _gemma_scope(file: Path) -> Settings:
     """Settings of Gemma Scope (Lieberum et al. 2024, arXiv 2408.05147): JumpReLU, not centred."""
     folders = file.absolute().parent.parts
-    said: dict[str, Any] = {"architecture": "jumprelu", "apply_b_dec_to_input": False}
+    said: dict[str, Any] = {"apply_b_dec_to_input": False}
     scope = [name for name in folders if "gemma-scope" in name]
     if scope and (scope[-1].endswith("transcoders") or "embedding" in folders):
         raise BadInput(f"SAE {file} is a transcoder or reads embeddings: use one of res, mlp, att")
@@ -184,9 +198,27 @@ def _gemma_scope(file: Path) -> Settings:
     return said
 
 
-def _plain(metadata: Mapping[str, str]) -> Settings:
-    """Settings of a plain file: the metadata of safetensors are strings."""
-    return {"apply_b_dec_to_input": False} | {key: _value(v) for key, v in metadata.items()}
+def _beside(folder: Path) -> list[dict[str, Any]]:
+    """What is said beside a file, but of a model that lies there too."""
+    files = (folder / name for name in ("config.json", "cfg.json"))
+    found = [_json(file) for file in files if file.is_file()]
+    return [said for said in found if "model_type" not in said]
+
+
+def _gemma_scope_2(where: str, said: Settings) -> Settings:
+    """Settings of Gemma Scope 2 (config.json beside params.safetensors) under SAE-Lens' names, and
+    any others as they are."""
+    kind, reads, writes = (
+        said.get(key) for key in ("type", "hf_hook_point_in", "hf_hook_point_out")
+    )
+    if kind not in (None, "sae") or (writes is not None and writes != reads):
+        raise BadInput(
+            f"SAE {where} is a {kind or 'transcoder'}, what it writes is not what it reads: use an "
+            "autoencoder (type: sae)"
+        )
+    if said.get("affine_connection"):
+        raise BadInput(f"SAE {where} has an affine skip connection: use one without")
+    return merged(where, said, {"hook_name": reads, "d_sae": said.get("width")})
 
 
 def _value(text: str) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 from patchsweep.errors import BadInput
 from patchsweep.sae.autoencoder import SAE, SITES
 from patchsweep.sae.files import Settings, normalisation, read_settings, read_weights, weights_file
+from patchsweep.sae.settings import merged
 
 # Architecture -> the tensors that it cannot do without, besides the two matrices.
 TENSORS = {
@@ -42,16 +43,22 @@ MODULES = {
     "self_attn": "attn_out",
     "attention": "attn_out",
     "mlp": "mlp_out",
+    # Gemma Scope 2: of Gemma 3, whose attention and MLP end in a norm.
+    "output": "resid_post",
+    "self_attn.o_proj.input": "head_z",
+    "post_attention_layernorm.output": "attn_out",
+    "post_feedforward_layernorm.output": "mlp_out",
 }
 
 
 def load_sae(path: str | Path, layer: int | None = None, at: str | None = None) -> SAE:
     """Read an autoencoder from a folder or a file of a published layout (see the package).
 
-    `layer` and `at` win over what the file says. Weights keep float64, the rest becomes float32.
-    BadInput for a missing or unreadable file, a pickle, a missing or unknown tensor, shapes that do
-    not fit, weights that are not finite, an unknown architecture, normalisation or hook name, and
-    where neither file nor caller says the layer and the activation.
+    `layer` and `at` are needed where the file does not say them. Weights keep float64, the rest
+    becomes float32. BadInput for a missing or unreadable file, a pickle, a missing or unknown
+    tensor or setting, shapes that do not fit, weights that are not finite, an unknown architecture,
+    normalisation or hook name, and where neither file nor caller says the layer and the activation,
+    or they say different ones.
     """
     file = weights_file(Path(path))
     tensors, metadata = read_weights(file)
@@ -122,12 +129,27 @@ def _check_tensors(where: str, weights: Mapping[str, Tensor], architecture: str)
 
 
 def _site(where: str, said: Settings, layer: int | None, at: str | None) -> tuple[int, str]:
-    """Layer and activation: the caller's, else the file's."""
-    if layer is None or at is None:
-        hook = said.get("hook_name")
-        named = _hook(where, hook) if hook is not None else (said.get("layer"), said.get("at"))
-        layer = named[0] if layer is None else layer
-        at = named[1] if at is None else at
+    """Layer and activation, from the file or the caller; BadInput if they disagree."""
+    hook = said.get("hook_name")
+    named = _hook(hook) if hook is not None else None
+    if hook is not None and named is None and (layer is None or at is None):
+        raise BadInput(f"SAE {where} reads the unknown hook '{hook}': give layer= and at=")
+    file_layer, file_at = named or (None, None)
+    of_file = merged(
+        where,
+        {"layer": file_layer, "at": file_at},
+        {"layer": said.get("layer"), "at": said.get("at")},
+        {"layer": said.get("hook_layer")},
+    )
+    given = {"layer": layer, "at": at}
+    site = of_file | {key: value for key, value in given.items() if value is not None}
+    if _same_place(site) != _same_place(site | of_file):
+        says = ", ".join(f"{key} {value}" for key, value in of_file.items())
+        asked = ", ".join(f"{key} {value}" for key, value in given.items() if value is not None)
+        raise BadInput(
+            f"SAE {where} says {says}, the sweep {asked}: leave that out, or use another file"
+        )
+    layer, at = site.get("layer"), site.get("at")
     if layer is None:
         raise BadInput(f"SAE {where} does not say its layer: give layer=")
     if at is None:
@@ -137,15 +159,21 @@ def _site(where: str, said: Settings, layer: int | None, at: str | None) -> tupl
     return _whole(where, "layer", layer), at
 
 
-def _hook(where: str, name: Any) -> tuple[int, str]:
-    """Layer and activation of a TransformerLens hook, or of the output of a module."""
+def _same_place(site: Mapping[str, Any]) -> tuple[Any, Any]:
+    """What is read, under one name: the output of a layer is the input of the next."""
+    layer, at = site.get("layer"), site.get("at")
+    if at == "resid_post" and isinstance(layer, (int, float)):
+        return layer + 1, "resid_pre"
+    return layer, at
+
+
+def _hook(name: Any) -> tuple[int, str] | None:
+    """Layer and activation of a TransformerLens hook, or of a module's output; None if unknown."""
     if found := re.fullmatch(r"blocks\.(\d+)\.([\w.]+)", str(name)):
         at = TRANSFORMER_LENS.get(found[2])
-    elif found := re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.(\w+))?", str(name)):
+    elif found := re.fullmatch(r"(?:.*\.)?(?:layers|h)\.(\d+)(?:\.([\w.]+))?", str(name)):
         at = MODULES.get(found[2] or "")
-    if found is None or at is None:
-        raise BadInput(f"SAE {where} reads the unknown hook '{name}': give layer= and at=")
-    return int(found[1]), at
+    return None if found is None or at is None else (int(found[1]), at)
 
 
 def _whole(where: str, name: str, value: Any) -> int:
@@ -159,6 +187,11 @@ def _input_factor(where: str, said: Settings) -> float:
     """What the input is multiplied by first: sqrt(width) / the mean norm, or 1."""
     kind = normalisation(said)
     if kind == "none":
+        if said.get("norm_scaling_factor", 1) != 1:
+            raise BadInput(
+                f"SAE {where} has a norm_scaling_factor that its settings do not use: take it out "
+                "or set normalize_activations to expected_average_only_in"
+            )
         return 1.0
     if kind != "expected_average_only_in":
         raise BadInput(
@@ -186,6 +219,11 @@ def _centred(where: str, weights: Mapping[str, Tensor], said: Settings) -> Tenso
 
 def _decoder_factor(where: str, weights: Mapping[str, Tensor], said: Settings) -> Tensor:
     """What feature values are multiplied by before the decoder [feature] or [1], after tuning."""
+    if said.get("finetuning_scaling_factor") and "scaling_factor" not in weights:
+        raise BadInput(
+            f"SAE {where} was tuned by a scaling_factor that is not among its tensors: add it, or "
+            "set finetuning_scaling_factor to false"
+        )
     factor = weights.get("scaling_factor", torch.ones(1))
     if bool((factor == 1).all()):
         return torch.ones(1)
@@ -225,11 +263,10 @@ def _assemble(
         gain=weights["r_mag"].exp() if gated else None,
         magnitude=weights["b_mag"] if gated else None,
         source=where,
+        processing_said=bool(said.get("processing_said", True)),
     )
-    width = said.get("d_in")
-    if width is not None and width != sae.width:
-        raise BadInput(f"SAE {where} reads {sae.width} values, its settings say {width}: mend d_in")
-    if said["architecture"] in BY_NORM and said.get("rescale_acts_by_decoder_norm"):
+    _check_settings(where, said, sae)
+    if said.get("rescale_acts_by_decoder_norm"):
         sae = _by_decoder_norm(sae)
     tuned = _decoder_factor(where, weights, said)
     if tuned.shape not in ((1,), (sae.features,)):
@@ -241,6 +278,33 @@ def _assemble(
         decoder=sae.decoder * tuned[:, None] / factor,
         centre=None if sae.centre is None else sae.centre / factor,
     )
+
+
+def _check_settings(where: str, said: Settings, sae: SAE) -> None:
+    """BadInput for settings that the tensors, or one another, contradict."""
+    width = said.get("d_in")
+    if width is not None and width != sae.width:
+        raise BadInput(f"SAE {where} reads {sae.width} values, its settings say {width}: mend d_in")
+    features = said.get("d_sae")
+    if features is not None and features != sae.features:
+        raise BadInput(
+            f"SAE {where} has {sae.features} features, its settings say {features}: mend d_sae, "
+            "width or num_latents"
+        )
+    out = said.get("hook_name_out", said.get("hook_name")), said.get("d_out", sae.width)
+    if out != (said.get("hook_name"), sae.width) or "hook_layer_out" in said:
+        raise BadInput(f"SAE {where} is a transcoder, it writes elsewhere: use an autoencoder")
+    shape = said.get("reshape_activations", "none")
+    if shape not in ("none", "hook_z") or (shape == "hook_z" and sae.at != "head_z"):
+        raise BadInput(
+            f"SAE {where} reshapes its input by '{shape}': only none and, of head_z, hook_z are "
+            "known"
+        )
+    if said.get("rescale_acts_by_decoder_norm") and said["architecture"] not in BY_NORM:
+        raise BadInput(
+            f"SAE {where}: rescale_acts_by_decoder_norm is no setting of {said['architecture']}: "
+            f"it is of {', '.join(BY_NORM)}"
+        )
 
 
 def _by_decoder_norm(sae: SAE) -> SAE:

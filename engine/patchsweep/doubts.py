@@ -1,5 +1,5 @@
-"""What of the prompts' wording a reader of the results should know: two bos tokens, and answers
-whose other spacing the model holds far likelier."""
+"""What a reader of the results should know of what the sweep was given: two bos tokens, answers
+whose other spacing the model holds far likelier, an autoencoder that does not say what it reads."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from patchsweep.forward import Forward
 from patchsweep.pairs import Pair
+from patchsweep.sae import SAE
 from patchsweep.schedule import rows_only
 from patchsweep.taps import Seen
 from patchsweep.wave import Carry
@@ -35,7 +37,9 @@ class _Asked(NamedTuple):
     other: Tokens
 
 
-def doubts(forward: Forward, carry: Carry, tokenizer: Any, pairs: Sequence[Pair]) -> list[str]:
+def doubts(
+    forward: Forward, carry: Carry, tokenizer: Any, pairs: Sequence[Pair], sae: SAE | None
+) -> list[str]:
     """One line each. Answers are judged in the clean run, wrong ones in the corrupt run, by plain
     forwards of those prompts whose words have another spacing in the vocabulary."""
     lines = []
@@ -44,6 +48,13 @@ def doubts(forward: Forward, carry: Carry, tokenizer: Any, pairs: Sequence[Pair]
         lines.append(
             f"prompts: {two} of {len(pairs)} pairs begin with two bos tokens, which no model is "
             "trained on: leave one out"
+        )
+    norms = (isinstance(module, nn.LayerNorm) for module in forward.hf_model.modules())
+    if sae is not None and not sae.processing_said and sae.at != "head_z" and any(norms):
+        lines.append(
+            f"sae: {sae.source} does not say whether its model had center_writing_weights (of "
+            "gpt2-small-res-jb and others only SAE-Lens's own list says so): if it had, its "
+            "features are of activations without their mean, and wrong here"
         )
     if hasattr(tokenizer, "get_vocab"):  # else it only decodes
         vocabulary = tokenizer.get_vocab()
