@@ -54,7 +54,7 @@ def results(values: np.ndarray, ends: Sequence[Sequence[float]] = ((1.0,), (0.0,
     both = np.broadcast_to(np.array(ends)[:, None, None], (2, 1, 1, pairs))
     return Drawn(
         cast(Store, None),
-        lambda *_: (values[:, :, None, None], (both[0] - both[1])[0, 0]),
+        lambda *_, **__: (values[:, :, None, None], (both[0] - both[1])[0, 0]),
         lambda _: both,
         tuple(range(pairs)),
     )

@@ -370,7 +370,7 @@ def test_gemma_scope_2_refused(tmp_path: Path, change: dict[str, Any], words: st
     assert "\n" not in str(error.value)
 
 
-def test_a_config_beside_any_weights(tmp_path: Path, x: Array) -> None:
+def test_a_config_beside_any_weights(tmp_path: Path) -> None:
     """Is heard, whatever the weights are called; that of a model is not about them."""
     w = draw("b_enc", "threshold")
     file = plain(tmp_path / "mine.safetensors", w)

@@ -54,12 +54,11 @@ class Drawn(Results):
         align: str | None = None,
         min_pairs: int | None = None,
     ) -> xr.DataArray:
-        """As of Results, of these pairs."""
-        columns = self.columns(component, align)
-        moved, span = self.changes(component, metric, direction, source, align=columns.align)
+        """As of Results, of these pairs; without the names of places."""
+        moved, span = self.changes(component, metric, direction, source, align=align)
         found, count = effect_of(moved, span)
-        found[count < self.least(component, min_pairs)] = np.nan
-        return self.labelled(component, columns, found, count, f"{metric}_effect")
+        found[count < (-(-len(moved) // 2) if min_pairs is None else min_pairs)] = np.nan
+        return xr.DataArray(found, dims=("layer", "unit", "position"))
 
     def baseline(self, metric: str) -> Array:
         """As of Results, of these pairs."""
