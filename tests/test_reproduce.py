@@ -226,8 +226,8 @@ def test_classes_are_assigned_by_effect_and_attention(
 ) -> None:
     """Every rule in plain numpy, from the attention that the model itself returns."""
     late, early, other = np.zeros((3, 4, 4))
-    late[2, 1], late[3, :2], late[3, 3] = 0.9, (0.7, 0.8), -0.9
-    early[0, :3], early[1, :] = 0.9, 0.9
+    late[2, 1], late[3, :3], late[2, 3] = 0.6, (0.7, 0.9, 0.8), -0.9
+    early[0, :3], early[1, :], early[2, 3] = 0.9, 0.9, 0.9  # the last has its class already
     other[0, 3], other[3, 2] = 0.9, 0.9  # by another metric; above the name movers
     far = {name: values != 0 for name, values in (("late", late), ("s2", early), ("kl", other))}
     s1_io = [Heads("STR", "logit_diff", late, far["late"])]
@@ -254,8 +254,8 @@ def test_classes_are_assigned_by_effect_and_attention(
         return tuple(f"{layer}.{head}" for layer, head in cells)
 
     assert found.heads == {
-        roles.MOVERS: ("2.1", "3.1", "3.0"),
-        roles.NEGATIVE: ("3.3",),
+        roles.MOVERS: ("3.1", "3.2", "3.0"),
+        roles.NEGATIVE: ("2.3",),
         roles.INHIBITION: named(inhibition),
         roles.DUPLICATE: named([at for at in rest if look[at][3] > look[at][4]]),
         roles.INDUCTION: named([at for at in rest if look[at][3] <= look[at][4]]),

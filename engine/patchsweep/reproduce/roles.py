@@ -88,14 +88,15 @@ def circuit(setting: Setting, s2: Sequence[Heads], s1_io: Sequence[Heads]) -> Ci
     late = one(s1_io, "STR", "logit_diff")
     movers = [head for head in late.positive if _layer(head) >= d.layers // 2]
     movers = sorted(movers, key=late.of, reverse=True)[:MOST]
+    negative = [head for head in late.negative if _layer(head) >= d.layers // 2]
     before = min(map(_layer, movers), default=0)
     detected = {head for h in s2 for head in (*h.positive, *h.negative) if _layer(head) < before}
-    candidates = ordered([*detected])
+    candidates = ordered([*detected - {*negative}])
     looks = _looks(setting, candidates) if candidates else {}
     helping = one(s2, "STR", "logit_diff").positive
     found: dict[str, tuple[str, ...]] = {
         MOVERS: tuple(movers),
-        NEGATIVE: tuple(head for head in late.negative if _layer(head) >= d.layers // 2),
+        NEGATIVE: tuple(negative),
         INHIBITION: tuple(h for h in candidates if h in helping and inhibits(looks[h])),
     }
     left = [head for head in candidates if head not in found[INHIBITION]]
