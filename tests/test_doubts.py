@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import patchsweep as ps
+from dictionaries import sae_lens
+from inputs import Letters
+from oracle.families import FAMILIES
 from patchsweep.pairs import Pair
 
 CITIES = {"France": "Paris", "Italy": "Rome", "England": "London"}
@@ -105,6 +109,37 @@ def test_with_a_continuation(model: ps.Model, tmp_path: Path) -> None:
             continuation=" Paris, and the capital",
         )
         assert len(said(model, [pair], tmp_path / f"{count}")) == count
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "count"),
+    [
+        ("gpt2", {}, 1),
+        ("gpt2", {"model_from_pretrained_kwargs": {}}, 0),
+        ("gpt2", {"hook_name": "blocks.1.attn.hook_z"}, 0),  # what attention reads has its mean
+        ("llama", {}, 0),  # TransformerLens centres what LayerNorm reads only
+    ],
+)
+def test_an_autoencoder_whose_publisher_alone_knows_how_its_model_was_loaded(
+    tmp_path: Path, family: str, change: dict[str, Any], count: int
+) -> None:
+    hf_model = FAMILIES[family].build(2)
+    width = hf_model.config.hidden_size
+    rng = np.random.default_rng(0)
+    shapes = {"W_enc": (width, 7), "W_dec": (7, width), "b_enc": (7,), "b_dec": (width,)}
+    cfg = {"hook_name": "blocks.1.hook_resid_pre", "hook_layer": 1, "d_in": width} | change
+    folder = sae_lens(
+        tmp_path / "sae", {name: rng.normal(size=shape) for name, shape in shapes.items()}, cfg
+    )
+    results = ps.sweep(
+        ps.wrap(hf_model, Letters()),
+        [Pair((5, 6, 7), (5, 1, 7), (2,), (3,))],
+        components=["sae_feature"],
+        sae={"file": folder},
+        out=tmp_path / "r",
+    )
+    lines = [line for line in results.warnings() if "center_writing_weights" in line]
+    assert len(lines) == count
 
 
 def test_two_bos_tokens(model: ps.Model, tmp_path: Path) -> None:

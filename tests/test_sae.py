@@ -354,7 +354,7 @@ def test_gemma_scope_2(tmp_path: Path, x: Array, hook: str, at: str) -> None:
         ({"type": "crosscoder"}, "is a crosscoder"),
         (
             {"hf_hook_point_out": "model.layers.13.output"},
-            "is a sae, what it writes is not what it reads",
+            "is a sae, what it writes is not",
         ),
         ({"affine_connection": True}, "affine skip connection"),
         ({"width": 99}, "has 10 features, its settings say 99"),
@@ -378,6 +378,9 @@ def test_a_config_beside_any_weights(tmp_path: Path) -> None:
     assert (load_sae(file).layer, load_sae(file).at) == (4, "mlp_out")
     with pytest.raises(BadInput, match="says layer 4, at mlp_out, the sweep layer 3"):
         load_sae(file, layer=3)
+    (tmp_path / "config.json").write_text('{"activation_fn_str": "topk"}')
+    with pytest.raises(BadInput, match="settings activation_fn_str, unknown here"):
+        load_sae(file, 4, "mlp_out")
     (tmp_path / "config.json").write_text('{"trainer": {"k": 3}}')
     with pytest.raises(BadInput, match="settings trainer, unknown here"):
         load_sae(file, 4, "mlp_out")

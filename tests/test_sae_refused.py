@@ -103,10 +103,11 @@ def test_missing_tensors(tmp_path: Path, architecture: str, tensor: str) -> None
 
 
 def test_tensors_of_another_architecture(tmp_path: Path) -> None:
+    lens = tmp_path / "lens"
     w = draw("b_enc", "threshold")
-    refused("threshold, but not of this", lambda: load_sae(sae_lens(tmp_path, w, OLD)))
+    refused("threshold, but not of this", lambda: load_sae(sae_lens(lens, w, OLD)))
     w = draw("b_enc") | {"W_skip": np.eye(WIDTH)}
-    refused("W_skip, unknown here", lambda: load_sae(sae_lens(tmp_path, w, OLD)))
+    refused("W_skip, unknown here", lambda: load_sae(sae_lens(lens, w, OLD)))
     file = plain(tmp_path / "p.safetensors", w)
     refused("W_skip, unknown here", lambda: load_sae(file, 0, "resid_pre"))
 

@@ -15,7 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patchsweep.errors import BadInput
-from patchsweep.sae.settings import APPLIED, BESIDE, TRAINING, check_known, check_loading, merged
+from patchsweep.sae.settings import (
+    APPLIED,
+    BESIDE,
+    SAE_LENS_ONLY,
+    TRAINING,
+    check_known,
+    check_loading,
+    merged,
+)
 from patchsweep.sae.settings import SPARSIFY as SETTINGS_OF_SPARSIFY
 
 SAE_LENS = "sae_weights.safetensors"
@@ -113,7 +121,7 @@ def read_settings(file: Path, metadata: Mapping[str, str]) -> tuple[Settings, Ma
         lens = file.name == SAE_LENS
         return (_sae_lens(file.parent), ALIASES) if lens else (_sparsify(file.parent), LINEAR)
     said = merged(str(file), {key: _value(v) for key, v in metadata.items()}, *_beside(file.parent))
-    check_known(str(file), said, APPLIED | TRAINING | BESIDE)
+    check_known(str(file), said, (APPLIED - SAE_LENS_ONLY) | TRAINING | BESIDE)
     check_loading(str(file), said)
     if file.suffix == ".npz":
         said = {"architecture": "jumprelu"} | merged(str(file), _gemma_scope(file), said)
@@ -178,7 +186,7 @@ def _sparsify(folder: Path) -> Settings:
         "k": said.get("k"),
         "d_in": said.get("d_in"),
         "d_sae": said.get("num_latents") or None,
-        "hook_name": folder.absolute().name,
+        "hook_name": said.get("hookpoint") or folder.absolute().name,
     }
 
 

@@ -21,6 +21,10 @@ APPLIED = _words("""
     layer meta metadata model_from_pretrained_kwargs norm_scaling_factor normalize_activations
     rescale_acts_by_decoder_norm reshape_activations
     """)
+SAE_LENS_ONLY = _words("""
+    activation_fn activation_fn_kwargs activation_fn_str hook_head_index hook_head_index_out
+    hook_point hook_point_head_index hook_point_layer meta metadata
+    """)
 # SAE-Lens: where it came from, and how it was trained.
 TRAINING = _words("""
     _run_name act_store_device adam_beta1 adam_beta2 autocast autocast_data autocast_lm
