@@ -208,6 +208,7 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     out
         Folder for the figures and report.html; beside the results if left out, of a URL here.
+        Figures that it has drawn before are replaced, other files are not.
     """
     from patchsweep.report.figures import plot as draw
     from patchsweep.report.page import write_page
@@ -222,7 +223,7 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
 
 
 @app.command
-def export(results: str, table: Path, /) -> None:
+def export(results: str, table: Path, /, *, overwrite: Flag = False) -> None:
     """Write one row per patching experiment, one column per metric, as Parquet; or, to a .zip, the
     results as they are, in one file that show, plot, export and ps.open read.
 
@@ -234,6 +235,8 @@ def export(results: str, table: Path, /) -> None:
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     table
         The Parquet or .zip file to write.
+    overwrite
+        Replace a file that is there.
     """
     from patchsweep.results import open as open_results
     from patchsweep.store import pack
@@ -242,9 +245,9 @@ def export(results: str, table: Path, /) -> None:
         raise BadInput(f"{table}: unknown kind of file: use .parquet, or .zip for the results")
     found = open_results(results)
     if table.suffix == ".zip":
-        pack(results, table)
+        pack(results, table, overwrite=overwrite)
     else:
-        found.export(table)
+        found.export(table, overwrite=overwrite)
     print(table)
 
 

@@ -119,7 +119,7 @@ def carry_out(
     check_seen(out, processes)
     there = None
     if processes.first:
-        there = found(out, settings, resume or overwrite or append)
+        there = found(out, settings, resume or overwrite or append, overwrite or append)
     existing = None if overwrite else there
     sae = load_autoencoder(settings)
     plan = _planned(model, pairs, settings, sae, existing, append, processes)

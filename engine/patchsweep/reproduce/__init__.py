@@ -17,6 +17,7 @@ from patchsweep.reproduce import (
     windows,
 )
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
+from patchsweep.store import check_outside
 from patchsweep.tasks.task import nearest
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -69,6 +70,7 @@ def reproduce(
         raise BadInput(f"n is {n}: ask for at least 1 pair")
     heatmaps.needed()
     folder = Path(out) if out is not None else default_folder(name, model)
+    check_outside(folder)
     loaded = load_model(model, dtype, device)
     setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)
     report = experiment.run(setting)
