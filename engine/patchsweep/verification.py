@@ -48,12 +48,12 @@ class Verified:
 
 
 def verify(
-    results: Results | str | Path, cells: int = 20, model: Model | None = None, seed: int = 0
+    results: Results | str | Path, cells: int = 20, model: Model | str | None = None, seed: int = 0
 ) -> Verified:
     """Run some random cells that are no structural ones again and compare.
 
-    Every metric of every chosen cell is compared. `model` is needed only for results of a model
-    that has no name to load it by. BadInput for another model than the results', for files of
+    Every metric of every chosen cell is compared. `model`, or a name to load it by, is needed only
+    where what the results say, from the working directory on, leads to none. BadInput for another model than the results', for files of
     vectors, means, probes or an autoencoder that have changed, and where there is nothing to
     compare.
     """
@@ -64,8 +64,9 @@ def verify(
     attrs = found.attrs
     said = attrs["spec"]
     settings = parse_settings({k: v for k, v in said.items() if k in Sweep.model_fields})
-    if model is None:
-        model = load_model(said.get("model") or attrs["model"], attrs["model_dtype"])
+    if not isinstance(model, Model):
+        name = model or said.get("model") or attrs["model"]
+        model = load_model(name, attrs["model_dtype"])
     if model.fingerprint != attrs["model_fingerprint"]:
         raise BadInput(f"{found.path} holds the results of another model: give that one")
     sae = load_autoencoder(settings)

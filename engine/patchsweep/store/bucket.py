@@ -135,8 +135,8 @@ class Bucket:
     def laid_out(
         self,
         attrs: Mapping[str, Any],
-        fsync: bool,
-        instead: bool,  # noqa: ARG002
+        fsync: bool,  # noqa: ARG002
+        instead: bool,
     ) -> Iterator[zarr.Group]:
         if instead:
             raise BadInput(

@@ -83,8 +83,8 @@ def owned(attrs: Mapping[str, Any]) -> Owned:
 def not_ours(place: object, key: str) -> str:
     """The line that refuses to delete or move results with something else in them."""
     return (
-        f"{place} holds what is not of the results, e.g. {key}: it is left where it is; move it out "
-        "of there, or choose another --out"
+        f"{place} holds what is not of the results, e.g. {key}: it is left where it is; move it "
+        "elsewhere, or choose another --out"
     )
 
 

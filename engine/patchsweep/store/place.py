@@ -11,9 +11,12 @@ from zipfile import BadZipFile
 import zarr
 
 from patchsweep.errors import BadInput
+from patchsweep.paths import usable
 from patchsweep.store.bucket import SCHEMES, Bucket, parts_of
 from patchsweep.store.files import ROOT, marked
 from patchsweep.store.folder import Folder
+
+LONGEST = 220  # bytes of a name: names of what lies beside it are longer
 
 
 class Place(Protocol):
@@ -110,7 +113,9 @@ def place_of(at: str | Path) -> Place:
 
 
 def path_or_url(at: str | Path) -> Path | str:
-    """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be."""
+    """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be, and for a
+    path that cannot be."""
+    usable(at, LONGEST)
     if isinstance(at, str) and "://" in at:
         parts_of(at)
         return at
