@@ -53,9 +53,9 @@ def verify(
     """Run some random cells that are no structural ones again and compare.
 
     Every metric of every chosen cell is compared. `model`, or a name to load it by, is needed only
-    where what the results say, from the working directory on, leads to none. BadInput for another model than the results', for files of
-    vectors, means, probes or an autoencoder that have changed, and where there is nothing to
-    compare.
+    where what the results say leads to none: paths are from the working directory on. BadInput for
+    another model than the results', for files of vectors, means, probes or an autoencoder that have
+    changed, and where there is nothing to compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:

@@ -150,19 +150,22 @@ class ArrayStore:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            try:
-                with self._place.reading():
-                    array = self._group.get(name)
-            except BadInput:
-                raise
-            except (ValueError, KeyError, TypeError, BadZipFile) as exc:
-                raise self._unreadable(name, exc) from exc
+            array = self._member(name)
             if not isinstance(array, zarr.Array):
                 raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")
             # Zarr keeps this setting in memory only; without it a chunk of fill values is deleted.
             self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
-    def _unreadable(self, name: str, exc: Exception) -> BadInput:
-        cause = " ".join(str(exc).split())
-        return BadInput(f"{self.path} is damaged, {name}: {cause}: run with --overwrite")
+    def _member(self, name: str) -> Any:
+        """A group or an array; BadInput if its metadata cannot be read."""
+        try:
+            with self._place.reading():
+                return self._group.get(name)
+        except BadInput:
+            raise
+        except (ValueError, KeyError, TypeError, BadZipFile) as exc:
+            cause = " ".join(str(exc).split())
+            raise BadInput(
+                f"{self.path} is damaged, {name}: {cause}: run with --overwrite"
+            ) from exc

@@ -120,9 +120,13 @@ class Store(ArrayStore):
 
     def arrays(self) -> list[str]:
         """The names of the results' arrays that are there; of nothing else that is inside."""
-        names = owned(self.attrs).arrays.items()
-        known = sorted(f"{group}/{array}" for group, arrays in names for array in arrays)
-        return [name for name in known if self.has(f"{name}/{ROOT}")]
+        found = []
+        for group, arrays in owned(self.attrs).arrays.items():
+            if self.has(f"{group}/{ROOT}"):
+                self._member(group)
+            names = sorted(f"{group}/{array}" for array in arrays)
+            found += [name for name in names if self.has(f"{name}/{ROOT}")]
+        return found
 
     def listed(self) -> Store:
         """The same, but `has` answers as of now: to ask after every file one by one takes long
