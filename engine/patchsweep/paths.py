@@ -40,15 +40,24 @@ def home(path: str | Path) -> Path:
         raise BadInput(f"{path}: {str(error).lower()}: write the path in full") from error
 
 
+ELSEWHERE = "…/"
+
+
 def short(path: str) -> str:
-    """An absolute path as results keep it: from the working directory on, or its name alone."""
+    """An absolute path as results keep it: from the working directory on, or only its name,
+    elsewhere."""
     given = Path(path)
     if not given.is_absolute():
         return path
     try:
         return given.relative_to(Path.cwd()).as_posix()
     except ValueError:
-        return given.name
+        return f"{ELSEWHERE}{given.name}"
+
+
+def found(path: str) -> str:
+    """The path that `short` has left of one; a name is looked for in the working directory."""
+    return path.removeprefix(ELSEWHERE)
 
 
 # Keys of a spec whose texts may be paths.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
 from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
+from patchsweep.paths import found as whereabouts
+from patchsweep.paths import shortened
 from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import digest, files_of, prepare
@@ -63,10 +67,10 @@ def verify(
     found = results if isinstance(results, Results) else results_of.open(results)
     attrs = found.attrs
     said = attrs["spec"]
+    said = shortened(said, whereabouts)
     settings = parse_settings({k: v for k, v in said.items() if k in Sweep.model_fields})
     if not isinstance(model, Model):
-        name = model or said.get("model") or attrs["model"]
-        model = load_model(name, attrs["model_dtype"])
+        model = load_model(model or _model_of(attrs), attrs["model_dtype"])
     if model.fingerprint != attrs["model_fingerprint"]:
         raise BadInput(f"{found.path} holds the results of another model: give that one")
     sae = load_autoencoder(settings)
@@ -115,6 +119,18 @@ def verify(
                 worst[name] = float(np.maximum(worst[name], apart.max()))
     count = sum(len(cell) for _, drawn in chosen for _, cell in drawn)
     return Verified(count, worst, TOLERANCE[attrs["model_dtype"]], left_out)
+
+
+def _model_of(attrs: Mapping[str, Any]) -> str:
+    """What to load the model of results by. BadInput if that is a name without its folder."""
+    name: str = attrs["spec"].get("model") or attrs["model"]
+    here = whereabouts(name)
+    if here != name and not Path(here).exists():
+        raise BadInput(
+            f"the results say their model's name alone, {here}, which is not in the working "
+            "directory: say where it is with --model"
+        )
+    return here
 
 
 def _left_out(plan: Plan, carry: Interventions) -> tuple[str, ...]:
