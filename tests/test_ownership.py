@@ -31,7 +31,7 @@ from tiny import arrays, build, rows, save, tokenizer, write_pairs, write_spec
 # Names below the results of the sweeps here: groups, arrays, chunks.
 GROUP = r"(head_z|mlp_out|sets|baseline|prompts|completion|choice|edges)"
 ARRAY = (
-    r"((logit_diff|kl)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
+    r"((logit_diff|kl|prob)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
     r"|position|run|(clean|corrupt)_(tokens|text)|length|align|group|head_z|mlp_out|sets|choice"
     r"|waves_split|(estimates|edges)(_split)?|site_\w+|sender|receiver|(head_z|mlp_out)_(status|stratum))"
 )
@@ -230,7 +230,7 @@ def test_a_refused_sweep_leaves_the_job_folder_of_others(run: Run, tmp_path: Pat
     assert [*mine.parent.iterdir()] == [mine]
 
 
-def test_demo_and_reproduce(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_and_reproduce(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = byte_level()
     tiny = ps.wrap(build(2, vocab=len(words)), words, "tiny")
     for module in ("patchsweep.demo", "patchsweep.reproduce"):
@@ -431,7 +431,10 @@ def test_all_that_a_sweep_writes_is_of_its_results(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"r.zarr", ".r.zarr.job"}
 
 
-def test_replaced_meanwhile(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("when", ["exists", "group", "open"])
+def test_replaced_meanwhile(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
     """Another job deletes, or replaces, what a run was about to overwrite: one line, wherever."""
     loaded = ps.load_model(str(model))
     pairs = [ps.make_pair(loaded.tokenizer, **row) for row in rows(2)]
@@ -459,8 +462,8 @@ def test_replaced_meanwhile(model: Path, tmp_path: Path, monkeypatch: pytest.Mon
         return found
 
     # Not at the first look, which only asks whether something was moved aside.
-    look = iter([exists]) if when == "exists" else iter(())
-    first = {"exists": lambda self: next(look, looked)(self), "group": grouped}
+    looks = iter([exists])
+    first = {"exists": lambda self: next(looks, looked)(self), "group": grouped}
     if when == "open":
         monkeypatch.setattr(Store, "open", classmethod(then))
     else:

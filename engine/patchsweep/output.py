@@ -50,8 +50,15 @@ def found(out: str | Path, settings: Sweep, wanted: bool, replaced: bool) -> Sto
     put_back(out)
     if not wanted:
         check_free(out)
-    there = Store.open(out, "r+", settings.fsync) if exists(out) else None
-    if there and replaced:
+    if not exists(out):
+        return None
+    try:
+        there = Store.open(out, "r+", settings.fsync)
+    except BadInput:
+        if exists(out):
+            raise
+        raise changed(out) from None
+    if replaced:
         check_own(out)
     return there
 

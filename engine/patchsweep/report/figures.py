@@ -32,7 +32,7 @@ def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -
     or is inside results, if a file there is not a figure made here, or matplotlib is missing.
     """
     heatmaps.needed()
-    check_outside(out)
+    check_outside(out / "figure.png")
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -75,7 +75,7 @@ def reproduce(
     usable(model)
     heatmaps.needed()
     folder = Path(out) if out is not None else default_folder(name, model)
-    check_outside(folder)
+    check_outside(folder / "report.md")
     loaded = load_model(model, dtype, device)
     setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)
     report = experiment.run(setting)

@@ -136,7 +136,7 @@ class Report:
         the path of report.md. BadInput if the folder cannot be written, is inside results, or has
         files of these names that were not made here: that begin with another line, or figures of
         others."""
-        check_outside(out)
+        check_outside(out / "report.md")
         texts = {f"{file_name(table.title)}.csv": table.csv() for table in self.tables}
         texts["report.md"] = markdown(self)
         try:
