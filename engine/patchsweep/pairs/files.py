@@ -52,12 +52,12 @@ def read_pairs(
     try:
         with path.open("rb") as file:
             content = file.read(PAIRS_BYTES + 1)
+        if len(content) > PAIRS_BYTES:
+            raise BadInput(f"{path}: the pairs file has more than {PAIRS_BYTES:,} bytes: split it")
         text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot read the pairs file: {reason}") from error
-    if len(content) > PAIRS_BYTES:
-        raise BadInput(f"{path}: the pairs file has more than {PAIRS_BYTES:,} bytes: split it")
     pairs: list[Pair] = []
     for line, row in readers[path.suffix.lower()](path, text):
         where = f"{path}:{line}"
