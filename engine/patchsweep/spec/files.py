@@ -72,6 +72,10 @@ def _toml(text: str) -> Any:
         raise tomllib.TOMLDecodeError(_too_much(error)) from error
 
 
+# What PyYAML raises of values that are not what their tags say.
+_WRONG = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """Dates are text: nothing here takes them, and not all that look so are."""
 
@@ -109,7 +113,7 @@ def _yaml(text: str) -> Any:
             todo += node.value
     try:
         return yaml.load(text, Loader=_Loader)
-    except (ValueError, OverflowError, TypeError) as error:
+    except _WRONG as error:
         raise yaml.YAMLError(_too_much(error)) from error
 
 
