@@ -40,7 +40,7 @@ def refused(call: Any, words: str) -> None:
     began = time.monotonic()
     with pytest.raises(BadInput, match=words) as error:
         call()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert "\n" not in str(error.value)
     assert len(str(error.value)) <= 2100
 
@@ -61,9 +61,9 @@ def refused(call: Any, words: str) -> None:
         ("s.yaml", "a: !!timestamp x", "a value is not what it says"),
         ("s.yaml", "a: !!bool x", "a value is not what it says"),
         ("s.yaml", "a: !!int ''", "a value is not what it says"),
-        ("s.yaml", "a: " + "x" * (1 << 20), "more than 1,048,576 bytes"),
+        ("s.yaml", "a: " + "x" * (1 << 18), "more than 262,144 bytes"),
         ("s.yaml", "? " + "x" * 300 + "\n: 1", "has 300 characters: use at most 200"),
-        ("s.yaml", "model: [" + "a," * 200_000 + "]", "more than 100,000 entries"),
+        ("s.yaml", "model: [" + "a," * 110_000 + "]", "more than 100,000 entries"),
         ("s.yaml", "out: " + "x" * 5000, "s.yaml: out: .*the name is too long"),
         ("s.yaml", "model: " + "x/" * 3000, "s.yaml: model: .*the name is too long"),
         ("s.yaml", 'model: "a\\0b"', "s.yaml: model: .*the character NUL"),
@@ -96,8 +96,8 @@ def test_dates_are_text(tmp_path: Path) -> None:
         ({"prompts": {"file": "~nosuchuser/p.jsonl"}}, "home directory: write the path in full"),
         ({"metrics": [{"kl": {"at": "a/../b"}}]}, "metric 'kl_at_a/../b': use letters"),
         ({"metrics": [{"kl": {"at": "x" * 220}}]}, "has 226 characters: use at most 200"),
-        ({"positions": ["x"] * 100_001}, "more than 100,000 entries"),
-        ({"sets": {"x" * 5000: ["mlp_out.1"]}}, "has 5,000 characters: use at most 200"),
+        ({"positions": [1] * 80_000 + ["x"] * 20_001}, "more than 100,000 entries"),
+        ({"sets": {"x" * 300: ["mlp_out.1"]}}, "has 300 characters: use at most 200"),
     ],
     ids=str,
 )
@@ -214,7 +214,7 @@ URLS = [
 def test_credentials_are_refused_unsaid(
     url: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    spec = write_spec(tmp_path, tmp_path, model="m")
+    spec = write_spec(tmp_path, Path("m"))
     for arguments in (
         ["show", url],
         ["check", url],

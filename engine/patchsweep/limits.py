@@ -8,13 +8,14 @@ from pathlib import Path
 from patchsweep.errors import BadInput, cut, has_secrets
 from patchsweep.paths import LONGEST_NAME, SECRETS, usable
 
-SPEC_BYTES = 1 << 20  # of a spec file
+SPEC_BYTES = 1 << 18  # of a spec file
 PAIRS_BYTES = 1 << 30  # of a pairs file
 PAIRS = 100_000  # of a sweep
 SAMPLES = 1_000  # of a source
 RUNS = 1_000_000  # pairs x samples, over all sources
 BLOCKS = 4_000_000  # of a plan
 DEPTH = 20  # lists and mappings within one another
+TOO_DEEP = f"more than {DEPTH} lists and mappings within one another"
 ENTRIES = 100_000  # in all lists and mappings together
 NAME = 200  # characters of a key, a label, the name of a set or a prompt
 TEXT = 1_000_000  # characters of a prompt
@@ -34,7 +35,7 @@ def check_data(data: object, where: str, text: int | None = None) -> None:
         at = f"{where}: {place}: " if place else f"{where}: "
         if isinstance(value, Mapping | list | tuple):
             if depth == DEPTH:
-                raise BadInput(f"{at}more than {DEPTH} lists and mappings within one another")
+                raise BadInput(f"{at}{TOO_DEEP}")
             entries += len(value)
             if entries > ENTRIES:
                 raise BadInput(f"{at}more than {ENTRIES:,} entries: write fewer")

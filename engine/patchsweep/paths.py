@@ -23,8 +23,8 @@ def usable(path: str | Path, longest: int = LONGEST_NAME) -> str:
         raise BadInput(SECRETS)
     if "\0" in text:
         raise BadInput(f"{text}: a path cannot hold the character NUL: leave it out")
-    parts = text.encode(errors="replace").split(b"/")
-    if sum(map(len, parts)) > LONGEST_PATH or any(len(part) > longest for part in parts):
+    raw = text.encode(errors="replace")
+    if len(raw) > LONGEST_PATH or any(len(part) > longest for part in raw.split(b"/")):
         raise BadInput(
             f"{text}: the name is too long: use at most {LONGEST_PATH:,} bytes, "
             f"and {longest} in each part"
@@ -37,7 +37,9 @@ def home(path: str | Path) -> Path:
     try:
         return Path(usable(path)).expanduser()
     except RuntimeError as error:
-        raise BadInput(f"{path}: {str(error).lower()}: write the path in full") from error
+        raise BadInput(
+            f"{path}: {str(error).lower().rstrip('.')}: write the path in full"
+        ) from error
 
 
 ELSEWHERE = "…/"

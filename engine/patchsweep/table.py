@@ -44,7 +44,7 @@ def csv_text(table: pd.DataFrame) -> str:
     texts = table.select_dtypes(["object", "string", "category"]).columns
     guarded = {name: table[name].astype(str).map(no_formula) for name in texts}
     shown = table.assign(**guarded)
-    return str(shown.to_csv(index=False, float_format="%.7g", lineterminator="\n"))
+    return str(shown.to_csv(index=False, float_format="%.7g", lineterminator="\r\n"))
 
 
 _NUMBER = re.compile(r"[+-]?\d[\d.,]*(e[+-]?\d+)?\s?%?", re.IGNORECASE)

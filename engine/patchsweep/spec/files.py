@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from patchsweep.errors import BadInput
-from patchsweep.limits import DEPTH, SPEC_BYTES
+from patchsweep.limits import DEPTH, ENTRIES, SPEC_BYTES, TOO_DEEP
 from patchsweep.paths import home, usable
 from patchsweep.spec.sweep import Spec, parse_spec
 
@@ -77,40 +77,45 @@ _WRONG = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, R
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc]
-    """Dates are text: nothing here takes them, and not all that look so are."""
+    """YAML without aliases, a few of which stand for more than there is memory; in which a key that
+    is there twice is an error, not the last one's victory; and dates are text: nothing here takes
+    them, and not all that look so are."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:timestamp"]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+    depth = entries = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        self.depth += 1
+        self.entries += 1
+        if isinstance(event, yaml.AliasEvent):
+            what = f"alias *{event.anchor}: aliases are not taken, write out what it stands for"
+            raise _refused(what, event)
+        if self.depth > DEPTH + 1:
+            raise _refused(TOO_DEEP, event)
+        if self.entries > 2 * ENTRIES:  # keys are counted here, too
+            raise _refused(f"more than {ENTRIES:,} entries: write fewer", event)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise _refused(f"key '{key.value}' is there twice", key)
+            seen.add(str(key.value))
+        return node
+
+
+def _refused(problem: str, where: Any) -> yaml.YAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=where.start_mark)
 
 
 def _yaml(text: str) -> Any:
-    """YAML in which a key that is there twice is an error, not the last one's victory, as is an
-    alias: a few of them stand for more than there is memory."""
-    depth = 0
-    for event in yaml.parse(text, Loader=_Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent)
-        depth -= isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent):
-            problem = f"alias *{event.anchor}: aliases are not taken, write out what it stands for"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-        if depth > DEPTH:
-            problem = f"more than {DEPTH} lists and mappings within one another"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
-    todo = [yaml.compose(text, Loader=_Loader)]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, yaml.MappingNode):
-            seen: set[str] = set()
-            for key, value in node.value:
-                if str(key.value) in seen:
-                    problem = f"key '{key.value}' is there twice"
-                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                seen.add(str(key.value))
-                todo.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            todo += node.value
     try:
         return yaml.load(text, Loader=_Loader)
     except _WRONG as error:
@@ -120,7 +125,7 @@ def _yaml(text: str) -> Any:
 def _too_much(error: Exception) -> str:
     """What Python says of a value that is none, or of numbers and lists that are too large."""
     if isinstance(error, RecursionError):
-        return f"more than {DEPTH} lists and mappings within one another"
+        return TOO_DEEP
     if "digits" in str(error):
         return "a number has thousands of digits: use at most 2^63 - 1"
     return f"a value is not what it says: {error}"
