@@ -37,9 +37,7 @@ def home(path: str | Path) -> Path:
     try:
         return Path(usable(path)).expanduser()
     except RuntimeError as error:
-        raise BadInput(
-            f"{path}: {str(error).lower().rstrip('.')}: write the path in full"
-        ) from error
+        raise BadInput(f"{path}: there is no such user's home: write the path in full") from error
 
 
 ELSEWHERE = "…/"
