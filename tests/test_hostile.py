@@ -95,7 +95,7 @@ def test_dates_are_text(tmp_path: Path) -> None:
         ({"source": {"resample": {"samples": 10**9}}}, f"samples.*less than or equal to {SAMPLES}"),
         (
             {"prompts": {"file": "~nosuchuser/p.jsonl"}},
-            "no such user's home: write the path in full",
+            "no such user's home: write the path",
         ),
         ({"metrics": [{"kl": {"at": "a/../b"}}]}, "metric 'kl_at_a/../b': use letters"),
         ({"metrics": [{"kl": {"at": "x" * 220}}]}, "has 226 characters: use at most 200"),
