@@ -34,7 +34,7 @@ Layout under the results folder:
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
-  pairs_per_block, model, model_fingerprint, versions, host, device, threads, measured; `prompts`:
+  pairs_per_block, model, model_fingerprint, versions, device, threads, measured; `prompts`:
   the tasks or files that the pairs are from; `appended`: what the results held each time that pairs
   or metrics were added, their number of `pairs`, their `metrics`, and `when`).
 
