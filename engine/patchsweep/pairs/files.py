@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsweep.errors import BadInput
+from patchsweep.limits import PAIRS, PAIRS_BYTES, TEXT, check_data
 from patchsweep.pairs.make import Bos, make_pair
 from patchsweep.pairs.pair import Pair
+from patchsweep.paths import usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,19 +51,27 @@ def read_pairs(
     is a key left out, and so is a column without a name (the index that pandas writes). BadInput as
     "file:line: ..." (of .json: the number of the object) for everything malformed.
     """
-    path = Path(path)
+    path = Path(usable(path))
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise BadInput(f"{path}: unknown kind of pairs file: use .jsonl, .json or .csv")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(PAIRS_BYTES + 1)
+        if len(content) > PAIRS_BYTES:
+            raise BadInput(f"{path}: the pairs file has more than {PAIRS_BYTES:,} bytes: split it")
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot read the pairs file: {reason}") from error
-    pairs, origin = [], path.name.encode(errors="replace").decode()
+    pairs: list[Pair] = []
+    origin = path.name.encode(errors="replace").decode()
     for line, row in readers[path.suffix.lower()](path, text):
         where = f"{path}:{line}"
+        if len(pairs) == PAIRS:
+            raise BadInput(f"{where}: more than {PAIRS:,} pairs: split the file")
         given = {k: v for k, v in row.items() if v is not None or k not in KEYS}
+        check_data(given, where, TEXT)
         _check_row(given, where)
         pair = make_pair(tokenizer, **given, bos=bos, where=where)
         pairs.append(replace(pair, origin=origin))
@@ -77,7 +87,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{line}: not a JSON object on one line: {error}") from error
         if not isinstance(row, dict):
             raise BadInput(f"{path}:{line}: not a JSON object: write {{...}} with {KEYS[0]}, ...")
@@ -87,7 +97,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _json_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not JSON: {error}: one object a line goes in a .jsonl") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise BadInput(f"{path}: not a list of objects: write [{{...}}, ...] with {KEYS[0]}, ...")
@@ -112,7 +122,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 if key in MAPPINGS or row[key].startswith("["):
                     try:
                         row[key] = json.loads(row[key])
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise BadInput(f"{where}: {key} is not JSON: {error}") from error
             yield reader.line_num, row
     except csv.Error as error:

@@ -16,6 +16,7 @@ from patchsweep.errors import BadInput
 from patchsweep.reader import one_of_each
 from patchsweep.results import Results
 from patchsweep.sites import COMPONENTS, SETS
+from patchsweep.store import MADE, check_made, check_outside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,9 +50,11 @@ def plot(
     Layer × position, and for components with heads also layer × head; sliding windows of layers
     with the sum of their single layers; named sets; a circuit's curve. A dimension left out is
     reduced to its effect of largest absolute value, sign kept. BadInput for what the results do not
-    have, if `out` cannot be written, or matplotlib is missing.
+    have, if `out` cannot be written or is inside results, if a file there is not a figure made
+    here, or matplotlib is missing.
     """
     drawing.needed()
+    check_outside(out / "figure.png")
     wanted = wanted or Wanted(metrics=results.metrics[:1])
     _check(results, wanted, formats)
     files = []
@@ -60,11 +63,18 @@ def plot(
         for name, figure in _figures(results, wanted):
             for suffix in formats:
                 files.append(out / f"{name}.{suffix}")
-                figure.savefig(files[-1], dpi=DPI)
+                save(figure, files[-1])
     except OSError as exc:
         reason = (exc.strerror or str(exc)).lower()
         raise BadInput(f"cannot write figures to {out}: {reason}; choose another --out") from exc
     return files
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure that says who made it. BadInput if what is there was made by others."""
+    check_made(path)
+    key = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}.get(path.suffix)
+    figure.savefig(path, dpi=DPI, metadata=key and {key: MADE.decode()})
 
 
 def _check(results: Results, wanted: Wanted, formats: Sequence[str]) -> None:

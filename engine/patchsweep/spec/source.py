@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr
 
+from patchsweep.limits import SAMPLES
 from patchsweep.spec.data import Data, list_of, made, named
 
 
@@ -42,7 +43,7 @@ class Gaussian(Data):
     tokens: Annotated[Literal["differ"] | tuple[int | str, ...], BeforeValidator(_tokens)] = (
         "differ"
     )
-    samples: Annotated[StrictInt, Field(ge=1)] = 1
+    samples: Annotated[StrictInt, Field(ge=1, le=SAMPLES)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     std: Literal["tokens", "table"] = "tokens"
 
@@ -83,7 +84,7 @@ class Resample(Data):
     """The activation in the clean run of another pair, drawn for every sample: by the seed and the
     two prompts' tokens, so that a pair keeps its draws in any list that has what it drew."""
 
-    samples: Annotated[StrictInt, Field(ge=1)] = 1
+    samples: Annotated[StrictInt, Field(ge=1, le=SAMPLES)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
 
 
