@@ -39,9 +39,8 @@ def unwrapped(model: Any) -> PreTrainedModel:
 
 def _without_peft(peft_model: Any) -> Any:
     """The model that PEFT has put adapters into."""
-    kinds = {
-        str(getattr(c.peft_type, "value", c.peft_type)) for c in peft_model.peft_config.values()
-    }
+    given = (config.peft_type for config in peft_model.peft_config.values())
+    kinds = {str(getattr(kind, "value", kind)) for kind in given}
     inner = peft_model.base_model
     if not isinstance(inner, PreTrainedModel):  # of learnt prompts it is the model itself
         inner = inner.model
@@ -97,9 +96,7 @@ def base_of(folder: Path) -> str:
             "save it with save_pretrained, as safetensors"
         )
     if importlib.util.find_spec("peft") is None:
-        raise BadInput(
-            f"model '{folder}' is an adapter of PEFT, which is not installed: pip install peft"
-        )
+        raise BadInput(f"model '{folder}' is an adapter, and PEFT is not there: pip install peft")
     beside = folder / name
     return str(beside) if not Path(name).expanduser().exists() and beside.is_dir() else name
 

@@ -34,8 +34,9 @@ MOST, DEEPEST = 1_000_000, 100
 KNOWN = {"torch", "transformers", "accelerate", "peft", "bitsandbytes", "nnsight", "patchsweep"}
 KNOWN |= {"patchsweep_kernels", "numpy"}
 DATA = (int, float, complex, str, bytes, bool, type(None), type(...), range, slice, torch.dtype)
-OF_EVERY_CLASS = ("__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__")
-OF_EVERY_CLASS += ("__abstractmethods__", "_abc_impl")
+PLAIN = (*DATA, Enum, PurePath, re.Pattern)
+OF_EVERY_CLASS = {"__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__"}
+OF_EVERY_CLASS |= {"__abstractmethods__", "_abc_impl"}
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # Of a config: what says where it comes from or changes no logits.
 NO_MATTER = ("_name_or_path", "use_cache")
@@ -56,7 +57,7 @@ class Digests:
     def of(self, value: Any) -> str:
         """Equal for equal values. What holds something that cannot be read (a generator, a
         file) has one of this process alone."""
-        if isinstance(value, PLAIN + (Enum, PurePath, re.Pattern)):
+        if isinstance(value, PLAIN):
             return f"{type(value).__name__} {value!r}"
         if id(value) not in self._found:
             self._found[id(value)] = value, "again"  # should it hold itself

@@ -112,5 +112,6 @@ def _ready(hf_model: nn.Module) -> None:
         if own is not None:
             held["forward"] = own
         for name, part in module._modules.items():
-            if hasattr(part, "_orig_mod"):
-                module._modules[name] = part._orig_mod
+            inner = getattr(part, "_orig_mod", None)
+            if isinstance(inner, nn.Module):
+                module._modules[name] = inner

@@ -115,7 +115,7 @@ def _without(held: Mapping[str, Any]) -> dict[str, Any]:
 def _forward(module: nn.Module) -> Any:
     """What stands in the place of the forward of a module's class; None for nothing."""
     held = vars(module)
-    forward = held.get("forward")
+    forward: Any = held.get("forward")
     moving = "_old_forward" in held and type(held.get("_hf_hook")).__name__ in MOVING
     if moving and _home(getattr(forward, "func", None)) == "accelerate":
         forward = held["_old_forward"]

@@ -45,8 +45,8 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies everything that changes what the model computes, as it is now: weights, config,
-        hooks, training flags, adapters, ..."""
+        """Identifies everything that changes what the model computes, as it is now (see
+        `identity`)."""
         return identity(self.hf_model)
 
 
