@@ -43,8 +43,9 @@ NO_MATTER = {
     "is_training",
 }
 PEFTS = {"_active_adapter", "_disable_adapters"}
-# transformers puts these hooks on for good once hidden states were asked for; they only look.
-LOOKING = "transformers.utils.output_capturing"
+# Hooks that transformers puts on once hidden states were asked for, or for checkpoints in training;
+# none changes a value.
+LOOKING = {"output_capturing_hook", "make_inputs_require_grads"}
 # Hooks that accelerate wraps a forward in to move weights and inputs.
 MOVING = {"AlignDevicesHook", "CpuOffload", "SequentialHook", "ModelHook"}
 
@@ -82,8 +83,10 @@ def _said(module: nn.Module, found: Digests) -> Iterator[str]:
     if module.training:
         yield "trains"
     for name, value in sorted(vars(module).items()):
-        over = callable(getattr(kind, name, None))  # instead of a method
         if name in INTERNAL | NO_MATTER or name.startswith(("_hf_", "__nnsight")):
+            continue
+        over = callable(getattr(kind, name, None))  # instead of a method
+        if over and _home(value) == "accelerate":  # it only warns
             continue
         if not name.startswith("_") or name in PEFTS or own or over:
             yield f"has {name} {found.of(value) if own or over else _plain(value, found)}"
@@ -132,7 +135,7 @@ def _hooks(held: Mapping[str, Any], found: Digests, named: str = "{}") -> Iterat
         name = named.format(kind)
         flags = [f"{name}_with_kwargs", f"{name}_always_called"]
         for key, hook in held[name].items():
-            if getattr(hook, "__module__", "") != LOOKING:
+            if getattr(hook, "__name__", "") not in LOOKING or _home(hook) != "transformers":
                 how = [key in held.get(flag, ()) for flag in flags]
                 yield f"{name} {how} {found.of(hook)}"
 
