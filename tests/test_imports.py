@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LEVELS = (
     (
         "errors",
+        "digests",
         "dimensions",
         "distributed",
         "exactness",
@@ -26,7 +27,7 @@ LEVELS = (
         "transfer",
         "writer",
     ),
-    ("prefetch", "paths"),
+    ("adapters", "identity", "prefetch", "paths"),
     ("limits",),
     ("sites", "stream", "cone", "sae"),
     ("effect", "edges"),

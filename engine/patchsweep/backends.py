@@ -23,6 +23,7 @@ from patchsweep.forward import Forward, as_it_is, take_apart
 from patchsweep.loading import cache
 from patchsweep.model import Model
 from patchsweep.plan import Plan
+from patchsweep.prepare import check_neurons
 from patchsweep.sae import SAE
 from patchsweep.selftest import SelfTest
 from patchsweep.sites import SETS
@@ -56,6 +57,7 @@ def opened(
             try:
                 stack.enter_context(attention_is(model.hf_model))
                 forward = take_apart(model.hf_model, plan.layouts.longest, plan.layouts.shortest)
+                check_neurons(forward, plan, settings.metrics)
                 tested = _tested(forward, plan, sae, fingerprint)
             except NotOnWavefront as error:
                 if settings.backend == "wavefront":

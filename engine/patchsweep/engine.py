@@ -65,8 +65,7 @@ def run(
         max_memory=spec.max_memory,
         offload_folder=spec.offload_folder,
     )
-    with exactly(model.device):
-        pairs = build_pairs(spec.prompts, model.tokenizer, model)
+    pairs = build_pairs(spec.prompts, model.tokenizer, model)
     resume = resume or (restarted() and not overwrite)
     return carry_out(
         model,
@@ -119,17 +118,19 @@ def carry_out(
     processes = processes or alone()
     if missing := unreachable(model.hf_model):
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
+    attribution.check_weights(settings, model.hf_model)
     check_seen(out, processes)
     there = None
     if processes.first:
         there = found(out, settings, resume or overwrite or append, overwrite or append)
     existing = None if overwrite else there
-    sae = load_autoencoder(settings)
-    plan = _planned(model, pairs, settings, sae, existing, append, processes)
     fingerprint = model.fingerprint
+    with exactly(model.hf_model):
+        sae = load_autoencoder(settings)
+        plan = _planned(model, pairs, settings, sae, existing, append, processes)
     with (
         job(out, processes),
-        exactly(model.device),
+        exactly(model.hf_model),
         enough_memory(),
         opened(model, plan, settings, sae, fingerprint) as backend,
     ):

@@ -150,15 +150,16 @@ class Forward:
             at = self.devices[index]
             # Weights that a hook brought in are others once it has put them away.
             with attention_call(call), weights_of(*layer.modules()):
-                hidden = self.layer(index, hidden.to(at), zero.to(at), stream)
+                # A module may be more than a product with its weight: one with an adapter is.
+                with stream.told_by(layer):
+                    hidden = self.layer(index, hidden.to(at), zero.to(at), stream)
                 down = stream.linear.get("mlp_out")
-                owners = [m for m in layer.modules() if getattr(m, "weight", None) is down]
-            if down is None or len(owners) != 1:
-                raise BadInput(
+            if not isinstance(down, nn.Module):
+                raise NotOnWavefront(
                     f"neuron cannot be patched in this model: the MLP of layer {index} does not "
-                    "end in a linear map that only it uses"
+                    "end in one linear map"
                 )
-            found += owners
+            found.append(down)
         return found
 
     def final_norm(self, hidden: Tensor) -> Tensor:

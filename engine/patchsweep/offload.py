@@ -67,10 +67,15 @@ def unreachable(hf_model: nn.Module) -> list[str]:
     return [n for n, p in hf_model.named_parameters() if p.is_meta and n not in known]
 
 
-def state(hf_model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The state dict sorted by name, one tensor at a time read from where it is kept."""
-    for name, tensor in sorted(hf_model.state_dict().items()):
-        yield name, _kept(hf_model, name, tensor) if tensor.is_meta else tensor
+def state(hf_model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Weights and buffers, those too that are not saved, and what else a state dict holds; sorted
+    by name, one tensor at a time read from where it is kept."""
+    found: dict[str, Any] = dict(hf_model.named_parameters(remove_duplicate=False))
+    found |= hf_model.named_buffers(remove_duplicate=False)
+    found |= hf_model.state_dict()
+    for name, value in sorted(found.items()):
+        away = isinstance(value, Tensor) and value.is_meta
+        yield name, _kept(hf_model, name, value) if away else value
 
 
 def _kept(hf_model: nn.Module, name: str, tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, NotOnWavefront
 from patchsweep.forward import Forward
 from patchsweep.layout import Layouts
 from patchsweep.means import means
@@ -43,10 +43,6 @@ def prepare(
         sae = sae.to(forward.devices[call], forward.hf_model.dtype)
     for metric in settings.metrics:
         _check_metric(metric, plan)
-    if carry is wavefront and (
-        "neuron" in components or any(m.name == "neuron" for m in settings.metrics)
-    ):
-        _check_neurons(forward, layouts)
     constants: Constants = {}
     for number, source in enumerate(plan.sources):
         if isinstance(source.given, Mean | Vector) and "head_pattern" in components:
@@ -107,12 +103,17 @@ def _width(forward: Forward, layouts: Layouts, name: str) -> tuple[int, int]:
     return units, wide.get(name, d.d_model)
 
 
-def _check_neurons(forward: Forward, layouts: Layouts) -> None:
+def check_neurons(forward: Forward, plan: Plan, metrics: Sequence[Metric]) -> None:
+    """NotOnWavefront if neurons are patched or read, and the wavefront does not see them here."""
+    layouts = plan.layouts
+    patched = layouts.patched([name for name in plan.grids if name != SETS])
+    if "neuron" not in patched and not any("neuron" in (m.name, m.component) for m in metrics):
+        return
     for layer, down in enumerate(forward.down_projections):
         weight: Any = down.weight
         sizes = tuple(weight.shape)
         if layouts.dimensions.neurons not in sizes:
-            raise BadInput(
+            raise NotOnWavefront(
                 f"neuron cannot be patched in this model: its config says "
                 f"{layouts.dimensions.neurons} neurons, layer {layer} has weights {sizes}"
             )

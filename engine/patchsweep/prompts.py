@@ -10,6 +10,7 @@ import torch
 
 from patchsweep import tasks
 from patchsweep.errors import BadInput
+from patchsweep.exactness import exactly
 from patchsweep.model import Model
 from patchsweep.pairs import Pair, read_pairs
 from patchsweep.spec import Prompts
@@ -60,7 +61,6 @@ def _correct(model: Model | None, pairs: Iterable[Pair], n: int | None, least: i
     return found
 
 
-@torch.no_grad()
 def answers_right(model: Model, pair: Pair) -> bool:
     """Whether in the clean run, where the answer is read, the likeliest answer is above every wrong
     one; where there is none, above every other token. BadInput for a prompt that is too long."""
@@ -70,7 +70,8 @@ def answers_right(model: Model, pair: Pair) -> bool:
             f"prompts: a prompt has {len(pair.clean)} tokens, {model.name} takes {most}: shorten it"
         )
     prompt = torch.tensor([pair.clean[: pair.read + 1]], device=model.device)
-    logits = model.hf_model(input_ids=prompt, use_cache=False).logits[0, -1].float().cpu()
+    with exactly(model.hf_model), torch.no_grad():
+        logits = model.hf_model(input_ids=prompt, use_cache=False).logits[0, -1].float().cpu()
     answer = torch.tensor(pair.answer)
     others = logits.index_fill(0, answer, -torch.inf)
     wrong = others[list(pair.wrong)] if pair.wrong else others

@@ -9,7 +9,7 @@ needed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -99,6 +99,20 @@ class ResidualStream(TorchFunctionMode):
                 self._roles[out] = role
         if getattr(getattr(module, "weight", None), "dim", int)() == 2:
             self._linear[out] = module
+
+    @contextmanager
+    def told_by(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, the modules of a layer tell what they computed."""
+
+        def tell(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+            if isinstance(out, Tensor):
+                self.computed(module, [*args, *kwargs.values()], out)
+
+        with ExitStack() as stack:
+            for module in layer.modules():
+                hook = module.register_forward_hook(tell, with_kwargs=True)
+                stack.callback(hook.remove)
+            yield
 
     def is_mid(self, value: Any) -> bool:
         """Whether this is the stream after attention was added to it."""

@@ -92,7 +92,7 @@ def verify(
         )
 
     with (
-        exactly(model.device),
+        exactly(model.hf_model),
         through_nnsight(model, plan, settings, "asked for") as (backend, carry),
     ):
         carry.check(plan.layouts, (), settings.metrics)

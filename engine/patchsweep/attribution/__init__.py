@@ -22,6 +22,7 @@ from patchsweep.attribution.estimators import (
     check,
     check_backend,
     check_edges,
+    check_weights,
     chosen,
 )
 from patchsweep.attribution.runs import pair_ranges
@@ -42,6 +43,7 @@ __all__ = [
     "check",
     "check_backend",
     "check_edges",
+    "check_weights",
     "chosen",
     "chosen_cells",
     "estimate_pairs",

@@ -1,9 +1,11 @@
-"""Which estimator a component has, and what cannot be estimated. Pure."""
+"""Which estimator a component has, and what cannot be estimated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
+
+from torch import nn
 
 from patchsweep.errors import BadInput
 from patchsweep.metrics import DIVERGENCES
@@ -84,6 +86,17 @@ def check_edges(settings: Sweep) -> None:
             )
     if settings.backend == "nnsight":
         raise _not_on("it is asked for", *EDGES)
+
+
+def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
+    """BadInput where autograd cannot follow what is computed with a model's weights."""
+    if not (settings.estimate or settings.prefilter or settings.edges):
+        return
+    if any(p.is_inference() for p in hf_model.parameters()):
+        raise BadInput(
+            "estimates and edges need gradients, and this model's weights were made inside "
+            "torch.inference_mode(): load or build the model outside it"
+        )
 
 
 def check_backend(settings: Sweep, record: Mapping[str, Any]) -> None:
