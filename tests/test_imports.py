@@ -34,7 +34,7 @@ LEVELS = (
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader", "integrity", "job"),
-    ("attention", "sources", "reads", "circuits", "table", "prefilter", "heatmaps"),
+    ("attention", "sources", "reads", "circuits", "table", "prefilter"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
     ("model", "modules"),

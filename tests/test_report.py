@@ -12,11 +12,11 @@ from rich.console import Console
 
 import patchsweep.results
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import column_names, views
 from patchsweep.pairs import Pair
 from patchsweep.report.figures import Wanted, plot
 from patchsweep.report.show import Asked, _effect, show
 from patchsweep.results import Results
+from patchsweep.results.heatmaps import column_names, views
 from patchsweep.sites import Grid, Status, blocks
 from patchsweep.store import Store
 

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from rich.table import Table
 
-from patchsweep import drawing, heatmaps
 from patchsweep.errors import BadInput
 from patchsweep.report import show
 from patchsweep.report.page_data import page_data
-from patchsweep.results import Results
+from patchsweep.results import Results, drawing, heatmaps
 from patchsweep.sites import SETS
 from patchsweep.store import EDGES, check_made, check_outside
 from patchsweep.table import csv_text

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep import drawing, heatmaps
 from patchsweep.effect import Array, known_mean
-from patchsweep.results import Columns, Results, layer_parts
+from patchsweep.results import Columns, Results, drawing, heatmaps, layer_parts
 from patchsweep.sites import COMPONENTS, SETS, Grid, Status, unit_name
 from patchsweep.statistics import beyond_sd, bootstrap
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from patchsweep import drawing
 from patchsweep.errors import BadInput, shown
 from patchsweep.limits import LARGEST, PAIRS
 from patchsweep.model import load_model
@@ -19,6 +18,7 @@ from patchsweep.reproduce import (
     windows,
 )
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
+from patchsweep.results import drawing
 from patchsweep.store import check_outside
 from patchsweep.tasks.task import nearest
 

@@ -18,12 +18,12 @@ from rich.text import Text
 from patchsweep import diagnostics
 from patchsweep.engine import sweep
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import LONGEST_NAME, counted
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
 from patchsweep.report.figures import save
 from patchsweep.results import Results
+from patchsweep.results.heatmaps import LONGEST_NAME, counted
 from patchsweep.spec import Prompts
 from patchsweep.store import Store, check_made, check_outside
 from patchsweep.table import no_formula

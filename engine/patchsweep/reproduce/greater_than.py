@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from patchsweep.heatmaps import counted
 from patchsweep.pairs import Pair
 from patchsweep.reproduce import claims, heads, published
 from patchsweep.reproduce.experiment import (
@@ -18,6 +17,7 @@ from patchsweep.reproduce.experiment import (
 )
 from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
+from patchsweep.results.heatmaps import counted
 
 NAME = "greater-than"
 METRICS = ("logit_diff_sum", "prob", "kl")  # the paper's

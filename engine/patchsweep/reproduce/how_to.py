@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep import drawing
 from patchsweep.circuits import Curve
 from patchsweep.effect import Array
 from patchsweep.reproduce import gates, pictures, published
@@ -16,7 +15,7 @@ from patchsweep.reproduce.experiment import Experiment, Finding, Report, Setting
 from patchsweep.reproduce.mlps import COLOURS
 from patchsweep.reproduce.pictures import Picture
 from patchsweep.reproduce.resampled import sure
-from patchsweep.results import Results
+from patchsweep.results import Results, drawing
 from patchsweep.sites import DIRECTIONS, Direction
 from patchsweep.statistics import beyond_sd
 

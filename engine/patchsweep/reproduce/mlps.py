@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchsweep import drawing
 from patchsweep.effect import Array
 from patchsweep.pairs import Pair
 from patchsweep.reproduce.experiment import SIGMA, Setting
 from patchsweep.reproduce.heads import METRICS, NAMES, UNITS
-from patchsweep.results import Results
+from patchsweep.results import Results, drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep import drawing
 from patchsweep.effect import Array
+from patchsweep.results import drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

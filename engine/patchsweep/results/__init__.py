@@ -12,6 +12,8 @@ of ratios. Raw metrics stay raw.
     intervals.py  bootstrap, p-values, standard errors
     together.py   windows and circuits
     diagnosis.py  warnings
+    heatmaps.py   what pictures show
+    drawing.py    how one is drawn
     lazy.py       xarray datasets
     results.py    all of these as one class
 """

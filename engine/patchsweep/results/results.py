@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import xarray as xr
 
-from patchsweep import drawing, heatmaps, table
+from patchsweep import table
 from patchsweep.errors import BadInput
 from patchsweep.integrity import Check, check, refuse_missing
 from patchsweep.reader import one_of
+from patchsweep.results import drawing, heatmaps
 from patchsweep.results.cells import Cells
 from patchsweep.results.diagnosis import Diagnosed
 from patchsweep.results.intervals import Intervals

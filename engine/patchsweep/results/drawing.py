@@ -11,14 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
-from patchsweep.heatmaps import Heatmap, counted, heading, scale
+from patchsweep.results.heatmaps import Heatmap, counted, heading, scale
 from patchsweep.sites import Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from patchsweep.results import Results
+    from patchsweep.results.effects import Effects
 
 COLOURS = "RdBu_r"  # diverging, and told apart by the colour-blind
 FEW, NOT_RUN = "0.87", "0.6"  # greys
@@ -49,7 +49,7 @@ def folded(heatmap: Heatmap) -> Heatmap:
 
 
 def draw(
-    results: Results,
+    results: Effects,
     component: str,
     metric: str,
     direction: str,
@@ -170,7 +170,7 @@ def _marks(axes: Axes, sure: NDArray[np.bool_], dark: NDArray[np.bool_]) -> Any:
 
 
 def _title(
-    results: Results, component: str, direction: str, heatmap: Heatmap, source: int
+    results: Effects, component: str, direction: str, heatmap: Heatmap, source: int
 ) -> list[str]:
     grid = results.grid(component)
     what = [component, direction, *([grid.sources[source]] if len(grid.sources) > 1 else [])]
