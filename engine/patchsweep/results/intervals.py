@@ -72,12 +72,13 @@ class Intervals(Effects):
             values = self.store.read(f"{component}/{metric}", (d, s, n)).astype(np.float64)
             status = self.store.read(f"{component}/{metric}_status", (d, s, n))
             destination, donor = (end[n][:, None, None, None] for end in ends)
-            use = np.isin(status, MEASURED) & np.isfinite(values)
+            span = donor - destination
+            use = np.isin(status, MEASURED) & np.isfinite(values) & np.isfinite(span)
             partly |= some_estimated(status[None])
             if not use.any():
                 continue
             moved = np.where(use, change(values, status, destination), 0.0).sum(0)
-            per_sample.append(ratio(moved, np.where(use, donor - destination, 0.0).sum(0)))
+            per_sample.append(ratio(moved, np.where(use, span, 0.0).sum(0)))
         if not per_sample:
             return np.full(partly.shape, np.nan)
         return np.where(partly, np.nan, standard_error(np.stack(per_sample), 0))
