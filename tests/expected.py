@@ -218,14 +218,19 @@ class Expected:
         out["spread"] = found[read].max() - found[read].min()
         return out
 
-    def knows_reach(self, columns: Sequence[str], sites: Sequence[Any]) -> bool:
+    def knows_reach(self, columns: Sequence[str], component: str, sites: Sequence[Any]) -> bool:
         """Whether a patch that can change what is read does so in random models, in the bits at
-        least. Not of a model whose attention is narrower than its config says; not where another
-        site of the run can undo it, or what is read is no logit."""
-        named = any(source for *_, source in sites)
-        plain = set(columns) <= LOGIT_COLUMNS and self.case.family in FAMILIES and not named
-        return plain and not any(
-            component in SPARSE or (component in OF_SEVERAL_KEYS and 0 in positions)
+        least: what is read are logits, and attention is as wide as the config says. Sets may have
+        sites that undo what others do; a parallel block's MLP does not read its attention, which
+        plans do not know."""
+        if component == "sets" and "<" in str(self.case.settings.get("sets")):
+            return False
+        if not set(columns) <= LOGIT_COLUMNS or self.case.family not in FAMILIES:
+            return False
+        return not any(
+            component in SPARSE
+            or (component in OF_SEVERAL_KEYS and 0 in positions)
+            or (component == "mlp_out" and self.family.parallel)
             for component, _, _, positions, _ in sites
         )
 
