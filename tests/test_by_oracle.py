@@ -116,7 +116,7 @@ def test_what_a_complement_spares() -> None:
     assert len(names) == (18 + 3 - 2) * 5 - 1
 
 
-@pytest.mark.parametrize("direction", ["denoise", "noise"])
+@pytest.mark.parametrize("direction", ["denoise", "noise", "both"])
 def test_the_largest_cells_together(direction: str, tmp_path: Path) -> None:
     """In one run, by the first metric and source; of those alone the effects are stored beside."""
     given = {
@@ -127,20 +127,19 @@ def test_the_largest_cells_together(direction: str, tmp_path: Path) -> None:
         "metrics": ["logit_diff", "kl"],
     }
     of = oracle_of(four((6, 6)), given, layers=2)
-    for pair in of.case.pairs:
-        assert len(pair) == 6
-    found = swept(of, tmp_path / "r").attrs["joint"]["head_z"][direction]
-    way = {"source": "second"}
-    alone = {
-        f"head_z.{i}.{h}@-1": effect(of, direction, [("head_z", i, h, -1, None)], **way)
-        for i, h in product(range(2), range(6))
-    }
-    best = sorted(alone, key=lambda name: -abs(alone[name]))[:10]
-    assert found["sites"] == best
-    np.testing.assert_allclose(found["singles"], [alone[name] for name in best], **CLOSE)
-    together = effect(of, direction, [site(name) for name in best], **way)
-    assert found["joint"] == pytest.approx(together, abs=1e-6)
-    assert abs(together - sum(alone[name] for name in best)) > 1e-3
+    joint = swept(of, tmp_path / "r").attrs["joint"]["head_z"]
+    assert list(joint) == (["denoise", "noise"] if direction == "both" else [direction])
+    for way, found in joint.items():
+        alone = {
+            f"head_z.{i}.{h}@-1": effect(of, way, [("head_z", i, h, -1, None)], source="second")
+            for i, h in product(range(2), range(6))
+        }
+        best = sorted(alone, key=lambda name, of=alone: -abs(of[name]))[:10]
+        assert found["sites"] == best
+        np.testing.assert_allclose(found["singles"], [alone[name] for name in best], **CLOSE)
+        together = effect(of, way, [site(name) for name in best], source="second")
+        assert found["joint"] == pytest.approx(together, abs=1e-6)
+        assert abs(together - sum(alone[name] for name in best)) > 1e-3
 
 
 def test_together_of_differences(tmp_path: Path) -> None:
