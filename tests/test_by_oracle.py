@@ -268,13 +268,13 @@ def codes(_: torch.Tensor, context: ps.Context) -> torch.Tensor:
     return torch.from_numpy(context.run.astype(np.float64))
 
 
-def firsts(_: torch.Tensor, context: ps.Context) -> torch.Tensor:
-    return torch.tensor([float(pair.clean[0]) for pair in context.pairs])
+def lasts(_: torch.Tensor, context: ps.Context) -> torch.Tensor:
+    return torch.tensor([float(pair.clean[-1]) for pair in context.pairs])
 
 
 def test_what_a_users_metric_is_told(tmp_path: Path) -> None:
     """Which run a row is, in waves of several runs a pair; and its own pair."""
-    metrics = [{"callable": {"path": f"test_by_oracle:{name}"}} for name in ("codes", "firsts")]
+    metrics = [{"callable": {"path": f"test_by_oracle:{name}"}} for name in ("codes", "lasts")]
     given: dict[str, Any] = {
         "components": ["mlp_out"],
         "sets": {"a": ["mlp_out.0@-1<second", "mlp_out.1@-1<other"]},
@@ -284,18 +284,19 @@ def test_what_a_users_metric_is_told(tmp_path: Path) -> None:
     }
     of = oracle_of(four((6, 5)), {**given}, layers=2)
     found = swept(of, tmp_path / "r")
-    first = np.array([pair.clean[0] for pair in of.case.pairs])
+    last = np.array([pair.clean[-1] for pair in of.case.pairs])
+    assert last[0] != last[1]
     clean, corrupt = found.baseline("codes")
     assert (clean == 0).all()
     assert (corrupt == 1).all()
-    np.testing.assert_array_equal(found.baseline("firsts"), np.broadcast_to(first, (2, 2, 1, 2)))
+    np.testing.assert_array_equal(found.baseline("lasts"), np.broadcast_to(last, (2, 2, 1, 2)))
     for component in ("mlp_out", "sets"):
         status = found.store.read(f"{component}/codes_status")
         ran = status == Status.EXACT
         assert ran.any((0, 1, 2, 4, 5, 6)).all()
         assert (found.store.read(f"{component}/codes")[ran] == 2).all()
-        said = found.store.read(f"{component}/firsts")
-        wanted = np.broadcast_to(first[:, None, None, None], said.shape)
+        said = found.store.read(f"{component}/lasts")
+        wanted = np.broadcast_to(last[:, None, None, None], said.shape)
         np.testing.assert_array_equal(said[ran], wanted[ran])
 
 
@@ -478,6 +479,28 @@ def test_small_sweeps_of_unequal_prompts() -> None:
         "sets": {"a": ["head_q.1.2@-1", "head_k.0.1@2", "embed@3", "head_v.1.0@-2"]},
     }
     assert check(Case("llama", pairs, given, layers=2), 40) > 10
+
+
+def test_groups_of_positions_of_unequal_prompts() -> None:
+    """An entry is there with those of its positions that have a counterpart; a set's site is where
+    its own source has one."""
+    rng = np.random.default_rng(4)
+    pairs = [
+        replace(pair, align=(2, -1, 3, -1, 6), others={"second": tuple(reversed(pair.clean))})
+        for pair in [unequal(rng, 5, 2)]
+    ]
+    given: dict[str, Any] = {
+        "components": ["mlp_out"],
+        "positions": {"both": [0, 1], "neither": [1, 3], "ends": [0, -1]},
+        "direction": "both",
+    }
+    assert check(Case("llama", pairs, given, layers=2), None) == 3 + 3
+    given = {
+        "sets": {"a": ["mlp_out.0@1<other", "mlp_out.0@2<second", "mlp_out.1@1", "mlp_out.0@0"]},
+        "source": ["other", "second"],
+        "direction": "noise",
+    }
+    assert check(Case("llama", pairs, given, layers=2), None) == 2
 
 
 @pytest.mark.parametrize("kind", ["ablations", "noise"])
