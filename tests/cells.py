@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import patchsweep as ps
-from expected import Autoencoder, Case, Expected, d_head, probe_direction
+from expected import SCALE, Autoencoder, Case, Expected, d_head, probe_direction
 from inputs import Letters
-from oracle.families import EVERY, FAMILIES
+from members import Member, members
+from oracle.families import EVERY, FAMILIES, Family
 from patchsweep.sites import SETS, Status
 
 METRICS: list[Any] = [
@@ -94,16 +95,19 @@ def check(case: Case, cells: int | None) -> int:
         case.settings["metrics"] = given["metrics"]
         if "_vector" in given:
             np.save(folder / "v.npy", given.pop("_vector").numpy())
-            given["source"] = {"vector": {"file": folder / "v.npy"}}
+            given["source"] = {"vector": {"file": folder / "v.npy", "scale": SCALE}}
         results = ps.sweep(model, case.pairs, out=folder / "r.zarr", **given)
         assert results.complete
         grids = {c: load(results, c) for c in results.components}
-        floor = max(float(np.nanmax(results.noise_floor(m), initial=0)) for m in results.metrics)
-        sites = {} if SETS not in results.components else sites_of(results)
-    # Others than logits can be larger than 1: activations, relative probabilities.
-    wide = 1 if given["metrics"] in (FEW, METRICS) else 30
-    scale = case.tolerance or family.tolerance * wide
-    assert floor <= scale
+        floors = {m: results.noise_floor(m) for m in results.metrics}
+        sites = members_of(case, hf_model, family)
+        if SETS in results.components:
+            assert {k: set(v) for k, v in stored_sites(results).items()} == {
+                k: {as_stored(site) for site in some} for k, some in sites.items()
+            }
+    scale = case.tolerance or family.tolerance
+    for metric in results.metrics:
+        assert float(np.nanmax(floors[metric], initial=0)) <= scale * wide(metric)
 
     expected = Expected(case, hf_model, family, sae)
     rng = np.random.default_rng(case.seed)
@@ -129,17 +133,42 @@ def load(results: ps.Results, component: str) -> dict[str, Any]:
     return arrays
 
 
-def sites_of(results: ps.Results) -> dict[str, list[str]]:
+def wide(column: str) -> float:
+    """How much further from each other than logits two exact values of a metric may be: those of
+    activations are sums of as many terms as a layer is wide, a ratio of probabilities is as far off
+    as its smallest is small."""
+    if column == "relative_prob":
+        return 30
+    return 5 if column.startswith(("probe_", "neuron_", "sae_feature_")) else 1
+
+
+def members_of(case: Case, hf_model: Any, family: Family) -> dict[str, list[Member]]:
+    """The sites of the sets that a case asks for."""
+    config = hf_model.config
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads if family.grouped else heads
+    units = dict.fromkeys(("head_z", "head_q", "head_pattern"), heads)
+    units |= {"head_k": kv_heads, "head_v": kv_heads}
+    return members(case.settings, case.layers, units, max(map(len, case.pairs)), case.sae_layer)
+
+
+def stored_sites(results: ps.Results) -> dict[str, list[Any]]:
     """The sites of every set, as the results keep them."""
-    columns = {
-        c: results.store.read(f"{SETS}/site_{c}").tolist()
+    columns = [
+        results.store.read(f"{SETS}/site_{c}").tolist()
         for c in ("set", "component", "layer", "unit", "position", "source")
-    }
-    sites: dict[int, list[Any]] = {}
-    for number, *site in zip(*columns.values(), strict=True):
-        sites.setdefault(number, []).append(tuple(site))
+    ]
     names = results.grid(SETS).positions
-    return {str(names[number]): some for number, some in sites.items()}
+    sites: dict[str, list[Any]] = {str(name): [] for name in names}
+    for number, *site in zip(*columns, strict=True):
+        sites[str(names[number])].append(tuple(site))
+    assert all(len(set(some)) == len(some) for some in sites.values())
+    return sites
+
+
+def as_stored(site: Member) -> tuple[str, int, int, str, str]:
+    component, layer, unit, position, source = site
+    return component, layer, unit or 0, str(position), source or ""
 
 
 def compare(
@@ -188,6 +217,10 @@ def compare(
     for column, value in expected.values(i, direction, source, n, cell).items():
         if column in columns:
             difference = abs(found[column][at] - float(value))
-            assert difference <= scale, (case, component, at, cell, column, difference)
+            assert difference <= scale * wide(column), (component, at, cell, column, difference)
             assert found[f"{column}_status"][at] in (Status.EXACT, Status.STRUCTURAL)
-    return bool(found[f"{columns[0]}_status"][at] == Status.EXACT)
+    ran = bool(found[f"{columns[0]}_status"][at] == Status.EXACT)
+    if expected.knows_reach(columns, component, cell):
+        reaches = expected.reaches(i, direction, source, n, cell)
+        assert ran == reaches, (component, at, cell, "run" if ran else "structural")
+    return ran

@@ -13,8 +13,18 @@ import torch
 
 import patchsweep as ps
 from oracle import heads, oracle
-from oracle.families import Family
+from oracle.families import FAMILIES, Family
 from patchsweep.pairs import Pair
+
+SCALE = -1.5  # of steering vectors
+LOGIT_COLUMNS = {
+    "logit_diff", "logit_diff_sum", "logit", "logprob", "prob", "prob_diff", "rank", "accuracy_k5",
+    "kl", "kl_reverse", "total_variation", "relative_prob", "sequence_logprob",
+}  # fmt: skip
+# What is zero in both runs where its neuron is silent in both.
+SPARSE = ("neuron", "sae_feature")
+# What has no say where a query sees one key.
+OF_SEVERAL_KEYS = ("head_q", "head_pattern")
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ class Expected:
                     table = self.mean(component, layer)
                     value, src = table[min(at, len(table) - 1), unit], at
                 elif source == "vector":
-                    value, src = heads.Add(self.case.settings["_vector"]), at
+                    value, src = heads.Add(self.case.settings["_vector"] * SCALE), at
                 elif direction == "denoise" and not named:
                     value, src = heads.Prompt(p.clean), i
                 else:
@@ -210,6 +220,30 @@ class Expected:
                 out["sae_feature_2_-1"] = inside["sae_feature", self.sae.layer][read, 2, 0]
         out["spread"] = found[read].max() - found[read].min()
         return out
+
+    def knows_reach(self, columns: Sequence[str], component: str, sites: Sequence[Any]) -> bool:
+        """Whether a patch that can change what is read does so in random models, in the bits at
+        least: what is read are logits, and attention is as wide as the config says. Sets may have
+        sites that undo what others do; a parallel block's MLP does not read its attention, which
+        plans do not know."""
+        if component == "sets" and "<" in str(self.case.settings.get("sets")):
+            return False
+        if not set(columns) <= LOGIT_COLUMNS or self.case.family not in FAMILIES:
+            return False
+        return not any(
+            component in SPARSE
+            or (component in OF_SEVERAL_KEYS and 0 in positions)
+            or (component == "mlp_out" and self.family.parallel)
+            for component, _, _, positions, _ in sites
+        )
+
+    def reaches(self, pair: int, direction: str, source: str, sample: int, sites: Any) -> bool:
+        """Whether a patched run's logits are other ones, where the answer is read and after it."""
+        args = (pair, "corrupt" if direction == "denoise" else "clean", source, sample)
+        patched, _ = self._run(pair, direction, source, sample, sites)
+        destination, _ = self.run(*args, ())
+        last = max(1, len(self.case.pairs[pair].continuation))
+        return not torch.equal(patched[-last:], destination[-last:])
 
     def logit_metrics(self, pair: Pair, logits: Any, clean: Any) -> dict[str, Any]:
         return {

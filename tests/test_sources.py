@@ -167,7 +167,7 @@ def test_prompts_without_a_corrupt_one(model: ps.Model, tmp_path: Path) -> None:
     assert np.isnan(results.baseline("logit_diff")[1]).all()
 
 
-def test_noise_samples_and_their_error(model: ps.Model, pairs: list[Pair], tmp_path: Path) -> None:
+def test_noise_of_several_sizes(model: ps.Model, pairs: list[Pair], tmp_path: Path) -> None:
     results = ps.sweep(
         model,
         pairs,
@@ -178,18 +178,6 @@ def test_noise_samples_and_their_error(model: ps.Model, pairs: list[Pair], tmp_p
     ds = results.to_xarray("mlp_out")
     assert ds.source.values.tolist() == ["sigma=1", "sigma=3"]
     assert ds.logit_diff.dims == ("source", "sample", "pair", "layer", "position")
-    by_sample = []
-    for n in range(3):
-        one = ds.isel(sample=n).sel(source="sigma=3")
-        clean, corrupt = results.baseline("logit_diff")[:, 1, n]
-        moved = one.logit_diff.values.astype(float) - corrupt[:, None, None]
-        moved[one.logit_diff_status.values != 1] = 0
-        inside = one.logit_diff_status.values != 4
-        span = (np.where(inside, (clean - corrupt)[:, None, None], 0)).sum(0)
-        by_sample.append(moved.sum(0) / span)
-    expected = np.std(by_sample, axis=0, ddof=1) / np.sqrt(3)
-    found = results.standard_error("mlp_out", "logit_diff", "denoise", "sigma=3")[:, 0]
-    np.testing.assert_allclose(found, expected, atol=1e-6)
     assert results.attrs["noise_scale"] > 0
     # The same draws, larger: the common random numbers of all sigmas.
     again = ps.sweep(
@@ -216,25 +204,12 @@ def test_windows_beside_the_sum_of_their_layers(
     names = ["mlp_out.0-1@S2", "mlp_out.0-1@-1", "mlp_out.1-2@S2", "mlp_out.1-2@-1"]
     assert sorted(sets.set.values.tolist()) == sorted(names)
     assert joint.shape == (2, 2)
-    assert joint[1, 1] == pytest.approx(
-        results.effect("sets", "logit_diff", "denoise").values[
-            0, 0, sets.set.values.tolist().index(names[3])
-        ]
-    )
+    effects = results.effect("sets", "logit_diff", "denoise").values[0, 0]
+    by_name = dict(zip(sets.set.values.tolist(), effects, strict=True))
+    np.testing.assert_array_equal(joint.ravel(), [by_name[name] for name in names])
     assert not np.allclose(joint, total)
     with pytest.raises(ps.BadInput, match="no windows of 3 layers"):
         results.windows("mlp_out", 3, "logit_diff", "denoise")
-
-
-def test_intervals_and_p_values(model: ps.Model, pairs: list[Pair], tmp_path: Path) -> None:
-    results = ps.sweep(model, pairs, components=["mlp_out"], positions=[-1], out=tmp_path / "r")
-    low, high = results.interval("mlp_out", "logit_diff", "denoise", samples=200)
-    effect = results.effect("mlp_out", "logit_diff", "denoise")
-    assert ((low <= effect) & (effect <= high)).all()
-    assert (low < high).any()
-    p = results.p_values("mlp_out", "logit_diff", "denoise")
-    assert p.shape == effect.shape
-    assert ((p >= 0) & (p <= 1)).all()
 
 
 def test_a_resumed_sweep_has_the_same_vectors(

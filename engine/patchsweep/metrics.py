@@ -235,8 +235,8 @@ def _of_distribution(
         rank = of("rank")
         best = rank.masked_fill(~answers[1], torch.iinfo(rank.dtype).max).amin(-1)
         value = best if m.name == "rank" else best < m.k
-        finite = answers[0].isfinite().all(-1) & wrongs[0].isfinite().all(-1)
-        return torch.where(finite, value, float("nan"))
+        # Every comparison with a NaN is false, which would make of it the best rank there is.
+        return torch.where(of("logsumexp").isfinite(), value, float("nan"))
     answer = _logsumexp(*answers) - of("logsumexp")
     if m.name == "logprob":
         return answer
