@@ -28,6 +28,7 @@ LEVELS = (
     ),
     ("prefetch",),
     ("sites", "stream", "cone", "sae"),
+    ("judge",),
     ("effect", "edges"),
     ("pairs", "statistics", "audit"),
     ("tasks", "loading", "store", "diagnostics"),

@@ -71,7 +71,9 @@ def watched(hf_model: PreTrainedModel, asked: Asked, told: Told) -> Iterator[Non
 
         return attention
 
-    names = {c._attn_implementation for m in hf_model.modules() if (c := getattr(m, "config", None))}
+    names = {
+        c._attn_implementation for m in hf_model.modules() if (c := getattr(m, "config", None))
+    }
     with ExitStack() as stack:
         for registry in _registries(hf_model):
             for name in names & {*registry}:
@@ -152,9 +154,7 @@ def _weighed(visitor: Visitor, pattern: Tensor, v: Tensor, z: Tensor) -> Tensor:
     return torch.where(changed, new, z)
 
 
-def weights(
-    module: nn.Module, q: Tensor, k: Tensor, mask: Any, how: dict[str, Any]
-) -> Tensor:
+def weights(module: nn.Module, q: Tensor, k: Tensor, mask: Any, how: dict[str, Any]) -> Tensor:
     """Attention probabilities [row, head, query, key] in plain terms, in float32 at least."""
     exact = torch.promote_types(q.dtype, torch.float32)
     q, k = q.to(exact), k.to(exact).repeat_interleave(q.shape[1] // k.shape[1], 1)

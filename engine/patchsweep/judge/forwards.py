@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from patchsweep.judge.find import Blind, Layer, Written, find, first
 from patchsweep.sae import SAE
 
 HEADS = ("head_q", "head_k", "head_v", "head_pattern", "head_z")
-TOKENS = 1024  # of rows that go through the model together
+TOKENS = 512  # of rows that go through the model together
 Key = tuple[str, int]  # component, layer
 
 
@@ -116,15 +116,18 @@ class Judge:
         prompts: Sequence[Prompt],
         edits: Sequence[Sequence[Edit]] | None = None,
         record: Sequence[Key] = (),
+        reads: Sequence[int] | None = None,
     ) -> tuple[Tensor, Recorded]:
-        """Logits [row, position, vocab] and activations of prompts of one length, each with its
-        edits. Unseen, with component and layer, for what cannot be seen."""
+        """Logits [row, position, vocab], or at the positions `reads` alone, and activations of
+        prompts of one length, each with its edits. Unseen, with component and layer, for what
+        cannot be seen."""
         edits = [()] * len(prompts) if edits is None else edits
         step = max(1, TOKENS // len(prompts[0].tokens)) if self.stackable else 1
         logits, seen = [], []
         for i in range(0, len(prompts), step):
             forward = _Forward(self, prompts[i : i + step], edits[i : i + step], record)
-            logits.append(forward.run())
+            found = forward.run()
+            logits.append(found if reads is None else found[:, list(reads)])
             seen.append(forward.seen)
         return torch.cat(logits), {k: torch.cat([s[k] for s in seen]) for k in record}
 
