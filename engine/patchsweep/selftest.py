@@ -341,8 +341,8 @@ def compare(forward: Forward, carry: Carry, truth: Truth, sae: SAE | None) -> Se
     worst = int(np.argmax(by_row))
     if by_row[worst] > truth.tolerance:
         raise BadInput(
-            f"{type(forward.hf_model).__name__} failed its self-test: {lines[worst][0]} has a logit "
-            f"that is {by_row[worst]:.2g} from the model's own forward (tolerance "
+            f"{type(forward.hf_model).__name__} failed its self-test: {lines[worst][0]} has a "
+            f"logit {by_row[worst]:.2g} from the model's own forward (tolerance "
             f"{truth.tolerance:.2g})"
         )
     first = len(lines) - len(cells)

@@ -172,7 +172,8 @@ def weights(module: nn.Module, q: Tensor, k: Tensor, mask: Any, how: dict[str, A
     if sinks is not None:
         sink = sinks.to(exact).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sink], -1)
-    return scores.softmax(-1)[..., : k.shape[2]]
+    pattern: Tensor = scores.softmax(-1)[..., : k.shape[2]]
+    return pattern
 
 
 def _allowed(
@@ -180,27 +181,25 @@ def _allowed(
 ) -> Tensor | None:
     """[row or 1, 1, query, key]: which keys a query sees, from the mask that attention is given;
     None for a mask of another kind than [row, 1, query, key]."""
-    if isinstance(mask, Tensor):
-        if mask.dim() != 4:
-            return None
-        mask = mask[..., : k.shape[2]]
-        return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    if mask is not None:
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         return None
+    if mask is not None:
+        seen: Tensor = mask[..., : k.shape[2]]
+        return seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     query = torch.arange(q.shape[2], device=q.device)[:, None]
     key = torch.arange(k.shape[2], device=q.device)
     seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-    said = how.get("is_causal")
-    if getattr(module, "is_causal", True) if said is None else said:
-        seen &= key <= query
-    if how.get("sliding_window") is not None and not _by_mask(module):
-        seen &= query - key < how["sliding_window"]
+    # Without a mask some functions know what is meant; plain ones see everything.
+    name = str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
+    said = None
+    if any(kind in name for kind in ("sdpa", "flash", "flex")):
+        said = how.get("is_causal")
+        said = getattr(module, "is_causal", True) if said is None else said
+    if said:
+        seen = key <= query
+    if "flash" in name and how.get("sliding_window") is not None:
+        seen = seen & (query - key < how["sliding_window"])
     return seen[None, None]
-
-
-def _by_mask(module: nn.Module) -> bool:
-    """Whether a window is in the mask alone (sdpa, eager) or said to the function (flash)."""
-    return "flash" not in str(getattr(getattr(module, "config", None), "_attn_implementation", ""))
 
 
 @dataclass(eq=False)

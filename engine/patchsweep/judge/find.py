@@ -92,10 +92,10 @@ def find(hf_model: PreTrainedModel, tokens: Tensor, count: int) -> list[Layer]:
 class Blind:
     """Looks at attention and changes nothing."""
 
-    def see(self, name: str, x: Tensor) -> Tensor:
+    def see(self, _: str, x: Tensor) -> Tensor:
         return x
 
-    def wants(self, name: str) -> bool:
+    def wants(self, _: str) -> bool:
         return False
 
 
@@ -111,19 +111,20 @@ def _chained(found: Sequence[_Seen]) -> bool:
 @contextmanager
 def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int) -> Iterator[None]:
     """Inside, what a member of a list and the modules in it take and return is written down."""
-    products: list[Products] = []
+    products: list[tuple[Products, ExitStack]] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs.get("hidden_states")
         if isinstance(hidden, Tensor):
             seen.before = hidden.detach().clone()
         now.append(seen)
-        products.append(Products(1, length))
-        products[-1].__enter__()
+        mode, inside = Products(1, length), ExitStack()
+        inside.enter_context(mode)
+        products.append((mode, inside))
 
-    def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        mode = products.pop()
-        mode.__exit__(None, None, None)
+    def leave(_: nn.Module, __: Any, out: Any) -> None:
+        mode, inside = products.pop()
+        inside.close()
         if not seen.calls:
             seen.products, seen.shown = mode.found, mode.calls
         now.pop()
@@ -133,7 +134,7 @@ def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int)
 
     def returned(module: nn.Module, _: Any, out: Any) -> None:
         order, x = next(events), first(out)
-        if products and products[-1].found and seen.attended is None:
+        if products and products[-1][0].found and seen.attended is None:
             seen.attended = order
         if isinstance(x, Tensor) and seen.before is not None and x.numel() == seen.before.numel():
             seen.returned.append((order, module, x.detach().clone()))
@@ -143,7 +144,7 @@ def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int)
 
     hooks: list[Any] = [
         seen.module.register_forward_pre_hook(enter, with_kwargs=True),
-        seen.module.register_forward_hook(leave, with_kwargs=True),
+        seen.module.register_forward_hook(leave),
     ]
     hooks += [
         m.register_forward_hook(returned) for m in seen.module.modules() if m is not seen.module

@@ -178,8 +178,7 @@ class _Forward:
                 here = {self._place(c) for c, at in wanted if at == index} - {"embed"}
                 self._watch(stack, index, layer, here)
             if any(component in HEADS for component, _ in map(self._at, wanted)):
-                asked: Callable[[], Any] = lambda: None if self.now is None else self
-                stack.enter_context(watched(judge.hf_model, asked, lambda _: None))
+                stack.enter_context(watched(judge.hf_model, self._asked, lambda _: None))
             try:
                 logits = judge._logits([p.tokens for p in self.prompts])
             except NotShown as why:
@@ -231,19 +230,17 @@ class _Forward:
         """Inside, attention in a layer is seen."""
         if len(layer.calls) != 1:
             raise self._unseen("attention", index, f"it is called {len(layer.calls)} times")
-        modes: list[Products] = []
+        inside = ExitStack()
 
         def enter(*_: Any) -> None:
             self.now = index
             if layer.products:
                 rows, length = len(self.prompts), len(self.prompts[0].tokens)
-                modes.append(Products(rows, length, layer.products, self))
-                modes[-1].__enter__()
+                inside.enter_context(Products(rows, length, layer.products, self))
 
         def leave(*_: Any) -> None:
             self.now = None
-            while modes:
-                modes.pop().__exit__(None, None, None)
+            inside.close()
 
         hooks = (
             layer.module.register_forward_pre_hook(enter),
@@ -256,6 +253,9 @@ class _Forward:
                 hook.remove()
 
     # What is seen of attention, in the layer that is under way.
+
+    def _asked(self) -> _Forward | None:
+        return None if self.now is None else self
 
     def wants(self, name: str) -> bool:
         return (name, self.now) in self.edits or (name, self.now) in self.record
