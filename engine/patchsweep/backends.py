@@ -100,13 +100,15 @@ def _tested_nnsight(
             carry.check(plan.layouts, components, settings.metrics)
             found = tests.passed("nnsight", backend.forward, carry)
         except Exception as error:
-            if isinstance(error, BadInput) or out_of_memory(error):
+            if out_of_memory(error):
                 raise
             where = f" in layer {reached[-1]}" if reached else ""
-            raise BadInput(
-                f"{type(model.hf_model).__name__} cannot be run through nnsight{where}: "
-                f"{one_line(error)} (wavefront: {reason})"
-            ) from error
+            name = type(model.hf_model).__name__
+            said = f"{name} cannot be run through nnsight{where}: {one_line(error)}"
+            if isinstance(error, BadInput):
+                said = str(error)
+            # What was tried first, too.
+            raise BadInput(said + (f" ({reason})" if reason != "asked for" else "")) from error
         yield replace(backend, record=_record("nnsight", reason, found))
 
 
@@ -161,7 +163,8 @@ class _SelfTests:
         assert self.truth is not None
         if backend == "wavefront":
             selftest.check_masks(self.truth)
-        found = selftest.compare(forward, carry, self.truth, self.sae)
+        how = {"wavefront": " on the wavefront", "nnsight": " through nnsight"}[backend]
+        found = selftest.compare(forward, carry, self.truth, self.sae, how)
         if file := self._file(backend):
             with suppress(OSError):  # then it is done again
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ class _Seen:
     products: list[tuple[int, int]] = field(default_factory=list)
     shown: list[Call] = field(default_factory=list)  # by the products
     returned: list[tuple[int, nn.Module, Tensor]] = field(default_factory=list)
+    taken: list[tuple[int, nn.Module, Tensor]] = field(default_factory=list)
     linear: list[tuple[int, nn.Module]] = field(default_factory=list)
 
 
@@ -132,6 +133,11 @@ def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int)
         if isinstance(first(out), Tensor):
             seen.after = first(out).detach().clone()
 
+    def took(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = first(args)
+        if isinstance(x, Tensor) and seen.before is not None and x.shape == seen.before.shape:
+            seen.taken.append((next(events), module, x.detach().clone()))
+
     def returned(module: nn.Module, _: Any, out: Any) -> None:
         order, x = next(events), first(out)
         if products and products[-1][0].found and seen.attended is None:
@@ -146,9 +152,10 @@ def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int)
         seen.module.register_forward_pre_hook(enter, with_kwargs=True),
         seen.module.register_forward_hook(leave),
     ]
-    hooks += [
-        m.register_forward_hook(returned) for m in seen.module.modules() if m is not seen.module
-    ]
+    for module in seen.module.modules():
+        if module is not seen.module:
+            hooks += [module.register_forward_pre_hook(took)]
+            hooks += [module.register_forward_hook(returned)]
     try:
         yield
     finally:
@@ -168,43 +175,90 @@ def _layer(seen: _Seen) -> Layer:
     return Layer(seen.module, attn, mlp, down, calls, products)
 
 
+# An output of a module, when it was returned, flat in float64.
+_Output = tuple[int, nn.Module, Tensor]
+
+
 def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
     """What attention and what the MLP add: the one or two modules whose outputs, to scale, make up
     the difference that the layer makes. Attention's is the first after attention was called."""
     assert seen.before is not None and seen.after is not None
-    before, after = (x.double().cpu().flatten() for x in (seen.before, seen.after))
-    if before.shape != after.shape:
+    if seen.before.shape != seen.after.shape:
         return None, None
     unit = torch.finfo(seen.before.dtype).eps
-    distinct: list[tuple[int, nn.Module, Tensor]] = []
-    times = Counter(module for _, module, _ in seen.returned)
-    for order, module, x in seen.returned:
-        if times[module] > 1:  # a hook could not tell its calls apart
+    before, after = _flat(seen.before), _flat(seen.after)
+    outputs = _distinct(seen)
+    found = _made_of(after, before, outputs, (1, 2), unit)
+    if found is None:
+        return _before_norms(seen, before, outputs, unit)
+    attn = next((w for order, w in found if _attended(seen, order)), None)
+    return attn, next((w for _, w in found if w is not attn), None)
+
+
+def _before_norms(
+    seen: _Seen, before: Tensor, outputs: list[_Output], unit: float
+) -> tuple[Written | None, Written | None]:
+    """Where a norm follows each addition: attention's output with the stream makes up what some
+    norm takes, and the MLP's with what that returns what a later one takes."""
+    attn = mlp = None
+    stream = before
+    for order, norm, taken in seen.taken:
+        earlier = [o for o in outputs if o[0] < order and _attended(seen, o[0])]
+        found = _made_of(_flat(taken), stream, earlier, (1,), unit)
+        if found is None:
             continue
-        flat = x.double().cpu().flatten()
-        distinct = [d for d in distinct if not torch.equal(d[2], flat)]  # the last of equals
-        distinct.append((order, module, flat))
-    wanted, best = after - before, None
-    for some in itertools.chain(
-        itertools.combinations(distinct, 1), itertools.combinations(distinct, 2)
-    ):
-        scales, worst = _fit([x for _, _, x in some], wanted, before, after, unit)
-        if worst <= ROUNDINGS and (best is None or worst < best[0] / 2):
-            best = worst, some, scales
+        stream = next((x for at, m, x in outputs if m is norm and at > order), stream)
+        if attn is None:
+            attn = found[0][1]
+        else:
+            mlp = found[0][1]
+    return attn, mlp
+
+
+def _attended(seen: _Seen, order: int) -> bool:
+    return seen.attended is not None and order >= seen.attended
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.double().cpu().flatten()
+
+
+def _distinct(seen: _Seen) -> list[_Output]:
+    """Outputs of modules that were called once (a hook could not tell more apart), of equal ones
+    the last."""
+    times = Counter(module for _, module, _ in seen.returned)
+    found: list[_Output] = []
+    for order, module, x in seen.returned:
+        if times[module] == 1:
+            flat = _flat(x)
+            found = [f for f in found if not torch.equal(f[2], flat)]
+            found.append((order, module, flat))
+    return found
+
+
+def _made_of(
+    after: Tensor, before: Tensor, outputs: list[_Output], counts: tuple[int, ...], unit: float
+) -> list[tuple[int, Written]] | None:
+    """So many of the outputs that, to scale, are after − before up to rounding, in order; None if
+    there are none."""
+    best = None
+    for count in counts:
+        for some in itertools.combinations(outputs, count):
+            scales, worst = _fit([x for _, _, x in some], before, after, unit)
+            if worst <= ROUNDINGS and (best is None or worst < best[0] / 2):
+                best = worst, some, scales
     if best is None:
-        return None, None
+        return None
     _, some, scales = best
-    writes = [(order, Written(m, s)) for (order, m, _), s in zip(some, scales, strict=True)]
-    later = [w for order, w in writes if seen.attended is not None and order >= seen.attended]
-    attn = later[0] if later else None
-    return attn, next((w for _, w in writes if w is not attn), None)
+    return [(order, Written(m, s)) for (order, m, _), s in zip(some, scales, strict=True)]
 
 
 def _fit(
-    parts: Sequence[Tensor], wanted: Tensor, before: Tensor, after: Tensor, unit: float
+    parts: Sequence[Tensor], before: Tensor, after: Tensor, unit: float
 ) -> tuple[list[float], float]:
-    """Factors of the parts that add up to what is wanted, and by how many units of rounding of the
+    """Factors of the parts that add up to after − before, and by how many units of rounding of the
     numbers involved it is missed at most."""
+    wanted = after - before
     rounding = before.abs() + after.abs() + sum(p.abs() for p in parts)
     weight = 1 / (rounding + 1e-30)
     columns = torch.stack([p * weight for p in parts], 1)
