@@ -24,10 +24,12 @@ ROUNDINGS = 8  # by so many units of rounding a sum may be off
 
 @dataclass(frozen=True)
 class Written:
-    """A module whose output, times `scale`, is added to the residual stream."""
+    """A module whose output, times `scale`, is added to the residual stream; and those before it
+    whose outputs are added with it (shared experts), each with its scale."""
 
     module: nn.Module
     scale: float
+    beside: tuple[tuple[nn.Module, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,8 +182,8 @@ _Output = tuple[int, nn.Module, Tensor]
 
 
 def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
-    """What attention and what the MLP add: the one or two modules whose outputs, to scale, make up
-    the difference that the layer makes. Attention's is the first after attention was called."""
+    """What attention and what the MLP add: the modules, up to three, whose outputs, to scale, make
+    up the difference that the layer makes. Attention's is the first after attention was called."""
     assert seen.before is not None and seen.after is not None
     if seen.before.shape != seen.after.shape:
         return None, None
@@ -189,10 +191,17 @@ def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
     before, after = _flat(seen.before), _flat(seen.after)
     outputs = _distinct(seen)
     found = _made_of(after, before, outputs, (1, 2), unit)
+    found = found or _made_of(after, before, outputs, (3,), unit)
     if found is None:
         return _before_norms(seen, before, outputs, unit)
-    attn = next((w for order, w in found if _attended(seen, order)), None)
-    return attn, next((w for _, w in found if w is not attn), None)
+    if len(found) == 3:
+        (order, own), (_, other), (_, last) = found
+        both = Written(last.module, last.scale, ((other.module, other.scale),))
+        return (own, both) if _attended(seen, order) else (None, None)
+    attended = [w for order, w in found if _attended(seen, order)]
+    others = [w for _, w in found if w not in attended[:1]]
+    # Where no attention was called (a recurrent layer), what comes last is the MLP's.
+    return (attended[0] if attended else None), (others[-1] if others else None)
 
 
 def _before_norms(
@@ -207,7 +216,8 @@ def _before_norms(
         found = _made_of(_flat(taken), stream, earlier, (1,), unit)
         if found is None:
             continue
-        stream = next((x for at, m, x in outputs if m is norm and at > order), stream)
+        after = (x for at, m, x in seen.returned if m is norm and at > order)
+        stream = _flat(next(after))
         if attn is None:
             attn = found[0][1]
         else:
@@ -240,8 +250,10 @@ def _made_of(
     after: Tensor, before: Tensor, outputs: list[_Output], counts: tuple[int, ...], unit: float
 ) -> list[tuple[int, Written]] | None:
     """So many of the outputs that, to scale, are after − before up to rounding, in order; None if
-    there are none."""
+    there are none, or nothing was added."""
     best = None
+    if torch.equal(after, before):
+        return None
     for count in counts:
         for some in itertools.combinations(outputs, count):
             scales, worst = _fit([x for _, _, x in some], before, after, unit)

@@ -164,6 +164,7 @@ class _Forward:
             for edit in some:
                 self.edits.setdefault((edit.component, edit.layer), []).append((row, edit))
         self.seen: Recorded = {}
+        self.beside: list[Tensor] = []  # what other modules add together with the next one
         self.now: int | None = None
 
     def run(self) -> Tensor:
@@ -216,6 +217,9 @@ class _Forward:
         if "mlp_out" in here:
             if layer.mlp is None:
                 raise self._unseen("mlp_out", index, "what is added was not found")
+            for module, scale in layer.mlp.beside:
+                note = partial(self._beside, index, scale)
+                stack.enter_context(_output(module, note))
             see = partial(self._wrote, "mlp_out", index, layer.mlp)
             stack.enter_context(_output(layer.mlp.module, see))
         if "neuron" in here:
@@ -340,10 +344,19 @@ class _Forward:
         self.before = x
         return x
 
+    def _beside(self, layer: int, scale: float, out: Tensor) -> Tensor:
+        self.beside.append(self._by_position("mlp_out", layer, out) * scale)
+        return out
+
     def _wrote(self, place: str, layer: int, what: Written, out: Tensor) -> Tensor:
         added = self._by_position(place, layer, out) * what.scale
-        new = self._visit(place, layer, added)
-        return out if new is added else _put(out, new, added, what.scale)
+        others = [self.beside.pop() for _ in what.beside]
+        whole = sum(others, added)
+        new = self._visit(place, layer, whole)
+        if new is whole:
+            return out
+        own = torch.where(new == whole, added, new - sum(others)) if others else new
+        return _put(out, own, added, what.scale)
 
     def _attention_wrote(self, layer: int, what: Written, out: Tensor) -> Tensor:
         """attn_out, and the stream that it is added to: attention adds what is missing there."""
