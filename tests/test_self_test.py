@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import doubles
 import patchsweep as ps
 from inputs import Letters, three
-from oracle.families import FAMILIES
+from oracle.families import FAMILIES, Family
 from patchsweep import backends, interventions, selftest
 from patchsweep.sites import Status
 
@@ -29,11 +29,13 @@ def sweep(hf_model: PreTrainedModel, out: Path, **settings: Any) -> ps.Results:
     return ps.sweep(ps.wrap(hf_model, Letters()), PAIRS, out=out, direction="denoise", **given)
 
 
-def true(results: ps.Results, hf_model: PreTrainedModel, family: str = "llama") -> None:
+def true(
+    results: ps.Results, hf_model: PreTrainedModel, family: Family = FAMILIES["llama"]
+) -> None:
     """Its numbers are those of one hooked forward per cell."""
     found = results.store.read("resid_post/logit_diff")[0, 0, 0, :, :, 0]
     for i, pair in enumerate(PAIRS):
-        expected = doubles.resid_post(hf_model, pair, FAMILIES[family])
+        expected = doubles.resid_post(hf_model, pair, family)
         np.testing.assert_allclose(found[i, :, : len(pair)], expected, rtol=0, atol=1e-6)
 
 
@@ -77,7 +79,24 @@ def test_auto_leaves_the_wavefront(
         sweep(hf_model, tmp_path / "w", backend="wavefront")
     assert str(error.value) in results.attrs["backend_reason"]
     assert results.attrs["backend_reason"] in caplog.text
-    true(results, hf_model, family)
+    true(results, hf_model, FAMILIES[family])
+
+
+def test_tolerances_are_no_wider_than_they_must_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred times as wide, they would let these pass."""
+    scaled, mixing = doubles.scaled_for(1e-4), doubles.mixing_mlp(1e-4)
+    with pytest.raises(ps.BadInput, match="self-test on the wavefront"):
+        sweep(scaled, tmp_path / "r", backend="wavefront")
+    with pytest.raises(ps.BadInput, match="nothing can change moves a logit"):
+        sweep(mixing, tmp_path / "r")
+    for wide, double in (("TOLERANCE", scaled), ("NOTHING", mixing)):
+        with monkeypatch.context() as changed:
+            was = getattr(selftest, wide)
+            value = {k: v * 100 for k, v in was.items()} if wide == "TOLERANCE" else was * 100
+            changed.setattr(selftest, wide, value)
+            sweep(double, tmp_path / wide, backend="wavefront")
 
 
 def test_a_model_that_differs_by_less_than_rounding_runs(tmp_path: Path) -> None:
@@ -207,6 +226,43 @@ def test_whatever_goes_wrong_through_nnsight_is_one_line(
     assert "LlamaForCausalLM" in said
     assert "layer" in said
     assert "nnsight" in said
+
+
+@pytest.mark.parametrize("component", ["resid_post", "head_z"])
+def test_positions_that_are_counted_from_the_padding_token(component: str, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "roberta",
+        vocab_size=50,
+        hidden_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        intermediate_size=64,
+        is_decoder=True,
+        initializer_range=0.3,
+    )
+    hf_model = AutoModelForCausalLM.from_config(config).double().eval()
+    results = sweep(hf_model, tmp_path / "r", components=["resid_post", component])
+    true(results, hf_model, replace(FAMILIES["llama"], layer="roberta.encoder.layer.{}"))
+
+
+def test_attention_that_is_bidirectional_in_its_own_implementation(tmp_path: Path) -> None:
+    hf_model = doubles.build("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(ps.BadInput, match="is not causal"):
+        sweep(hf_model, tmp_path / "r")
+
+
+def test_a_window_that_the_model_ignores(tmp_path: Path) -> None:
+    """Moshi's config names one."""
+    sizes = {"hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3, "vocab_size": 50}
+    config = AutoConfig.for_model("moshi", **sizes, ffn_dim=64, sliding_window=4, head_dim=8)
+    hf_model = AutoModelForCausalLM.from_config(config).double().eval()
+    layers = replace(FAMILIES["llama"], layer="model.layers.{}")
+    try:
+        results = sweep(hf_model, tmp_path / "r")
+    except ps.BadInput as error:
+        assert "nothing can change moves a logit" in str(error)
+    else:
+        true(results, hf_model, layers)
 
 
 def test_a_model_that_cannot_be_called_at_all(tmp_path: Path) -> None:
