@@ -29,7 +29,7 @@ from patchsweep.plan import Plan, Wave
 from patchsweep.planning import plan_sweep
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.values import Values
-from patchsweep.wave import WaveResult, run_wave
+from patchsweep.wave import WaveResult, run_wave, wavefront
 
 SETTINGS: dict[str, Any] = {
     "components": ["head_z"],
@@ -230,9 +230,12 @@ def _wavefront(model: Model, pair: Pair, budget: int, found: dict[str, float]) -
     found["plan"], plan = timed(
         device, lambda: plan_sweep(model.dimensions, [pair], settings(), device, budget)
     )
+    probe = selftest.make_probe(plan)
+    asked, truth = timed(device, lambda: selftest.ask(model.hf_model, probe, None))
     with attention_is(model.hf_model), deterministic(device):
         found["take_apart"], forward = timed(device, lambda: take_apart(model.hf_model, len(pair)))
-        found["self_test"], _ = timed(device, lambda: selftest.check(forward, plan, None))
+        compared, _ = timed(device, lambda: selftest.compare(forward, wavefront, truth, None))
+        found["self_test"] = asked + compared
         found["wave"], results = timed(device, lambda: all_waves(forward, plan))
     return results
 

@@ -352,12 +352,12 @@ def test_a_self_test_is_done_once_for_a_model(
 ) -> None:
     monkeypatch.setattr(backends, "kept_in", lambda: tmp_path / "kept")
     done: list[int] = []
-    check = selftest.check
-    monkeypatch.setattr(selftest, "check", lambda *args: done.append(1) or check(*args))
+    ask = selftest.ask
+    monkeypatch.setattr(selftest, "ask", lambda *args: done.append(1) or ask(*args))
 
-    def sweep(seed: int, out: str, component: str = "head_z") -> dict[str, Any]:
+    def sweep(seed: int, out: str, component: str = "head_z", **more: Any) -> dict[str, Any]:
         model = ps.wrap(FAMILIES["llama"].build(2, seed), Letters())
-        return ps.sweep(model, three(), out=tmp_path / out, components=[component]).attrs
+        return ps.sweep(model, three(), out=tmp_path / out, components=[component], **more).attrs
 
     first, again = sweep(1, "a"), sweep(1, "b")
     assert len(done) == 1
@@ -365,7 +365,10 @@ def test_a_self_test_is_done_once_for_a_model(
     sweep(2, "another model")
     sweep(1, "another component", "mlp_out")
     assert len(done) == 3
+    one, other = (sweep(1, out, backend="nnsight") for out in ("n", "m"))
+    assert len(done) == 4
+    assert one["self_test"] == other["self_test"]
     for file in (tmp_path / "kept").iterdir():
         file.write_text("{")  # cut off
     sweep(1, "c")
-    assert len(done) == 4
+    assert len(done) == 5

@@ -14,11 +14,14 @@ from accelerate import disk_offload
 import patchsweep as ps
 from offloaded import SETTINGS, counted, limit, pairs_of, places, same, saved
 from oracle.families import FAMILIES
-from patchsweep import forward, placement, selftest, wave
+from patchsweep import backends, forward, placement, wave
 from patchsweep.forward import Forward, layers_of
 from patchsweep.prefetch import Prefetch
+from patchsweep.selftest import SelfTest
 from patchsweep.taps import Editor
 from tiny import tokenizer, values
+
+NOTHING = SelfTest([], [], 0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(("family", "tied", "layers"), [("llama", False, 0), ("gpt2", True, 2)])
@@ -61,7 +64,8 @@ def test_weights_that_come_ahead(
     monkeypatch.setattr(Prefetch, "_fetch", fetching)
     monkeypatch.setattr(Forward, "layer", called)
     # The self-test asks other things of the layers; it is another test's.
-    monkeypatch.setattr(selftest, "check", lambda *_: selftest.SelfTest(0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(backends._SelfTests, "ask_for", lambda *_: None)
+    monkeypatch.setattr(backends._SelfTests, "passed", lambda *_: NOTHING)
     with counted(monkeypatch) as waves:
         ps.sweep(model, pairs, out=tmp_path / "off", **settings)
     same(tmp_path / "whole", tmp_path / "off")
@@ -70,6 +74,9 @@ def test_weights_that_come_ahead(
     ahead[1:7:2], ahead[2:8:2] = ahead[2:8:2], ahead[1:7:2]
     assert done[-8 * len(waves) :] == ahead * len(waves)
     assert layers or all(p.is_meta for p in model.hf_model.parameters())
+
+
+NOTHING = SelfTest([], [], 0, 0, 0.0, 0.0, 0.0, 0.0)
 
 
 def test_a_wave_that_was_left_has_fetched_for_nobody(tmp_path: Path) -> None:
@@ -113,7 +120,8 @@ def test_everything_is_on_the_device_of_its_layer(
     monkeypatch.setattr(Forward, "devices", devices)
     monkeypatch.setattr(wave, "to_device", wave_to)
     monkeypatch.setattr(Editor, "_to", editor_to)
-    monkeypatch.setattr(selftest, "check", lambda *_: selftest.SelfTest(0, 0.0, 0.0, 0.0))
+    monkeypatch.setattr(backends._SelfTests, "ask_for", lambda *_: None)
+    monkeypatch.setattr(backends._SelfTests, "passed", lambda *_: NOTHING)
     monkeypatch.setattr(Forward, "layer", called)
     ps.sweep(model, pairs_of(), out=tmp_path / "four", **SETTINGS)
     # Before the first layer comes the embedding, and the tail of the wave before.

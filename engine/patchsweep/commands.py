@@ -173,7 +173,7 @@ def show(
 
 @app.command
 def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None = None) -> None:
-    """Run some random cells again as full forwards through nnsight, and compare.
+    """Run some random cells again as hooked full forwards of the model, and compare.
 
     Status 1 if a difference is larger than the results' dtype allows.
 
@@ -184,7 +184,7 @@ def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None
     results
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     cells
-        How many cells; structural ones are not drawn.
+        How many cells; a quarter as many structural ones are run beside them.
     seed
         Another seed draws other cells.
     model
@@ -195,10 +195,12 @@ def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None
 
     found = verify_results(results, cells, model, seed)
     console = _console()
-    console.print(f"{found.cells} cells again as full forwards through nnsight")
+    console.print(
+        f"{found.cells} cells, and {found.structural} structural ones, again as full forwards"
+    )
     console.print(comparison_table(found.differences, found.tolerance))
     if found.left_out:
-        console.print(f"not compared, nnsight cannot patch them: {', '.join(found.left_out)}")
+        console.print(f"not compared, hooks do not see them: {', '.join(found.left_out)}")
     if not found.holds:
         raise DoesNotHold(f"{results}: cells differ from full forwards by more than rounding")
 

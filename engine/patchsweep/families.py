@@ -12,7 +12,7 @@ HOW = (
     "Checked: every component, both directions, prompts of different lengths, in float64, against "
     "one full forward with plain hooks per cell; largest difference of any metric as given (1e-06 "
     "where the family computes in float32 inside). Other families with transformers' attention "
-    "interface run too: every sweep first compares a few of its cells with full forwards. "
+    "interface run too: every sweep is first held against the model's own full forwards. "
     "resid_mid does not exist in parallel blocks. What cannot run on the wavefront runs through "
     "nnsight: families that compute attention within a larger function (Falcon, BLOOM, MPT: their "
     "biases by distance are known nowhere else), masks that are neither causal nor a causal "

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from patchsweep.attention import PatternRead
 from patchsweep.dimensions import Dimensions
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward, arguments
+from patchsweep.forward import Forward
 from patchsweep.layout import Layouts
 from patchsweep.model import Model
-from patchsweep.modules import Spot, find_spots, first_of, plainly
+from patchsweep.modules import Spot, find_spots, first_of
 from patchsweep.schedule import Embedding, Schedule, Step
 from patchsweep.spec import INNER, Metric
 from patchsweep.stacked import Batch, batches
@@ -122,12 +122,8 @@ class Interventions:
     ) -> Tensor:
         """The last layer's output for all tokens of a batch, [token, d_model]."""
         tokens = torch.from_numpy(batch.tokens).to(forward.device)
-        positions = torch.arange(batch.length, device=tokens.device)[None]
         layers = [self.model.get(path) for path in self.layers]
-        inputs = arguments(forward.hf_model, tokens, positions)
-        inputs["attention_mask"] = torch.ones_like(tokens)
-        if self.remote:
-            inputs["remote"] = True
+        inputs = called(tokens) | ({"remote": True} if self.remote else {})
         with self.model.trace(**inputs) as tracer:
             if embedding is not None:
                 _overwrite(self.model.get(self.embedding).output, embedding, forward.device)
@@ -157,21 +153,11 @@ class Interventions:
 def open_interventions(
     forward: Forward, dimensions: Dimensions, tokens: int, padded: Iterable[tuple[int, int]] = ()
 ) -> Interventions:
-    """Find where a model holds its activations. BadInput if a later token changes what an earlier
-    one computes: then no backend can run it; and if that a prompt is longer does, for prompts that
-    are `padded` from a length to another."""
-    size = min(6, dimensions.max_positions or 6)
-    one = torch.arange(size, device=forward.device)[None] % dimensions.vocab
-    other = torch.cat([one[:, :-1], (one[:, -1:] + 1) % dimensions.vocab], 1)
-    a, b = (forward.hf_model(**plainly(ids)).logits[:, :-1] for ids in (one, other))
-    if not _alike(a, b):
-        raise BadInput(
-            f"{type(forward.hf_model).__name__} is not causal (a token changes what earlier ones "
-            "compute): neither backend can run it"
-        )
+    """Find where a model holds its activations. BadInput if what it computes depends on how long a
+    prompt is, for prompts that are `padded` from a length to another."""
     for length, longer in padded:
         ids = torch.arange(longer, device=forward.device)[None] % dimensions.vocab
-        a, b = (forward.hf_model(**plainly(i)).logits[:, :length] for i in (ids[:, :length], ids))
+        a, b = (forward.hf_model(**called(i)).logits[:, :length] for i in (ids[:, :length], ids))
         if not _alike(a, b):
             raise BadInput(
                 f"{type(forward.hf_model).__name__} computes positions that depend on the prompt's "
@@ -185,6 +171,12 @@ def open_interventions(
         model=NNsight(forward.hf_model),
         tokens=tokens,
     )
+
+
+def called(tokens: Tensor) -> dict[str, Any]:
+    """The arguments of a forward: tokens [row, position] alone, as a user gives them. Positions and
+    masks are the model's own matter."""
+    return {"input_ids": tokens, "use_cache": False}
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

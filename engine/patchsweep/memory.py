@@ -35,7 +35,7 @@ def within_memory(call: Callable[[], T]) -> T | OutOfMemory:
     try:
         return call()
     except (MemoryError, RuntimeError) as error:
-        said = _out_of_memory(error)
+        said = out_of_memory(error)
         if said is None:
             raise
     clear_device_cache(garbage_collection=True)  # no sooner: the error's frames hold the tensors
@@ -48,12 +48,12 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if (said := _out_of_memory(error)) is None:
+        if (said := out_of_memory(error)) is None:
             raise
         raise BadInput(f"{said}: {MEND}") from error
 
 
-def _out_of_memory(error: Exception) -> OutOfMemory | None:
+def out_of_memory(error: Exception) -> OutOfMemory | None:
     """Torch has no error of its own for the host's memory, and numpy's is a MemoryError."""
     on_gpu, text = isinstance(error, torch.OutOfMemoryError), str(error)
     if not (on_gpu or isinstance(error, MemoryError) or "DefaultCPUAllocator" in text):

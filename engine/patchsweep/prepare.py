@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from patchsweep.wave import Carry, wavefront
 
 # What draws hang on: results that were drawn in another way are of another sweep.
 DRAWS = "the prompts' own tokens"
+# Mean activations by component, [layer, position or 1, unit, width], of components over prompts, by
+# position or all.
+Averages = Callable[[list[str], Sequence[tuple[int, ...]], str], dict[str, Tensor]]
 
 
 def prepare(
@@ -34,8 +38,10 @@ def prepare(
     tokenizer: Any,
     sae: SAE | None,
     carry: Carry = wavefront,
+    averages: Averages | None = None,
 ) -> Values:
-    """BadInput for what the model does not have: layers, heads, widths."""
+    """BadInput for what the model does not have: layers, heads, widths. `averages` takes the means
+    of a source; by default runs that are carried as all others."""
     layouts = plan.layouts
     components = layouts.patched([name for name in plan.grids if name != SETS])
     if sae is not None:
@@ -52,7 +58,8 @@ def prepare(
             )
         if isinstance(source.given, Mean):
             prompts = mean_prompts(source.given, plan.pairs, tokenizer)
-            found = means(forward, layouts, components, prompts, source.given.by, sae, carry)
+            take = averages or partial(means, forward, layouts, sae=sae, carry=carry)
+            found = take(components, prompts, source.given.by)
             constants |= {(number, name): table for name, table in found.items()}
         elif isinstance(source.given, Vector):
             for name in components:

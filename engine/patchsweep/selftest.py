@@ -1,74 +1,324 @@
-"""Trust, but check: a few cells of every component, once on the wave and once as full forwards.
+"""Trust, but check: what a backend computes, against the judge, before any number is believed.
 
-Before a sweep starts, its longest prompt is run three ways on the loaded model: as plain forwards
-with transformers' own attention, as one stacked batch of full forwards with a few cells patched
-under the masks that the model makes, and as a wave. All must agree.
+The judge (`patchsweep.judge`) runs the model as its user calls it and shares no code with either
+backend. It says what the baselines of the longest and the shortest prompt are, what some cells of
+every component that is patched are, and whether the cells that the plan calls structural are: all
+of a component's at once, every layer, unit and position, must leave the logits alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from patchsweep.attention import Stacked, attention_call, attention_is
-from patchsweep.dimensions import Dimensions
-from patchsweep.errors import NotOnWavefront
-from patchsweep.forward import Forward, neurons_seen
-from patchsweep.offload import replaced
+from patchsweep.errors import BadInput
+from patchsweep.forward import Forward
+from patchsweep.judge import Edit, Judge, Prompt
+from patchsweep.layout import Variant
+from patchsweep.memory import out_of_memory
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, make_plan
 from patchsweep.sae import SAE
-from patchsweep.schedule import Schedule, make_schedule
-from patchsweep.sites import SETS, Site
+from patchsweep.schedule import make_schedule, rows_only
+from patchsweep.sites import SETS, Site, unit_name
 from patchsweep.spec import Sweep
-from patchsweep.stacked import batches
-from patchsweep.stream import ResidualStream, Tap
 from patchsweep.taps import Editor, Seen
 from patchsweep.values import Values
-from patchsweep.wave import across, embedding_tap, wavefront
+from patchsweep.wave import Carry, across, embedding_tap
 
 CELLS = 16  # per component
+VARIANT = Variant(0, 0, 0)
+RECORDED = 1 << 26  # values of one component that are kept at a time
 
-# Largest difference allowed, as a share of the largest logit. float64: the families' own eager
-# attention computes its softmax in float32.
+# Largest difference allowed, as a share of the largest logit. float64: some families compute norms
+# or their softmax in float32.
 TOLERANCE = {
     torch.float64: 1e-5,
     torch.float32: 1e-3,
     torch.float16: 2e-2,
     torch.bfloat16: 6e-2,
 }
-Calls = list[tuple[int, int, int | None, int]]  # of attention: heads, kv heads, window, queries
+# Of that, what patches that change nothing may differ by: the same products, rounded alike but for
+# experts, which see other tokens beside them.
+NOTHING = 0.1
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """What the check found: patched cells compared, and the largest differences, in logits."""
+    """What was compared, with the largest differences in logits: baselines of prompts of these
+    lengths over the whole vocabulary, cells of these components that were run, and structural ones.
+    """
 
+    components: list[str]
+    prompts: list[int]
     cells: int
+    structural: int
     baseline_difference: float
     cell_difference: float
+    structural_difference: float
     tolerance: float
 
 
-@torch.no_grad()
-def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
-    """Compare the three ways; NotOnWavefront if they differ by more than the dtype's tolerance.
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What a self-test compares: `plan` runs some cells of the components on one pair of prompts,
+    one site each; `prompts` are those whose baselines are compared beside."""
 
-    The model must be using patchsweep's attention.
-    """
-    small = _few_cells(plan)
+    plan: Plan
+    components: tuple[str, ...]
+    sites: tuple[Site, ...]
+    prompts: tuple[tuple[int, ...], ...]
+
+    def __str__(self) -> str:
+        [pair] = self.plan.pairs
+        return f"{self.plan.hash} {pair.clean} {pair.corrupt} {self.prompts} {self.components}"
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the judge says of a probe, on the CPU: logits of its prompts, of its pair (clean,
+    corrupt) and of its cells, [row, vocab]; which keys queries see by layer, [query, key]."""
+
+    probe: Probe
+    prompts: Tensor
+    pair: Tensor
+    cells: Tensor
+    masks: Sequence[Tensor | None]
+    structural: int
+    structural_difference: float
+    tolerance: float
+
+
+def make_probe(plan: Plan) -> Probe:
+    """What a self-test of a sweep with this plan compares."""
+    layouts = plan.layouts
+    others = {o.tokens for s in plan.sources for row in s.others for o in row}
+    runs = sorted({p.clean for p in plan.pairs} | others, key=lambda t: (len(t), t))
+    components = tuple(layouts.patched([c for c in plan.grids if c != SETS]))
+    pair = _pair(plan.pairs, runs[-1])
+    rng = np.random.default_rng(0)
+    candidates = [site for name in components for site in _drawn(plan, name, len(pair), rng)]
+
+    def planned(sites: Sequence[Site]) -> Plan:
+        settings = Sweep(sets={str(i): (s,) for i, s in enumerate(sites)}, direction="noise")
+        return make_plan([pair], settings, plan.dimensions, 1 << 62, layouts.features)
+
+    exists = planned(candidates).layouts.layout(SETS, VARIANT).exists[0, 0]
+    sites = []
+    for name in components:
+        mine = [s for s, there in zip(candidates, exists, strict=True) if there]
+        sites += [s for s in mine if s.component == name][:CELLS]
+    return Probe(planned(sites), components, tuple(sites), (runs[-1], runs[0]))
+
+
+def _pair(pairs: Sequence[Pair], longest: tuple[int, ...]) -> Pair:
+    """The longest prompt against the other one of its pair; or where that has another length, one
+    that differs from the first token on where tokens allow."""
+    for p in pairs:
+        if longest in (p.clean, p.corrupt) and len(p.clean) == len(p.corrupt):
+            return Pair(p.clean, p.corrupt, p.answer, p.wrong or p.answer)
+    other = tuple(reversed(longest))
+    if other == longest:
+        other = ((longest[0] + 1) % max(2, longest[0] + 1), *longest[1:])
+    return Pair(longest, other, pairs[0].answer, pairs[0].wrong or pairs[0].answer)
+
+
+def _drawn(plan: Plan, name: str, length: int, rng: np.random.Generator) -> Iterator[Site]:
+    """Sites of a component, no layer twice before every layer was drawn."""
+    layers, seen = plan.layouts.layers(name), set()
+    for i in range(16 * CELLS):
+        if i % len(layers) == 0:
+            order = rng.permutation(layers)
+        # The tail reads the last token; cells there reach it from every layer.
+        at = length - 1 if rng.random() < 0.5 else int(rng.integers(length))
+        layer = int(order[i % len(layers)])
+        site = Site(name, layer, int(rng.integers(plan.layouts.units(name))), at)
+        if site not in seen:
+            seen.add(site)
+            yield site
+
+
+@torch.no_grad()
+def ask(hf_model: PreTrainedModel, probe: Probe, sae: SAE | None) -> Truth:
+    """What the judge says. BadInput if the model cannot run as it is called, is not causal, has
+    other units than the plan, or if a structural cell changes logits."""
+    name = type(hf_model).__name__
+    try:
+        return _asked(hf_model, probe, sae)
+    except BadInput:
+        raise
+    except Exception as error:
+        if out_of_memory(error):
+            raise
+        raise BadInput(
+            f"{name} cannot be run as {name}(input_ids=...), with hooks on its layers: "
+            f"{one_line(error)}: this model cannot be swept"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """An exception in one line."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
+
+
+def _asked(hf_model: PreTrainedModel, probe: Probe, sae: SAE | None) -> Truth:
+    plan = probe.plan
+    [pair] = plan.pairs
+    judge = Judge(hf_model, probe.prompts[0], plan.dimensions.layers, sae)
+    plain = {t: judge.plain(t) for t in {*probe.prompts, pair.clean, pair.corrupt}}
+    tolerance = TOLERANCE[plain[pair.clean].dtype] * max(1.0, _largest(plain[pair.clean][-1]))
+    _check_causal(judge, pair.clean, plain[pair.clean], tolerance)
+    _check_units(judge, probe)
+    masks = judge.masks(pair.clean)
+    stacked, _ = judge.run([Prompt(pair.clean), Prompt(pair.corrupt)], reads=[-1])
+    alone = torch.stack([plain[pair.clean][-1], plain[pair.corrupt][-1]])
+    judge.stackable = _largest(difference(stacked[:, 0], alone)) <= NOTHING * tolerance
+    count, worst = 0, 0.0
+    for component in probe.components:
+        number, found = _structural(judge, probe, component, alone[0], tolerance)
+        count, worst = count + number, max(worst, found)
+    return Truth(
+        probe=probe,
+        prompts=torch.stack([plain[t][-1].cpu() for t in probe.prompts]),
+        pair=alone.cpu(),
+        cells=_cells(judge, probe).cpu(),
+        masks=masks,
+        structural=count,
+        structural_difference=worst,
+        tolerance=tolerance,
+    )
+
+
+def _check_causal(judge: Judge, tokens: tuple[int, ...], logits: Tensor, tolerance: float) -> None:
+    """BadInput if the last token changes what earlier ones compute."""
+    other = (*tokens[:-1], tokens[0] if tokens[0] != tokens[-1] else (tokens[-1] + 1) % 2)
+    apart = _largest(difference(judge.plain(other)[:-1], logits[:-1]))
+    if apart > NOTHING * tolerance:
+        raise BadInput(
+            f"{judge.name} is not causal (a token changes the logits of earlier ones by "
+            f"{apart:.2g}): neither backend can run it"
+        )
+
+
+def _check_units(judge: Judge, probe: Probe) -> None:
+    """BadInput if attention has other heads than the plan says."""
+    layouts = probe.plan.layouts
+    for name in probe.components:
+        for layer in layouts.layers(name):
+            has = judge.heads(layer).get(name)
+            if has is not None and has != layouts.units(name):
+                raise BadInput(
+                    f"{name} of layer {layer} of {judge.name}: attention is given {has} heads, the "
+                    f"model's config and weights say {layouts.units(name)}: this model cannot be "
+                    "swept by heads"
+                )
+
+
+def _recorded(
+    judge: Judge, probe: Probe, tokens: tuple[int, ...], component: str, layers: Sequence[int]
+) -> dict[int, Tensor]:
+    """Activations [position, unit, width] by layer. BadInput if there are not the plan's units."""
+    keys = [(component, layer) for layer in layers]
+    _, seen = judge.run([Prompt(tokens)], record=keys, reads=[-1])
+    for layer in layers:
+        has, said = seen[component, layer].shape[2], probe.plan.layouts.units(component)
+        if has != said:
+            raise BadInput(
+                f"{component} of layer {layer} of {judge.name}: the model has {has} of them, its "
+                f"config and weights say {said}: this model cannot be swept by them"
+            )
+    return {layer: seen[component, layer][0] for layer in layers}
+
+
+def _cells(judge: Judge, probe: Probe) -> Tensor:
+    """Logits [cell, vocab] of the probe's cells."""
+    [pair] = probe.plan.pairs
+    found = []
+    for component in probe.components:
+        sites = [s for s in probe.sites if s.component == component]
+        layers = sorted({s.layer or 0 for s in sites})
+        source = _recorded(judge, probe, pair.corrupt, component, layers)
+        edits = [[_edit(s, source[s.layer or 0])] for s in sites]
+        logits, _ = judge.run([Prompt(pair.clean)] * len(sites), edits, reads=[-1])
+        found.append(logits[:, 0])
+    return torch.cat(found)
+
+
+def _edit(site: Site, source: Tensor) -> Edit:
+    assert isinstance(site.position, int)
+    unit, at = torch.tensor([site.unit or 0]), torch.tensor([site.position])
+    return Edit(site.component, site.layer or 0, unit, at, source[at, unit])
+
+
+def _structural(
+    judge: Judge, probe: Probe, component: str, baseline: Tensor, tolerance: float
+) -> tuple[int, float]:
+    """How many cells of a component the plan calls structural, and by how much patching all of
+    them changes the last token's logits. BadInput, with the layer, if that is more than nothing."""
+    layouts = probe.plan.layouts
+    [pair] = probe.plan.pairs
+    structural = ~layouts.layout(component, VARIANT).exists[0]  # [layer, position]
+    layers = list(layouts.layers(component))
+    count, worst, units = int(structural.sum()) * layouts.units(component), 0.0, None
+    values = len(pair) * layouts.units(component)
+    values *= len(pair) if component == "head_pattern" else probe.plan.dimensions.d_head
+    step = max(1, RECORDED // values)
+    for i in range(0, len(layers), step):
+        some = layers[i : i + step]
+        source = _recorded(judge, probe, pair.corrupt, component, some)
+        edits = []
+        for layer in some:
+            at = torch.from_numpy(np.flatnonzero(structural[layer - layers[0]]))
+            units = torch.arange(layouts.units(component))
+            position, unit = at.repeat_interleave(len(units)), units.repeat(len(at))
+            value = source[layer][position.to(source[layer].device), unit.to(source[layer].device)]
+            if len(at):
+                edits.append(Edit(component, layer, unit, position, value))
+        if not edits:
+            continue
+        run = partial(_changed, judge, pair.clean, baseline)
+        apart = run(edits)
+        if apart > NOTHING * tolerance:
+            by_layer = {e.layer: run([e]) for e in edits}
+            layer = max(by_layer, key=by_layer.__getitem__)
+            raise BadInput(
+                f"{judge.name} failed its self-test: {component} patched in layer {layer} where "
+                f"its attention windows and the prompts say that nothing can change moves a logit "
+                f"by {by_layer[layer]:.2g} (tolerance {NOTHING * tolerance:.2g}; all layers: "
+                f"{apart:.2g}): neither backend can run this model"
+            )
+        worst = max(worst, apart)
+    return count, worst
+
+
+def _changed(judge: Judge, tokens: tuple[int, ...], baseline: Tensor, edits: list[Edit]) -> float:
+    logits, _ = judge.run([Prompt(tokens)], [edits], reads=[-1])
+    return _largest(difference(logits[0, 0], baseline))
+
+
+@torch.no_grad()
+def compare(
+    forward: Forward, carry: Carry, truth: Truth, sae: SAE | None, how: str = ""
+) -> SelfTest:
+    """Hold what a backend computes against the truth. BadInput, saying what differs by how much, if
+    it is more than the dtype's tolerance; `how` says which backend that is."""
+    probe = truth.probe
+    small = probe.plan
+    lines = [
+        (f"the baseline of a prompt of {len(t)} tokens", row)
+        for t, row in zip(probe.prompts, truth.prompts, strict=True)
+    ]
+    plain = rows_only(probe.prompts, small.dimensions.layers)
+    found = [_logits(forward, carry(forward, plain, lambda *_: Seen({}), lambda _: None))]
+
     schedule = make_schedule(small, small.waves[0])
-    chosen = len(schedule.base_offset) + np.flatnonzero(schedule.runs.set)
-    prompts = torch.from_numpy(schedule.embedding.tokens[: schedule.base]).view(2, -1)
-    with attention_is(forward.hf_model, "eager"):
-        own = _last_logits(forward, prompts.to(forward.device))
     editor = Editor(
         layouts=small.layouts,
         values=Values(small.sources, sae=sae),
@@ -79,167 +329,75 @@ def check(forward: Forward, plan: Plan, sae: SAE | None) -> SelfTest:
         device=forward.device,
     )
     embedding = partial(embedding_tap, editor=editor, sample=0)
-    reached = wavefront(forward, schedule, across(forward, editor), embedding)
-    wave = forward.logits(reached[:, 0]).to(own.device)
-    patched = _stacked(forward, small.dimensions, schedule, editor)
+    rows = _logits(forward, carry(forward, schedule, across(forward, editor), embedding))
+    base = len(schedule.base_offset)
+    lines += [("the baseline of a pair's " + k, truth.pair[i]) for i, k in enumerate(RUNS)]
+    found.append(rows[:base])
+    runs = base + np.flatnonzero(schedule.runs.set)
+    cells = schedule.runs.cell[runs - base]
+    lines += [(_said(probe.sites[c]), truth.cells[c]) for c in cells]
+    found.append(rows[torch.from_numpy(runs)])
 
-    tolerance = TOLERANCE[own.dtype] * max(1.0, _largest(own))
-    found = SelfTest(
-        cells=len(chosen),
-        baseline_difference=_largest(_difference(wave[:2], own)),
-        cell_difference=_largest(_difference(wave[chosen], patched[chosen])),
-        tolerance=tolerance,
-    )
-    for what in ("baseline", "cell"):
-        difference = getattr(found, f"{what}_difference")
-        if difference > tolerance:
-            raise NotOnWavefront(
-                f"{type(forward.hf_model).__name__} failed its self-test: a {what} is "
-                f"{difference:.2g} logits from a full forward (tolerance {tolerance:.2g}): "
-                "this family cannot run on the wavefront"
+    apart = difference(torch.cat(found), torch.stack([row for _, row in lines]))
+    by_row = [_largest(row) for row in apart]
+    first = len(lines) - len(cells)
+    for some in (range(first), range(first, len(lines))):  # baselines say more than cells
+        worst = max(some, key=by_row.__getitem__, default=0)
+        if by_row[worst] > truth.tolerance:
+            raise BadInput(
+                f"{type(forward.hf_model).__name__} failed its self-test{how}: {lines[worst][0]} "
+                f"has a logit {by_row[worst]:.2g} from the model's own forward (tolerance "
+                f"{truth.tolerance:.2g})"
             )
-    return found
+    return SelfTest(
+        components=list(probe.components),
+        prompts=sorted({len(t) for t in probe.prompts}),
+        cells=len(cells),
+        structural=truth.structural,
+        baseline_difference=max(by_row[:first]),
+        cell_difference=max(by_row[first:], default=0.0),
+        structural_difference=truth.structural_difference,
+        tolerance=truth.tolerance,
+    )
 
 
-def what(plan: Plan) -> str:
-    """What a self-test of this plan would compare: the prompts and the sites."""
-    small = _few_cells(plan)
-    [pair] = small.pairs
-    return f"{pair.clean} {pair.corrupt} {small.hash}"
+RUNS = ("clean prompt", "corrupt prompt")
 
 
-def _difference(a: Tensor, b: Tensor) -> Tensor:
+def _said(site: Site) -> str:
+    unit = f", {unit_name(site.component)} {site.unit}" if unit_name(site.component) else ""
+    return f"{site.component} patched in layer {site.layer}{unit}, at position {site.position},"
+
+
+def check_masks(truth: Truth) -> None:
+    """BadInput if attention sees other keys than a causal mask, within the layer's window, allows:
+    those the wavefront gives it."""
+    windows = truth.probe.plan.dimensions.windows
+    for layer, (mask, window) in enumerate(zip(truth.masks, windows, strict=True)):
+        if mask is None:
+            continue
+        query, key = (torch.arange(n, device=mask.device) for n in mask.shape)
+        assumed = key <= query[:, None]
+        if window is not None:
+            assumed &= query[:, None] - key < window
+        if not torch.equal(mask, assumed):
+            within = f" within a window of {window}" if window else ""
+            raise BadInput(f"the attention mask of layer {layer} is not causal{within}")
+
+
+def _logits(forward: Forward, hidden: Tensor) -> Tensor:
+    """Logits [row, vocab] on the CPU, from hidden [row, 1, d_model]."""
+    return forward.logits(hidden[:, 0]).cpu()
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
     """|a − b|; not finite in both is equal, in one of them is as far as can be."""
     far = torch.finfo(a.dtype).max
     both = a.isfinite() == b.isfinite()
-    difference = torch.where(a.isfinite() & b.isfinite(), (a - b).abs(), 0.0)
-    return torch.where(both, difference, far)
+    apart = torch.where(a.isfinite() & b.isfinite(), (a - b).abs(), 0.0)
+    return torch.where(both, apart, far)
 
 
 def _largest(x: Tensor) -> float:
     """The largest finite magnitude; 0 if there is none."""
     return float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 0.0
-
-
-def _few_cells(plan: Plan) -> Plan:
-    """One cell a run, some of every component, on the longest pair, as sets of one site."""
-    pair = _probe(plan.pairs)
-    layouts = plan.layouts
-    rng = np.random.default_rng(0)
-    cells = {}
-    for name in layouts.patched([c for c in plan.grids if c != SETS]):
-        layers, units = layouts.layers(name), layouts.units(name)
-        # The tail reads the last token; cells there reach it from every layer.
-        position = np.where(
-            rng.random(CELLS) < 0.5, len(pair) - 1, rng.integers(len(pair), size=CELLS)
-        )
-        for layer, unit, at in zip(
-            rng.integers(layers.start, layers.stop, CELLS),
-            rng.integers(units, size=CELLS),
-            position,
-            strict=True,
-        ):
-            cells[name, int(layer), int(unit), int(at)] = Site(name, int(layer), int(unit), int(at))
-    settings = Sweep(
-        sets={str(i): (site,) for i, site in enumerate(cells.values())}, direction="noise"
-    )
-    return make_plan([pair], settings, plan.dimensions, 1 << 62, layouts.features)
-
-
-def _probe(pairs: Sequence[Pair]) -> Pair:
-    """The longest clean prompt against another one of its length, differing from the first token
-    on where tokens allow."""
-    longest = max(pairs, key=len)
-    other = tuple(reversed(longest.clean))
-    if other == longest.clean:
-        other = ((longest.clean[0] + 1) % max(2, longest.clean[0] + 1), *longest.clean[1:])
-    if len(longest.corrupt) == len(longest.clean):
-        other = longest.corrupt
-    return Pair(longest.clean, other, longest.answer, longest.wrong or longest.answer)
-
-
-def _last_logits(forward: Forward, tokens: Tensor) -> Tensor:
-    """Logits [row, vocab] at the last token of full forwards of `tokens` [row, position].
-
-    Called as a user would: no positions are given, the model finds its own.
-    """
-    output = forward.hf_model.get_output_embeddings()
-    own = output.forward
-    with replaced(output, lambda hidden: own(hidden[:, -1:])):
-        logits: Tensor = forward.hf_model(input_ids=tokens, use_cache=False).logits
-    return logits[:, 0]
-
-
-def _stacked(forward: Forward, d: Dimensions, schedule: Schedule, editor: Editor) -> Tensor:
-    """Logits [row, vocab] of a schedule's rows as one batch of full forwards."""
-    [batch] = batches(schedule, 1 << 62)
-    tokens = torch.from_numpy(batch.tokens).to(forward.device)
-    calls: list[Calls] = [[] for _ in forward.layers]
-    tap = embedding_tap(batch.embedding, editor, 0)
-    seen = across(forward, editor)
-    steps = [seen(layer, batch.step(layer)) for layer in range(len(forward.layers) + 1)]
-    with ExitStack() as stack:
-        stack.enter_context(attention_call(Stacked()))
-        if tap is not None:
-            stack.enter_context(_embedded(forward, tap))
-        for layer, module in enumerate(forward.layers):
-            after = steps[layer + 1].taps.get("resid_post")
-            patched = _patched(forward, layer, steps[layer], after, calls[layer])
-            stack.enter_context(replaced(module, patched))
-        logits = _last_logits(forward, tokens)
-    _check_calls(forward, d, calls, batch.length)
-    return logits
-
-
-def _check_calls(forward: Forward, d: Dimensions, calls: Sequence[Calls], length: int) -> None:
-    """Every layer attends once, as the config says."""
-    for layer, (call, window) in enumerate(zip(calls, d.windows, strict=True)):
-        if call != [(d.heads, d.kv_heads, window, length)]:
-            raise NotOnWavefront(
-                f"layer {layer} of {type(forward.hf_model).__name__} does not attend once with "
-                f"{d.heads} heads, {d.kv_heads} key-value heads and window {window}, as its config "
-                "says: this model cannot run on the wavefront"
-            )
-
-
-def _embedded(forward: Forward, tap: Tap) -> Any:
-    embedding = forward.hf_model.get_input_embeddings()
-    own = embedding.forward
-
-    def embed(ids: Tensor) -> Tensor:
-        out: Tensor = own(ids)
-        tap(out.view(-1, 1, out.shape[-1]))
-        return out
-
-    return replaced(embedding, embed)
-
-
-def _patched(
-    forward: Forward, layer: int, what: Seen, after: Tap | None, calls: Calls
-) -> Callable[..., Any]:
-    """The layer's forward for whole sequences, with what happens in it and `after` it."""
-    own, above = forward.layers[layer].forward, forward.devices[layer + 1]
-    watched = {k: v for k, v in what.taps.items() if k in ResidualStream.PLACES}
-    down = forward.down_projections[layer] if "neuron" in what.taps else None
-
-    def at_border(tap: Tap | None, hidden: Tensor) -> Tensor:
-        if tap is None:
-            return hidden
-        tokens = hidden.flatten(0, 1).clone()
-        tap(tokens[:, None])
-        return tokens.view_as(hidden)
-
-    def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        hidden = at_border(what.taps.get("resid_pre"), hidden)
-        stream = ResidualStream(watched) if watched else None
-        run = own if stream is None else partial(stream.watch, own)
-        with (
-            attention_call(Stacked(what.taps, what.patterns, stream, calls)),
-            neurons_seen(down, what.taps.get("neuron")),
-        ):
-            out = run(hidden, *args, **kwargs)
-        if isinstance(out, tuple):
-            return (at_border(after, out[0].to(above)), *out[1:])
-        return at_border(after, out.to(above))
-
-    return call

@@ -1,46 +1,52 @@
-"""Are results true? Some of their cells again, as full forwards through nnsight."""
+"""Are results true? Some of their cells again, by the judge: full forwards with plain hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from patchsweep import results as results_of
 from patchsweep.append import cut
-from patchsweep.backends import through_nnsight
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
-from patchsweep.interventions import ROTATED, Interventions
+from patchsweep.forward import as_it_is
+from patchsweep.judge import Judge
+from patchsweep.judge.cells import Cell, Cells, averages, unseen
+from patchsweep.metrics import Context, load_function
 from patchsweep.model import Model, load_model
+from patchsweep.pairs import Pair
 from patchsweep.paths import found as whereabouts
 from patchsweep.paths import shortened
-from patchsweep.plan import Ints, Plan, Wave
+from patchsweep.plan import Ints, Plan
 from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import digest, files_of, prepare
 from patchsweep.results import Results
-from patchsweep.schedule import Schedule, make_schedule
-from patchsweep.sites import RUN, SETS
-from patchsweep.spec import Sweep, parse_settings
-from patchsweep.stacked import only
+from patchsweep.sites import RUN, SETS, Block, Status
+from patchsweep.spec import Metric, Sweep, parse_settings
 from patchsweep.store import stored_pairs
-from patchsweep.wave import values_of_rows
 
 # Largest difference of two ways to compute the same, as a share of the value where that is above 1.
 TOLERANCE = {"float64": 1e-6, "float32": 2e-4, "float16": 5e-2, "bfloat16": 2e-1}
+STRUCTURAL_SHARE = 4  # of so many cells that are run again one more is a structural one
 STEPS = ("rank", "accuracy")  # these may differ by one where two tokens are as likely
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found: the cells that were run again; the largest difference by metric (of values
-    above 1 relative to them), and the tolerance; the components that nnsight cannot patch here."""
+    """What was found: the cells that were run again, and the structural ones beside them; the
+    largest difference by metric (of values above 1 relative to them), and the tolerance; the
+    components that cannot be held against the model."""
 
     cells: int
+    structural: int
     differences: dict[str, float]
     tolerance: float
     left_out: tuple[str, ...]
@@ -54,12 +60,13 @@ class Verified:
 def verify(
     results: Results | str | Path, cells: int = 20, model: Model | str | None = None, seed: int = 0
 ) -> Verified:
-    """Run some random cells that are no structural ones again and compare.
+    """Run some random cells again as hooked full forwards of the model, and compare.
 
-    Every metric of every chosen cell is compared. `model`, or a name to load it by, is needed only
-    where what the results say leads to none: paths are from the working directory on. BadInput for
-    another model than the results', for files of vectors, means, probes or an autoencoder that have
-    changed, and where there is nothing to compare.
+    They share no code with either backend. Structural cells are run too, a quarter as many: they
+    must be the baseline. Every metric of every chosen cell is compared. `model`, or a name to load
+    it by, is needed only where what the results say leads to none: paths are from the working
+    directory on. BadInput for another model than the results', for files of vectors, means, probes
+    or an autoencoder that have changed, and where there is nothing to compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:
@@ -91,34 +98,38 @@ def verify(
             f"{attrs['versions']['patchsweep']}: verify it with that one"
         )
 
-    with (
-        exactly(model.hf_model),
-        through_nnsight(model, plan, settings, "asked for") as (backend, carry),
-    ):
-        carry.check(plan.layouts, (), settings.metrics)
-        left_out = _left_out(plan, carry)
-        chosen = _drawn(found, plan, cells, seed, {*left_out, *([SETS] if left_out else [])})
-        values = prepare(backend.forward, plan, settings, model.tokenizer, sae, carry)
+    hf_model = model.hf_model
+    with exactly(model.hf_model), torch.no_grad():
+        judge = Judge(hf_model, pairs[0].clean, plan.dimensions.layers)
+        forward = as_it_is(hf_model, plan.layouts.longest)
+        patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
+        takes = partial(averages, judge, plan.layouts)
+        values = prepare(forward, plan, settings, model.tokenizer, sae, averages=takes)
+        judge.sae = values.sae
+        left_out = unseen(judge, plan.layouts, patched)
         files = files_of(settings)
         if files and digest(values, plan, model.tokenizer) != attrs["values"]:
             raise BadInput(
                 f"{found.path}: a file that it was made with is not what it was then, "
                 f"{' or '.join(files)}: put that back"
             )
+        again = Cells(judge, plan.layouts, values, settings.metrics, _called)
+        without = {*left_out, *([SETS] if left_out else [])}
+        run = _drawn(found, plan, cells, seed, without, RUN)
+        if not run:
+            raise BadInput(f"{found.path} has no cells that could be run again")
+        few = max(1, cells // STRUCTURAL_SHARE)
+        structural = _drawn(found, plan, few, seed, without, (Status.STRUCTURAL,))
         worst = dict.fromkeys(found.metrics, 0.0)
-        for wave, drawn in chosen:
-            schedule = make_schedule(plan, wave)
-            rows = np.concatenate([_rows(schedule, *some) for some in drawn])
-            found_again = values_of_rows(
-                backend.forward, plan, wave, only(schedule, rows), settings.metrics, values, carry
-            )
-            again = found_again.result()
+        for drawn in (*run, *structural):
+            block, chosen = drawn
+            values_of = [again.again(_cell(found, plan, block, c)) for c in chosen]
             for name in found.metrics:
-                stored = np.concatenate([_block(found, wave, n, name)[cell] for n, cell in drawn])
-                apart = _apart(name, again[name][-len(rows) :], stored)
+                stored = _block(found, block, name)[chosen]
+                apart = _apart(name, np.array([v[name] for v in values_of]), stored)
                 worst[name] = float(np.maximum(worst[name], apart.max()))
-    count = sum(len(cell) for _, drawn in chosen for _, cell in drawn)
-    return Verified(count, worst, TOLERANCE[attrs["model_dtype"]], left_out)
+    counts = [sum(len(chosen) for _, chosen in some) for some in (run, structural)]
+    return Verified(counts[0], counts[1], worst, TOLERANCE[attrs["model_dtype"]], left_out)
 
 
 def _model_of(attrs: Mapping[str, Any]) -> str:
@@ -133,15 +144,11 @@ def _model_of(attrs: Mapping[str, Any]) -> str:
     return here
 
 
-def _left_out(plan: Plan, carry: Interventions) -> tuple[str, ...]:
-    """The components that nnsight cannot patch here."""
-    patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
-    rotated = any(s.kind in ROTATED for s in plan.sources)
-    return tuple(
-        c
-        for c in patched
-        if carry.lacks(plan.layouts, c) or (rotated and c in ("head_q", "head_k"))
-    )
+def _called(m: Metric, logits: Tensor, pair: Pair) -> float:
+    """A user's own metric of one patched run."""
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    value = load_function(m.path)(logits.to(exact), Context([pair], np.array([2], np.int8)))
+    return float(value[0])
 
 
 def _apart(
@@ -158,49 +165,45 @@ def _apart(
     return np.where(equal, 0, apart)
 
 
-Cells = tuple[int, Ints]  # a block's number in its wave, cells as flat indices into the block
-
-
 def _drawn(
-    found: Results, plan: Plan, cells: int, seed: int, without: set[str]
-) -> list[tuple[Wave, list[Cells]]]:
-    """Cells that were run, each as likely as any other, by wave and block."""
-    where = [
-        (wave, number)
-        for wave in plan.waves
-        for number, block in enumerate(wave.blocks)
-        if block.component not in without
-    ]
-    counts = np.cumsum([len(_run(found, wave, number)) for wave, number in where])
-    total = int(counts[-1]) if len(counts) else 0
-    if not total:
-        raise BadInput(f"{found.path} has no cells that could be run again through nnsight")
-    drawn = np.sort(np.random.default_rng(seed).choice(total, min(cells, total), replace=False))
-    block = np.searchsorted(counts, drawn, side="right")
-    by_wave: dict[int, tuple[Wave, list[Cells]]] = {}
-    for i in np.unique(block):
-        wave, number = where[i]
-        mine = drawn[block == i] - counts[i]  # from the end
-        by_wave.setdefault(wave.index, (wave, []))[1].append(
-            (number, _run(found, wave, number)[mine])
-        )
-    return list(by_wave.values())
-
-
-def _run(found: Results, wave: Wave, number: int) -> Ints:
-    """The cells of a block that were run, as flat indices into it."""
+    found: Results, plan: Plan, cells: int, seed: int, without: set[str], status: Sequence[int]
+) -> list[tuple[Block, Ints]]:
+    """Cells of these statuses, each as likely as any other, as flat indices into their block."""
+    blocks = [b for wave in plan.waves for b in wave.blocks if b.component not in without]
     name = f"{found.metrics[0]}_status"
-    return np.flatnonzero(np.isin(_block(found, wave, number, name), RUN))
+    some = [np.flatnonzero(np.isin(_block(found, b, name), status)) for b in blocks]
+    counts = np.cumsum([len(s) for s in some])
+    total = int(counts[-1]) if len(counts) else 0
+    drawn = np.sort(np.random.default_rng(seed).choice(total, min(cells, total), replace=False))
+    of = np.searchsorted(counts, drawn, side="right")
+    return [
+        (blocks[i], some[i][drawn[of == i] - counts[i]])  # from the end
+        for i in np.unique(of)
+    ]
 
 
-def _rows(schedule: Schedule, number: int, cell: Ints) -> Ints:
-    """The runs of some cells of a block, in the order of the cells."""
-    mine = np.flatnonzero(schedule.runs.block == number)
-    order = np.argsort(schedule.runs.cell[mine])
-    return mine[order[np.searchsorted(schedule.runs.cell[mine], cell, sorter=order)]]
+def _cell(found: Results, plan: Plan, block: Block, cell: int) -> Cell:
+    """A cell of a block by its coordinates."""
+    shape = [len(range(*s.indices(n))) for s, n in _extent(found, block)]
+    pair, layer, unit, entry = np.unravel_index(cell, shape)[3:]
+    return Cell(
+        component=block.component,
+        direction=plan.directions[block.direction],
+        source=block.source,
+        sample=block.sample,
+        pair=block.pairs[pair],
+        layer=int(layer),
+        unit=block.units[unit],
+        entry=block.positions[entry],
+    )
 
 
-def _block(found: Results, wave: Wave, number: int, name: str) -> NDArray[np.generic]:
-    block = wave.blocks[number]
+def _extent(found: Results, block: Block) -> list[tuple[slice, int]]:
+    """A block's part of its arrays, with their sizes."""
+    grid = found.store.grids[block.component]
+    return list(zip(block.region(grid), grid.shape, strict=True))
+
+
+def _block(found: Results, block: Block, name: str) -> NDArray[np.generic]:
     region = block.region(found.store.grids[block.component])
     return found.store.read(f"{block.component}/{name}", region).ravel()

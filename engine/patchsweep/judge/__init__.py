@@ -1,0 +1,16 @@
+"""The judge: patched full forwards of a model as its user calls it, with plain hooks.
+
+What a backend says is held against this: before a sweep (the self-test) and after it (`verify`).
+So it shares no code with either backend: it calls `hf_model(input_ids=...)`, passes nothing along,
+leaves the model its own attention implementation, and finds activations in a way of its own.
+
+    attention.py   queries, keys, values, patterns and z, where attention takes and returns them
+    find.py        the layers, and which modules' outputs are added to the residual stream
+    forwards.py    forwards in which activations are replaced and recorded
+    values.py      metrics from logits and activations, in plain terms
+    cells.py       a cell of results as a prompt and what is replaced in it
+"""
+
+from patchsweep.judge.forwards import Edit, Judge, Prompt, Unseen
+
+__all__ = ["Edit", "Judge", "Prompt", "Unseen"]
