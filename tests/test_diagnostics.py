@@ -27,9 +27,9 @@ def one(value: float, *others: tuple[tuple[int, int, int], float]) -> np.ndarray
 
 
 def test_small_denominators() -> None:
-    [line] = d.small_denominators(np.array([4.0, 0.1, -3.0]), "logit_diff")
+    [line] = d.small_denominators(np.array([4.0, 0.1, -3.0]))
     assert "below 5% of the largest in pair 1" in line
-    assert d.small_denominators(np.array([4.0, 0.3]), "logit_diff") == []
+    assert d.small_denominators(np.array([4.0, 0.3])) == []
 
 
 def test_metrics_that_disagree() -> None:
@@ -91,10 +91,26 @@ def test_discrete_metrics_that_never_change() -> None:
 
 
 def test_cells_below_the_noise_floor() -> None:
-    [line] = d.below_noise("logit_diff", 1, 120, 1e-6)
-    assert "1 of 120 cells" in line
+    [line] = d.below_noise({"logit_diff": (1, 120, 1e-6), "kl": (0, 120, 1e-5), "prob": (3, 90, 0)})
+    assert line.startswith("of 120 cells that were run some changed no more than a null patch does")
+    assert "by logit_diff 1, prob 3:" in line  # of kl there is nothing to say
     assert "1.0e-06" in line
-    assert d.below_noise("logit_diff", 0, 120, 1e-6) == []
+    assert d.below_noise({"logit_diff": (0, 120, 1e-6)}) == []
+
+
+def test_pairs_that_are_few_wrong_or_unequal() -> None:
+    assert d.few_pairs(20, 20) == []
+    assert d.few_pairs(19, 20) == ["19 pairs: intervals over them are wide"]
+    assert d.few_pairs(1, 20) == ["1 pair: how effects vary over prompts is not known"]
+    assert d.wrong_answers(np.array([1.0, 2.0])) == []
+    [line] = d.wrong_answers(np.array([1.0, 0.0, -2.0, np.nan]))
+    assert "in 2 of 4 pairs" in line
+    assert d.unlikely_answers(np.array([0.0, 0.0])) == []
+    [line] = d.unlikely_answers(np.array([0.0, 3.0, 9.0]))
+    assert "in 2 of 3 pairs (mean rank 4)" in line
+    assert d.by_index(True, [3, 3]) == d.by_index(False, [3, 4]) == []
+    [line] = d.by_index(True, [3, 5, 4])
+    assert "3 to 5 tokens" in line
 
 
 def test_and_or() -> None:

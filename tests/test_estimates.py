@@ -216,7 +216,7 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep(tmp_path / "r")
     found = ps.open(tmp_path / "r")
     assert found.store.estimated().tolist() == [[[True, False, False]]]
-    assert "estimates of 2 pairs not done: continue with --resume" in found.warnings()
+    assert "estimates of 2 pairs not done; continue with --resume" in found.warnings()
     asked.clear()
     monkeypatch.setattr(attribution.sweep, "estimate_pairs", one_pair)
     asked.append(range(0))

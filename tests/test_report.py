@@ -129,7 +129,7 @@ def test_show_lists_warnings_and_keeps_odd_tokens(tmp_path: Path) -> None:
     results = make(path, odd)
     (path / "completion" / "head_z" / "c" / "0").unlink()
     text = shown(results)
-    assert "- head_z: 1 of 2 blocks not done: continue with --resume" in text
+    assert "- head_z: 1 of 2 blocks not done; continue with --resume" in text
     assert "' [/b]/ $x$'" in text
 
 

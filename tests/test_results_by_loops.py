@@ -119,7 +119,7 @@ def of_cells(function: Any) -> np.ndarray:
 def test_effects(both: tuple[Made, Results], d: int, s: int) -> None:
     of, found = both
     wanted = of_cells(lambda cell: over_pairs(of, d, s, range(SAMPLES[SOURCES[s]]), cell))
-    effect = found.effect("head_z", "m", WAYS[d], SOURCES[s])
+    effect = found.effect("head_z", "m", WAYS[d], SOURCES[s], align="start", min_pairs=1)
     np.testing.assert_allclose(effect, wanted, rtol=1e-12)
     assert np.isfinite(wanted).sum() >= LAYERS * UNITS * POSITIONS - 1
 
@@ -261,10 +261,11 @@ def test_the_largest(both: tuple[Made, Results]) -> None:
         best = sorted(
             (c for c in effects if np.isfinite(effects[c])), key=lambda c: -abs(effects[c])
         )
-        top = found.top("head_z", "m", WAYS[d], 5, SOURCES[s])
-        assert [(c.layer, c.unit, c.position) for c in top] == best[:5]
+        table = found.top("head_z", "m", WAYS[d], 5, SOURCES[s], align="start", min_pairs=1)
+        top = list(table.itertuples())
+        assert [(c.layer, c.head, c.position) for c in top] == best[:5]
         for cell in top:
-            place = (cell.layer, cell.unit, cell.position)
+            place = (cell.layer, cell.head, cell.position)
             assert cell.effect == pytest.approx(effects[place], rel=1e-12)
             used = [
                 of[0][(d, s, n, i, *place)]

@@ -39,7 +39,12 @@ def test_aligned(tmp_path: Path) -> None:
     """The corrupt prompt's word is that of the position that stands for the clean one."""
     found = made(tmp_path / "r", (0, 1, 2, 3))
     # Position 2 has other words in the two pairs, position 3 only one of them has.
-    assert found.position_tokens("mlp_out") == ["<5>/<1>", "<6>/", "", "<8>"]
+    assert found.column_tokens("mlp_out", found.columns("mlp_out", "start")) == [
+        "<5>/<1>",
+        "<6>/",
+        "",
+        "<8>",
+    ]
     words = found.to_frame().groupby(["direction", "pair"], observed=True)["token"].apply(list)
     assert words["noise", 0] == ["<5>", "<6>", "<7>", ""]
     assert words["noise", 1] == ["<5>", "<6>", "<7>", "<8>"]
@@ -60,11 +65,11 @@ def test_labels_are_each_pairs_own(tmp_path: Path) -> None:
 )
 def test_noise_is_on_the_clean_prompt(spec: Any, tmp_path: Path) -> None:
     found = made(tmp_path / "r", (0, 1, -1), **spec)
-    assert found.position_tokens("mlp_out") == ["<5>", "<6>", ""]
+    assert found.column_tokens("mlp_out", found.columns("mlp_out", "start")) == ["<5>", "<6>", ""]
     assert found.to_frame()["token"].tolist()[:2] == ["<5>", "<6>"]
 
 
 def test_layers_count_from_the_first_there_is(tmp_path: Path) -> None:
     """An autoencoder reads in one layer."""
-    [best] = made(tmp_path / "r", (0, 1)).top("mlp_out", "m", "denoise", 1)
+    [best] = made(tmp_path / "r", (0, 1)).top("mlp_out", "m", "denoise", 1).itertuples()
     assert (best.layer, best.position, best.effect) == (3, 1, 1.0)
