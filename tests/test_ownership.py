@@ -300,8 +300,14 @@ def test_nothing_goes_inside_results(
         ["export", out, out / "t.parquet"],
         ["export", out, "t.zip"],
         ["reproduce", "greater-than", "--out", "reproduced"],
-        ["run", tmp_path / "spec.yaml", "--out", "../s.zarr", "--set", "device=balanced"]
-        + ["--set", f"offload_folder={out}"],
+        [
+            "run",
+            tmp_path / "spec.yaml",
+            "--set",
+            f"offload_folder={out}",
+            "--set",
+            "device=balanced",
+        ],
         ["demo", "--out", out / "demo"],
     ):
         capsys.readouterr()
