@@ -290,6 +290,7 @@ def test_nothing_goes_inside_results(
     before = tree(out)
     (tmp_path / "link").symlink_to(out)
     monkeypatch.chdir(out)
+    off = ["--set", "device=balanced", "--set", f"offload_folder={out}"]
     for arguments in (
         ["run", tmp_path / "spec.yaml", "--out", out / "deep" / "s.zarr"],
         ["run", tmp_path / "spec.yaml", "--out", tmp_path / "link" / "s.zarr"],
