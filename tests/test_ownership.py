@@ -301,14 +301,7 @@ def test_nothing_goes_inside_results(
         ["export", out, out / "t.parquet"],
         ["export", out, "t.zip"],
         ["reproduce", "greater-than", "--out", "reproduced"],
-        [
-            "run",
-            tmp_path / "spec.yaml",
-            "--set",
-            f"offload_folder={out}",
-            "--set",
-            "device=balanced",
-        ],
+        ["run", tmp_path / "spec.yaml", *off],
         ["demo", "--out", out / "demo"],
     ):
         capsys.readouterr()
