@@ -20,7 +20,7 @@ from patchsweep.store import put_back, stored_pairs
 from tiny import arrays, build, rows, save, write_pairs, write_spec
 
 RIGHT = "right arrays"
-FEW = ["--set", "prompts.n=4"]
+FEW = ["--set", "prompts.n=3"]
 KINDS = ("run", "append", "overwrite", "export")
 
 
@@ -43,10 +43,10 @@ class _Work:
         self._rng = rng
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["patchsweep.engine", "patchsweep.report.show"])
-        write_pairs(folder / "pairs.jsonl", rows(8))
+        write_pairs(folder / "pairs.jsonl", rows(5))
         model = save(folder / "model", build(2))
-        settings = {"components": ["head_z", "mlp_out"], "metrics": ["logit_diff", "kl"]}
-        self._spec = str(write_spec(folder, model, **settings, token_budget=60, out=None))
+        settings = {"components": ["mlp_out"], "metrics": ["kl"], "direction": "denoise"}
+        self._spec = str(write_spec(folder, model, **settings, token_budget=40, out=None))
         self._folder = folder
         self._few, self._whole, self._appended = (
             folder / f"{name}.zarr" for name in ("few", "whole", "appended")
@@ -110,7 +110,7 @@ class _Work:
         elif out.exists():
             if self._ended(["check", str(out)]):
                 return "damaged"
-            before = len(stored_pairs(ps.open(out).store)) == 4
+            before = len(stored_pairs(ps.open(out).store)) == 3
             if before and arrays(out) != self._arrays["few"]:
                 return "what was there has changed"
             again = command if before else [*run, "--resume"]
