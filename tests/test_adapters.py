@@ -26,6 +26,7 @@ import patchsweep as ps
 import tiny
 from hooked import PAIR, grid, logit_diff, swept
 from patchsweep import adapters
+from patchsweep.planning import plan_spec
 
 EVERY = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2S = ["c_attn", "c_proj", "c_fc"]
@@ -45,7 +46,7 @@ def trained(peft_model: Any, size: float = 0.2) -> Any:
 def adapted(targets: list[str] = EVERY, **settings: Any) -> Any:
     """A model of PEFT around a tiny Llama."""
     config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, lora_dropout=0.1, **settings)
-    return trained(get_peft_model(tiny.build(), config))
+    return trained(get_peft_model(tiny.build(2), config))
 
 
 def gpt2() -> Any:
@@ -59,7 +60,7 @@ def gpt2() -> Any:
 def scaled() -> Any:
     """An adapter that multiplies what goes into the MLP's last map."""
     given = {"target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
-    return trained(get_peft_model(tiny.build(), IA3Config(**given)))
+    return trained(get_peft_model(tiny.build(2), IA3Config(**given)))
 
 
 def ask(hf_model: Any, out: Path, **settings: Any) -> ps.Results:
@@ -149,7 +150,7 @@ class Split(nn.Module):
 @pytest.mark.parametrize("asked", ["component", "metric"])
 def test_what_the_wavefront_lacks(asked: str, tmp_path: Path) -> None:
     """`auto` goes on with nnsight, which says why where it cannot either."""
-    hf_model = tiny.build().double()
+    hf_model = tiny.build(2).double()
     for layer in hf_model.model.layers:
         layer.mlp.down_proj = Split(layer.mlp.down_proj).double()
     metric = {"neuron": {"layer": 1, "neuron": 5, "position": 3}}
@@ -192,9 +193,9 @@ def around_adapters(_: Any) -> Any:
 
 @pytest.mark.parametrize("way", [whole, itself, forward, layers, in_the_list, around_adapters])
 def test_compiled_models(way: Callable[[Any], Any], tmp_path: Path) -> None:
-    plain = adapted().get_base_model() if way is around_adapters else tiny.build().double()
+    plain = adapted().get_base_model() if way is around_adapters else tiny.build(2).double()
     wanted = truth(plain)
-    compiled = way(tiny.build().double())
+    compiled = way(tiny.build(2).double())
     for backend in ("wavefront", "nnsight"):
         results = ask(compiled, tmp_path / backend, backend=backend)
         for component, cells in wanted.items():
@@ -211,11 +212,11 @@ LEARNT = {
 def test_learnt_prompts_are_refused(name: str) -> None:
     """The model inside does not have them."""
     with pytest.raises(ps.BadInput, match=r"_TUNING\) computes other logits.*merge_and_unload"):
-        ps.wrap(trained(get_peft_model(tiny.build(), LEARNT[name])), None)
+        ps.wrap(trained(get_peft_model(tiny.build(2), LEARNT[name])), None)
 
 
 def test_what_is_no_model_of_transformers() -> None:
-    hf_model = tiny.build()
+    hf_model = tiny.build(2)
     piped = pipeline("text-generation", hf_model, tokenizer=tiny.tokenizer())
     for given, mend in (
         (nn.DataParallel(hf_model), r"give its \.module \(LlamaForCausalLM\)"),
@@ -228,11 +229,25 @@ def test_what_is_no_model_of_transformers() -> None:
             ps.wrap(given, None)  # type: ignore[arg-type]
 
 
+def test_layers_that_were_taken_out(tmp_path: Path) -> None:
+    """Whole numbers of the model that is left, or the line that says what to set."""
+    hf_model = tiny.build().double()
+    hf_model.model.layers = hf_model.model.layers[:2]
+    wanted = grid(hf_model, hf_model.model.layers)
+    try:
+        found = swept(ask(hf_model, tmp_path / "r"))
+    except ps.BadInput as error:
+        assert str(error).endswith("set config.num_hidden_layers to 2")
+        hf_model.config.num_hidden_layers = 2
+        found = swept(ask(hf_model, tmp_path / "r"))
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """An adapter, saved beside the model that it is for."""
     tiny.save(tmp_path / "base")
-    base = tiny.build().from_pretrained(tmp_path / "base")
+    base = tiny.build(2).from_pretrained(tmp_path / "base")
     config = LoraConfig(r=2, lora_alpha=4, target_modules=EVERY)
     trained(get_peft_model(base, config)).float().save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
@@ -242,7 +257,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_of_an_adapter(folder: Path, dtype: str) -> None:
     model = ps.load_model(str(folder), dtype, "cpu")
     kind = getattr(torch, dtype)
-    base = tiny.build().from_pretrained(folder.parent / "base", dtype=kind)
+    base = tiny.build(2).from_pretrained(folder.parent / "base", dtype=kind)
     theirs = PeftModel.from_pretrained(base, folder, autocast_adapter_dtype=False).eval()
     theirs = theirs.to(kind)
     ids = torch.tensor([PAIR.clean])
@@ -255,21 +270,16 @@ def test_a_folder_of_an_adapter(folder: Path, dtype: str) -> None:
     assert not any(p.requires_grad for p in model.hf_model.parameters())
 
 
-def test_a_spec_that_names_one(folder: Path) -> None:
+def test_a_spec_that_names_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run, planned and verified by its name."""
     tiny.write_pairs(folder.parent / "pairs.jsonl", tiny.rows(2))
     spec = tiny.write_spec(folder.parent, folder, components=["neuron"], direction="denoise")
-    import os
-
-    here = Path.cwd()
-    os.chdir(folder.parent)
-    try:
-        results = ps.run(ps.read_spec(spec))
-        assert results.attrs["backend"] == "wavefront"
-        assert ps.verify(results).holds
-        assert ps.plan(ps.read_spec(spec)).counts()["cells"] > 0
-    finally:
-        os.chdir(here)
+    monkeypatch.chdir(folder.parent)
+    given = ps.load_spec(spec)
+    results = ps.run(given)
+    assert results.attrs["backend"] == "wavefront"
+    assert ps.verify(results).holds
+    assert plan_spec(given).counts()["cells"] == results.attrs["plan"]["cells"]
 
 
 def test_adapters_that_cannot_be_loaded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
