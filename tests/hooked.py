@@ -14,7 +14,7 @@ import patchsweep as ps
 import tiny
 
 PAIR = ps.make_pair(
-    tiny.tokenizer(), clean="a b c d e f", corrupt="a k c m e f", answer=" g", wrong=" h"
+    tiny.tokenizer(), clean="a b c d e", corrupt="a k c m e", answer=" g", wrong=" h"
 )
 
 

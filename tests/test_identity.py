@@ -313,31 +313,25 @@ def test_a_hook_that_cannot_be_read() -> None:
     assert identity(hf_model) == identity(hf_model) != known
 
 
-SCRIPT = """
-import itertools, json, sys
-import test_identity as t, tiny
-hooked = t.lora(tiny.build())
-for hook in (t.steer, t.make(t.GIVEN), t.Steering(t.GIVEN).hook, {1, "a", 2.0}.union):
-    t.layer(hooked).register_forward_hook(hook)
-unreadable = tiny.build()
-unreadable.register_forward_hook(lambda *_, c=itertools.count(): None)
-plain = tiny.build()
-print(json.dumps([t.identity(plain), t.identity(hooked), t.identity(unreadable)]))
-"""
+def of_three() -> list[str]:
+    """Of a plain model, one with readable hooks, one with a hook that cannot be read."""
+    hooked, unreadable = lora(tiny.build()), tiny.build()
+    for hook in (steer, make(GIVEN), Steering(GIVEN).hook, {1, "a", 2.0}.union):
+        layer(hooked).register_forward_hook(hook)
+    counter = itertools.count()
+    unreadable.register_forward_hook(lambda *_: next(counter))
+    return [identity(tiny.build()), identity(hooked), identity(unreadable)]
 
 
 def test_between_processes() -> None:
-    found = []
-    for seed in ("1", "2"):
-        env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parent)}
-        done = subprocess.run(
-            [sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True
-        )
-        found.append(json.loads(done.stdout.splitlines()[-1]))
-    one, other = found
-    assert one[:2] == other[:2]
-    assert one[0] == identity(tiny.build())
-    assert len({*one, *other}) == 4
+    script = "import json, test_identity; print(json.dumps(test_identity.of_three()))"
+    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
+    )
+    there, here = json.loads(done.stdout.splitlines()[-1]), of_three()
+    assert there[:2] == here[:2]
+    assert len({*there, *here}) == 4
 
 
 def compiled(hf_model: Any) -> None:

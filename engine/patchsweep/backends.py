@@ -210,10 +210,9 @@ def through_nnsight(
 ) -> Iterator[tuple[Backend, Interventions]]:
     """Full forwards of the model as it is, and what they can patch here."""
     # nnsight takes a second and some memory, which most sweeps do not need.
-    from patchsweep.interventions import left_as_it_was, open_interventions
+    from patchsweep.interventions import open_interventions
 
     with ExitStack() as stack:
-        stack.enter_context(left_as_it_was(model.hf_model))
         if any(m.name == "attention" for m in settings.metrics):
             # Only this implementation returns the probabilities.
             stack.enter_context(attention_is(model.hf_model, "eager"))

@@ -55,8 +55,8 @@ class Digests:
         self._depth = 0
 
     def of(self, value: Any) -> str:
-        """Equal for equal values. What holds something that cannot be read (a generator, a
-        file) has one of this process alone."""
+        """Equal for equal values. What holds something that cannot be read (a generator, a file) has
+        one of this process alone."""
         if isinstance(value, PLAIN):
             return f"{type(value).__name__} {value!r}"
         if id(value) not in self._found:
@@ -149,7 +149,6 @@ class Digests:
             yield self.of(compiled)
             return
         module = str(function.__globals__.get("__name__"))
-        yield self.of((function.__defaults__, function.__kwdefaults__, vars(function)))
         for cell in function.__closure__ or ():
             try:
                 yield self.of(cell.cell_contents)
@@ -159,6 +158,7 @@ class Digests:
             yield f"{module} {function.__code__.co_qualname}"
             return
         yield self.of(function.__code__)
+        yield self.of((function.__defaults__, function.__kwdefaults__, vars(function)))
         for name in sorted(set(_globals(function.__code__))):
             if name in function.__globals__:
                 yield f"{name} {self.of(function.__globals__[name])}"

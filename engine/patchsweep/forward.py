@@ -32,10 +32,12 @@ def layers_of(hf_model: PreTrainedModel) -> nn.ModuleList:
     for name, module in hf_model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and "expert" not in name:
             return module
-    raise BadInput(
-        f"{type(hf_model).__name__} has no list of {count} decoder layers: "
-        "this family cannot run on the wavefront"
-    )
+    mend = "this family cannot run on the wavefront"
+    lists = {n: len(m) for n, m in hf_model.named_modules() if isinstance(m, nn.ModuleList)}
+    name = max(lists, key=lists.__getitem__, default="")
+    if 0 < lists.get(name, 0) < count:  # some layers were taken out
+        mend = f"{name} has {lists[name]}: set config.num_hidden_layers to {lists[name]}"
+    raise BadInput(f"{type(hf_model).__name__} has no list of {count} decoder layers: {mend}")
 
 
 @dataclass(frozen=True)

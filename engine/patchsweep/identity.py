@@ -148,7 +148,7 @@ def _replaced(places: Mapping[nn.Module, str], found: Digests) -> Iterator[str]:
         for name, method in sorted(vars(cls).items()):
             if not _own(cls, name, method):
                 yield f"{cls.__qualname__} {name} {found.of(method)}"
-    modules = {cls.__module__ for cls in kinds} | {"torch", F.__name__}
+    modules = {kind.__module__ for kind in map(type, places) if kind in kinds} | {F.__name__}
     for module in sorted(modules):
         for name, function in sorted(vars(sys.modules[module]).items()):
             if isinstance(function, FunctionType) and not _known(function):

@@ -7,14 +7,13 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from nnsight import CONFIG, NNsight, TransformersModel  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor
 
 from patchsweep.attention import PatternRead
 from patchsweep.dimensions import Dimensions
@@ -185,18 +184,6 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     known = a.isfinite() & b.isfinite()
     a, b = a[known].double(), b[known].double()
     return torch.allclose(a, b, rtol=share, atol=share * float(a.std()))
-
-
-@contextmanager
-def left_as_it_was(hf_model: nn.Module) -> Iterator[None]:
-    """nnsight puts a forward and a mark of its own on every module; outside they are gone."""
-    own = {module: dict(vars(module)) for module in hf_model.modules()}
-    try:
-        yield
-    finally:
-        for module, before in own.items():
-            vars(module).clear()
-            vars(module).update(before)
 
 
 def _at_border(hidden: Tensor, what: Seen, device: torch.device) -> None:
