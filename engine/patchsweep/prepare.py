@@ -47,8 +47,10 @@ def prepare(
         sae = sae.to(forward.devices[call], forward.hf_model.dtype)
     for metric in settings.metrics:
         _check_metric(metric, plan)
-    if carry is wavefront and (
-        "neuron" in components or any(m.name == "neuron" for m in settings.metrics)
+    if (
+        averages is None
+        and carry is wavefront
+        and ("neuron" in components or any(m.name == "neuron" for m in settings.metrics))
     ):
         _check_neurons(forward, layouts)
     constants: Constants = {}
