@@ -27,6 +27,7 @@ from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.plan import Plan, Wave
 from patchsweep.planning import plan_sweep
+from patchsweep.probe import make_probe
 from patchsweep.spec import Sweep, parse_settings
 from patchsweep.values import Values
 from patchsweep.wave import WaveResult, run_wave, wavefront
@@ -230,7 +231,7 @@ def _wavefront(model: Model, pair: Pair, budget: int, found: dict[str, float]) -
     found["plan"], plan = timed(
         device, lambda: plan_sweep(model.dimensions, [pair], settings(), device, budget)
     )
-    probe = selftest.make_probe(plan)
+    probe = make_probe(plan)
     asked, truth = timed(device, lambda: selftest.ask(model.hf_model, probe, None))
     with attention_is(model.hf_model), deterministic(device):
         found["take_apart"], forward = timed(device, lambda: take_apart(model.hf_model, len(pair)))

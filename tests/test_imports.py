@@ -37,7 +37,7 @@ LEVELS = (
     ("attention", "sources", "reads", "circuits", "table", "prefilter"),
     ("forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
-    ("model", "modules", "judge"),
+    ("model", "modules", "judge", "probe"),
     ("schedule", "prompts"),
     ("taps", "stacked"),
     ("wave", "interventions"),

@@ -18,6 +18,7 @@ import patchsweep as ps
 from inputs import Letters, three
 from oracle.families import FAMILIES, Family
 from patchsweep import backends, interventions, selftest
+from patchsweep.probe import CELLS
 from patchsweep.sites import Status
 
 PAIRS = three()[:2]  # of 9 and 6 tokens
@@ -175,7 +176,7 @@ def test_results_say_what_was_compared(tmp_path: Path) -> None:
         test = results.attrs["self_test"]
         assert test["components"] == ["head_q", "head_z"]
         assert test["prompts"] == [6, 9]
-        assert test["cells"] == 2 * selftest.CELLS
+        assert test["cells"] == 2 * CELLS
         # All there are on the longest pair.
         names = [f"{c}/logit_diff_status" for c in ("head_q", "head_z")]
         status = [results.store.read(name)[0, 0, 0, 0] for name in names]

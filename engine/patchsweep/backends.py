@@ -27,6 +27,7 @@ from patchsweep.memory import out_of_memory
 from patchsweep.model import Model
 from patchsweep.plan import Plan
 from patchsweep.prepare import check_neurons
+from patchsweep.probe import make_probe
 from patchsweep.sae import SAE
 from patchsweep.selftest import SelfTest, Truth, one_line
 from patchsweep.sites import SETS
@@ -148,7 +149,7 @@ class _SelfTests:
 
     def __init__(self, model: Model, plan: Plan, sae: SAE | None, fingerprint: str) -> None:
         self.model, self.sae, self.fingerprint = model, sae, fingerprint
-        self.probe = selftest.make_probe(plan)
+        self.probe = make_probe(plan)
         self.truth: Truth | None = None
 
     def ask_for(self, backend: str) -> None:

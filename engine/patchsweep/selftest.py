@@ -8,7 +8,7 @@ of a component's at once, every layer, unit and position, must leave the logits 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,20 +20,15 @@ from transformers import PreTrainedModel
 from patchsweep.errors import BadInput
 from patchsweep.forward import Forward
 from patchsweep.judge import Edit, Judge, Prompt
-from patchsweep.layout import Variant
 from patchsweep.memory import out_of_memory
-from patchsweep.pairs import Pair
-from patchsweep.plan import Plan, make_plan
+from patchsweep.probe import VARIANT, Probe
 from patchsweep.sae import SAE
 from patchsweep.schedule import make_schedule, rows_only
-from patchsweep.sites import SETS, Site, unit_name
-from patchsweep.spec import Sweep
+from patchsweep.sites import Site, unit_name
 from patchsweep.taps import Editor, Seen
 from patchsweep.values import Values
 from patchsweep.wave import Carry, across, embedding_tap
 
-CELLS = 16  # per component
-VARIANT = Variant(0, 0, 0)
 RECORDED = 1 << 26  # values of one component that are kept at a time
 
 # Largest difference allowed, as a share of the largest logit. float64: some families compute norms
@@ -66,21 +61,6 @@ class SelfTest:
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
-    """What a self-test compares: `plan` runs some cells of the components on one pair of prompts,
-    one site each; `prompts` are those whose baselines are compared beside."""
-
-    plan: Plan
-    components: tuple[str, ...]
-    sites: tuple[Site, ...]
-    prompts: tuple[tuple[int, ...], ...]
-
-    def __str__(self) -> str:
-        [pair] = self.plan.pairs
-        return f"{self.plan.hash} {pair.clean} {pair.corrupt} {self.prompts} {self.components}"
-
-
-@dataclass(frozen=True, eq=False)
 class Truth:
     """What the judge says of a probe, on the CPU: logits of its prompts, of its pair (clean,
     corrupt) and of its cells, [row, vocab]; which keys queries see by layer, [query, key]."""
@@ -93,55 +73,6 @@ class Truth:
     structural: int
     structural_difference: float
     tolerance: float
-
-
-def make_probe(plan: Plan) -> Probe:
-    """What a self-test of a sweep with this plan compares."""
-    layouts = plan.layouts
-    others = {o.tokens for s in plan.sources for row in s.others for o in row}
-    runs = sorted({p.clean for p in plan.pairs} | others, key=lambda t: (len(t), t))
-    components = tuple(layouts.patched([c for c in plan.grids if c != SETS]))
-    pair = _pair(plan.pairs, runs[-1])
-    rng = np.random.default_rng(0)
-    candidates = [site for name in components for site in _drawn(plan, name, len(pair), rng)]
-
-    def planned(sites: Sequence[Site]) -> Plan:
-        settings = Sweep(sets={str(i): (s,) for i, s in enumerate(sites)}, direction="noise")
-        return make_plan([pair], settings, plan.dimensions, 1 << 62, layouts.features)
-
-    exists = planned(candidates).layouts.layout(SETS, VARIANT).exists[0, 0]
-    sites = []
-    for name in components:
-        mine = [s for s, there in zip(candidates, exists, strict=True) if there]
-        sites += [s for s in mine if s.component == name][:CELLS]
-    return Probe(planned(sites), components, tuple(sites), (runs[-1], runs[0]))
-
-
-def _pair(pairs: Sequence[Pair], longest: tuple[int, ...]) -> Pair:
-    """The longest prompt against the other one of its pair; or where that has another length, one
-    that differs from the first token on where tokens allow."""
-    for p in pairs:
-        if longest in (p.clean, p.corrupt) and len(p.clean) == len(p.corrupt):
-            return Pair(p.clean, p.corrupt, p.answer, p.wrong or p.answer)
-    other = tuple(reversed(longest))
-    if other == longest:
-        other = ((longest[0] + 1) % max(2, longest[0] + 1), *longest[1:])
-    return Pair(longest, other, pairs[0].answer, pairs[0].wrong or pairs[0].answer)
-
-
-def _drawn(plan: Plan, name: str, length: int, rng: np.random.Generator) -> Iterator[Site]:
-    """Sites of a component, no layer twice before every layer was drawn."""
-    layers, seen = plan.layouts.layers(name), set()
-    for i in range(16 * CELLS):
-        if i % len(layers) == 0:
-            order = rng.permutation(layers)
-        # The tail reads the last token; cells there reach it from every layer.
-        at = length - 1 if rng.random() < 0.5 else int(rng.integers(length))
-        layer = int(order[i % len(layers)])
-        site = Site(name, layer, int(rng.integers(plan.layouts.units(name))), at)
-        if site not in seen:
-            seen.add(site)
-            yield site
 
 
 @torch.no_grad()

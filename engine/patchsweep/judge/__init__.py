@@ -6,11 +6,13 @@ leaves the model its own attention implementation, and finds activations in a wa
 
     attention.py   queries, keys, values, patterns and z, where attention takes and returns them
     find.py        the layers, and which modules' outputs are added to the residual stream
-    forwards.py    forwards in which activations are replaced and recorded
+    forwards.py    one forward in which activations are replaced and recorded
+    judge.py       the judge of a model: plain and patched forwards
     values.py      metrics from logits and activations, in plain terms
     cells.py       a cell of results as a prompt and what is replaced in it
 """
 
-from patchsweep.judge.forwards import Edit, Judge, Prompt, Unseen
+from patchsweep.judge.forwards import Edit, Prompt, Unseen
+from patchsweep.judge.judge import Judge
 
 __all__ = ["Edit", "Judge", "Prompt", "Unseen"]

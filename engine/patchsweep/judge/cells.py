@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from patchsweep.judge.forwards import Edit, Judge, Key, Prompt, Unseen
+from patchsweep.judge.forwards import Edit, Key, Prompt, Unseen
+from patchsweep.judge.judge import Judge
 from patchsweep.judge.values import logit_metric
 from patchsweep.layout import NAMES, OWN, Layouts
 from patchsweep.pairs import Pair

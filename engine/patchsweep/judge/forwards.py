@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from patchsweep.errors import BadInput
-from patchsweep.judge.attention import Call, NotShown, Products, watched
-from patchsweep.judge.find import Blind, Layer, Written, find, first
-from patchsweep.sae import SAE
+from patchsweep.judge.attention import NotShown, Products, watched
+from patchsweep.judge.find import Layer, Written, first
+
+if TYPE_CHECKING:
+    from patchsweep.judge.judge import Judge
 
 HEADS = ("head_q", "head_k", "head_v", "head_pattern", "head_z")
-TOKENS = 512  # of rows that go through the model together
 Key = tuple[str, int]  # component, layer
 
 
@@ -55,100 +55,7 @@ class Edit:
 Recorded = dict[Key, Tensor]
 
 
-class Judge:
-    """A model, found out with the first of some `tokens`, and the layers that it is said to have.
-
-    BadInput if it cannot run on `input_ids` alone, or does not have these layers.
-    """
-
-    def __init__(
-        self, hf_model: PreTrainedModel, tokens: Sequence[int], layers: int, sae: SAE | None = None
-    ) -> None:
-        self.hf_model, self.sae = hf_model, sae
-        self.name = type(hf_model).__name__
-        self.device = next(hf_model.get_input_embeddings().parameters()).device
-        if self.device.type == "meta":  # brought in by a hook when it is called
-            self.device = torch.device(getattr(hf_model.hf_hook, "execution_device", "cpu"))
-        sizes = {hf_model.config.get_text_config().hidden_size, *_head_sizes(hf_model)}
-        length = next(n for n in range(5, 64) if n not in sizes)
-        few = (list(tokens) * length)[:length]
-        try:
-            self.layers: list[Layer] = find(hf_model, self._ids([few]), layers)
-        except LookupError as error:
-            raise BadInput(f"{self.name}: {error}: this model cannot be swept") from error
-        self.stackable = True
-
-    @torch.no_grad()
-    def masks(self, tokens: Sequence[int]) -> list[Tensor | None]:
-        """Of every layer which keys a query sees in a prompt, [query, key]; None where that is not
-        told."""
-        found: list[Tensor | None] = [None] * len(self.layers)
-        now: list[int] = []
-
-        def told(call: Call) -> None:
-            found[now[-1]] = None if call.allowed is None else call.allowed[0, 0]
-
-        with ExitStack() as stack:
-            for index, layer in enumerate(self.layers):
-                enter: Any = partial(lambda i, *_: now.append(i), index)
-                stack.callback(layer.module.register_forward_pre_hook(enter).remove)
-            stack.enter_context(watched(self.hf_model, lambda: Blind() if now else None, told))
-            self._logits([tokens])
-        return found
-
-    def heads(self, layer: int) -> dict[str, int]:
-        """How many units the heads' components have in a layer, as attention is given them."""
-        calls = self.layers[layer].calls
-        if len(calls) != 1:
-            return {}
-        queries, keys = calls[0].heads, calls[0].kv_heads
-        of_queries = dict.fromkeys(("head_q", "head_pattern", "head_z"), queries)
-        return of_queries | {"head_k": keys, "head_v": keys}
-
-    @torch.no_grad()
-    def plain(self, tokens: Sequence[int]) -> Tensor:
-        """Logits [position, vocab] of one prompt, as the model's user gets them."""
-        return self._logits([tokens])[0]
-
-    @torch.no_grad()
-    def run(
-        self,
-        prompts: Sequence[Prompt],
-        edits: Sequence[Sequence[Edit]] | None = None,
-        record: Sequence[Key] = (),
-        reads: Sequence[int] | None = None,
-    ) -> tuple[Tensor, Recorded]:
-        """Logits [row, position, vocab], or at the positions `reads` alone, and activations of
-        prompts of one length, each with its edits. Unseen, with component and layer, for what
-        cannot be seen."""
-        edits = [()] * len(prompts) if edits is None else edits
-        step = max(1, TOKENS // len(prompts[0].tokens)) if self.stackable else 1
-        logits, seen = [], []
-        for i in range(0, len(prompts), step):
-            forward = _Forward(self, prompts[i : i + step], edits[i : i + step], record)
-            found = forward.run()
-            logits.append(found if reads is None else found[:, list(reads)])
-            seen.append(forward.seen)
-        return torch.cat(logits), {k: torch.cat([s[k] for s in seen]) for k in record}
-
-    def _ids(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor([list(r) for r in rows], device=self.device)
-
-    def _logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        out = self.hf_model(input_ids=self._ids(rows))
-        logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-        return logits
-
-
-def _head_sizes(hf_model: PreTrainedModel) -> set[int]:
-    """Numbers that a count of tokens must not be taken for."""
-    config = hf_model.config.get_text_config()
-    heads = getattr(config, "num_attention_heads", None) or 1
-    found = {heads, getattr(config, "head_dim", None), config.hidden_size // max(1, int(heads))}
-    return {int(n) for n in found if isinstance(n, int)}
-
-
-class _Forward:
+class Forward:
     """One forward of some rows: what is replaced, and what was seen."""
 
     def __init__(
@@ -181,7 +88,7 @@ class _Forward:
             if any(component in HEADS for component, _ in map(self._at, wanted)):
                 stack.enter_context(watched(judge.hf_model, self._asked, lambda _: None))
             try:
-                logits = judge._logits([p.tokens for p in self.prompts])
+                logits = judge.logits([p.tokens for p in self.prompts])
             except NotShown as why:
                 raise self._unseen("head_pattern", self.now or 0, str(why)) from why
         for component, at in wanted:
@@ -258,7 +165,7 @@ class _Forward:
 
     # What is seen of attention, in the layer that is under way.
 
-    def _asked(self) -> _Forward | None:
+    def _asked(self) -> Forward | None:
         return None if self.now is None else self
 
     def wants(self, name: str) -> bool:
