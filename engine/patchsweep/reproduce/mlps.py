@@ -15,7 +15,7 @@ from patchsweep import heatmaps
 from patchsweep.effect import Array
 from patchsweep.pairs import Pair
 from patchsweep.reproduce.experiment import SIGMA, Setting
-from patchsweep.reproduce.heads import METRICS, NAMES, UNITS
+from patchsweep.reproduce.heads import METRICS, NAMES, UNITS, number
 from patchsweep.results import Results
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class Peak:
 
     def __str__(self) -> str:
         first, last = self.layers[0], self.layers[-1]
-        return f"{self.height:+.3f} at {first if first == last else f'{first}–{last}'}"
+        layers = first if first == last else f"{first}–{last}"
+        return f"{number(self.height)} at {layers}"
 
 
 @dataclass(frozen=True)
