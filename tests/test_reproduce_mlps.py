@@ -96,8 +96,8 @@ def test_windows_do_what_full_forwards_do(setting: Setting, report: Report, name
         if (row["metric"], row["corruption"]) == (mlps.NAMES[name], "STR")
     ]
     first = int(joint.argmax())
-    assert shown[0] == f"{single.max():+.3f} at {single.argmax()}"
-    assert shown[1] == f"{joint.max():+.3f} at {first}–{first + 2}"
+    assert shown[0] == f"{single.max():+#.3g} at {single.argmax()}"
+    assert shown[1] == f"{joint.max():+#.3g} at {first}–{first + 2}"
 
 
 @pytest.mark.usefixtures("report")
@@ -230,7 +230,7 @@ def test_a_place_that_no_fact_has_is_empty() -> None:
 
 def test_peak() -> None:
     found = mlps.peak(np.array([3.0, 0.0, 1.0, 0.0]), 5)
-    assert str(found) == "+3.000 at 0–4"
+    assert str(found) == "+3.00 at 0–4"
     assert found.past_first == 1
     assert found.deviations == pytest.approx(2 / np.std([3, 0, 1, 0]))
 

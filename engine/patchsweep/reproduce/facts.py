@@ -19,7 +19,7 @@ from patchsweep.reproduce.experiment import (
     baselines,
     saturated,
 )
-from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
+from patchsweep.reproduce.heads import METRICS, NAMES, SCALES, number
 from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 from patchsweep.tasks import facts
@@ -186,7 +186,7 @@ def _peak_table(found: Mapping[str, Results], sizes: Sequence[int]) -> Table:
                     corruption,
                     str(peak),
                     f"{peak.deviations:.1f}",
-                    f"{peak.past_first:+.3f}",
+                    number(peak.past_first),
                     f"{_times(found, metric, size):.2f}" if corruption == "GN" else "",
                 )
                 for corruption, peak in peaks.items()

@@ -193,3 +193,8 @@ def _draw(axes: object, here: Heads, limit: float) -> None:
 def text(heads: Sequence[str]) -> str:
     """Heads by layer, parted by spaces."""
     return " ".join(ordered(heads)) or "none"
+
+
+def number(value: float) -> str:
+    """An effect in three significant digits, with its sign."""
+    return f"{value:+#.3g}"

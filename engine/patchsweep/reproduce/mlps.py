@@ -14,7 +14,7 @@ import numpy as np
 from patchsweep.effect import Array
 from patchsweep.pairs import Pair
 from patchsweep.reproduce.experiment import SIGMA, Setting
-from patchsweep.reproduce.heads import METRICS, NAMES, UNITS
+from patchsweep.reproduce.heads import METRICS, NAMES, UNITS, number
 from patchsweep.results import Results, drawing
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Peak:
 
     def __str__(self) -> str:
         first, last = self.layers[0], self.layers[-1]
-        return f"{self.height:+.3f} at {first if first == last else f'{first}–{last}'}"
+        layers = first if first == last else f"{first}–{last}"
+        return f"{number(self.height)} at {layers}"
 
 
 @dataclass(frozen=True)

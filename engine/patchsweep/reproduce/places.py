@@ -11,7 +11,7 @@ from patchsweep.effect import Array, ratio
 from patchsweep.pairs import Pair
 from patchsweep.reproduce import pictures
 from patchsweep.reproduce.experiment import Finding, Table
-from patchsweep.reproduce.heads import NAMES, NORMALISED, UNITS
+from patchsweep.reproduce.heads import NAMES, NORMALISED, UNITS, number
 from patchsweep.reproduce.pictures import Picture
 from patchsweep.results import Results
 from patchsweep.sites import SETS
@@ -73,7 +73,7 @@ def table(found: Found) -> Table:
     """The sum over layers at every place, by corruption, metric and size of window."""
     rows = []
     for (corruption, metric, size), values in found.items():
-        shown = [f"{x:+.3f}" if np.isfinite(x) else "" for x in values.sum(0)]
+        shown = [number(x) if np.isfinite(x) else "" for x in values.sum(0)]
         rows.append((corruption, NAMES[metric], str(size), *shown, _times(weight(values))))
     columns = ("corruption", "metric", "layers of a window", *PLACES, "last / middle subject")
     return Table("Sum of effects over layers by place", columns, tuple(rows))

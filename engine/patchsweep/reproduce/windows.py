@@ -27,7 +27,7 @@ from patchsweep.reproduce.facts import (
     long_subjects,
     subject_sweeps,
 )
-from patchsweep.reproduce.heads import METRICS, NAMES
+from patchsweep.reproduce.heads import METRICS, NAMES, number
 from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
 
@@ -114,7 +114,7 @@ def _of(corruption: str, results: Results, depth: int) -> Iterator[Finding]:
         name = f"{corruption}, {NAMES[metric]}"
         peaks = _peaks(results, metric, depth)
         shown = (
-            f"{layers(size)} {joint.height:+.3f} against {total.height:+.3f}"
+            f"{layers(size)} {number(joint.height)} against {number(total.height)}"
             for size, (joint, total) in peaks.items()
         )
         yield Finding(
