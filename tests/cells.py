@@ -220,7 +220,7 @@ def compare(
             assert difference <= scale * wide(column), (component, at, cell, column, difference)
             assert found[f"{column}_status"][at] in (Status.EXACT, Status.STRUCTURAL)
     ran = bool(found[f"{columns[0]}_status"][at] == Status.EXACT)
-    if expected.knows_reach(columns, component, cell):
+    if expected.knows_reach(columns, component, source, cell):
         reaches = expected.reaches(i, direction, source, n, cell)
         assert ran == reaches, (component, at, cell, "run" if ran else "structural")
     return ran

@@ -221,11 +221,15 @@ class Expected:
         out["spread"] = found[read].max() - found[read].min()
         return out
 
-    def knows_reach(self, columns: Sequence[str], component: str, sites: Sequence[Any]) -> bool:
+    def knows_reach(
+        self, columns: Sequence[str], component: str, source: str, sites: Sequence[Any]
+    ) -> bool:
         """Whether a patch that can change what is read does so in random models, in the bits at
         least: what is read are logits, and attention is as wide as the config says. Sets may have
-        sites that undo what others do; a parallel block's MLP does not read its attention, which
-        plans do not know."""
+        sites that undo what others do; a mean may be of equal values; a parallel block's MLP does
+        not read its attention, which plans do not know."""
+        if source == "mean":
+            return False
         if component == "sets" and "<" in str(self.case.settings.get("sets")):
             return False
         if not set(columns) <= LOGIT_COLUMNS or self.case.family not in FAMILIES:
