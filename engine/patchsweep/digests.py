@@ -55,8 +55,8 @@ class Digests:
         self._depth = 0
 
     def of(self, value: Any) -> str:
-        """Equal for equal values. What holds something that cannot be read (a generator, a file) has
-        one of this process alone."""
+        """Equal for equal values. What holds something that cannot be read (a generator, a file)
+        has one of this process alone."""
         if isinstance(value, PLAIN):
             return f"{type(value).__name__} {value!r}"
         if id(value) not in self._found:
