@@ -234,7 +234,7 @@ def stop_at_rename(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def stopping(self: Path, target: Path) -> Path:
         if self.is_dir():
             if len(renamed) == number:
-                monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+                monkeypatch.setattr("patchsweep.store.folder._cleared", lambda _: None)
                 raise KeyboardInterrupt
             renamed.append(self)
         return rename(self, target)

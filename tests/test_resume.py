@@ -98,7 +98,7 @@ def test_another_clock_and_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Store, "write_block", once)
     with pytest.raises(KeyboardInterrupt):
-        ps.sweep(model, pairs, out=out, fsync=True, **settings)
+        ps.sweep(model, pairs, out=out, fsync=True, provenance="full", **settings)
     host, made = ps.open(out).attrs["host"], ps.open(out).attrs["created"]
     monkeypatch.setattr(Store, "write_block", write)
     for file in out.rglob("*"):

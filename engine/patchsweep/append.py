@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.pairs import Pair
+from patchsweep.paths import by_name
 from patchsweep.plan import Cut, Plan
 from patchsweep.prepare import digest
 from patchsweep.sites import Block, Grid, Status, blocks
@@ -26,7 +27,7 @@ from patchsweep.values import Values
 Map = NDArray[np.bool_]
 Arrays = Mapping[str, NDArray[Any]]  # by metric
 # What may be another one; the backend in use is compared, not the one that is asked for.
-FREE = {"metrics", "token_budget", "backend", "remote", "fsync"}
+FREE = {"metrics", "token_budget", "backend", "remote", "fsync", "provenance"}
 
 
 def cut(store: Store, pairs: int) -> Cut:
@@ -51,7 +52,7 @@ def refusal(
     they can: more pairs after the same ones, or more metrics, and nothing else."""
     before, spec, now = store.attrs, store.attrs["spec"], attrs["spec"]
     for key in Sweep.model_fields:
-        if key not in FREE and key in spec and spec[key] != now[key]:
+        if key not in FREE and key in spec and by_name(spec[key]) != by_name(now[key]):
             return f"{key} differs"
     for key in ("model_fingerprint", "backend"):
         if before[key] != attrs[key]:
@@ -60,8 +61,9 @@ def refusal(
         return "what is estimated is chosen over all pairs and metrics"
     if settings.circuit:
         return "a circuit is chosen over all pairs"
-    for metric in spec["metrics"]:
-        if metric not in now["metrics"]:
+    wanted = by_name(now["metrics"])
+    for metric in by_name(spec["metrics"]):
+        if metric not in wanted:
             return f"its metric {metric} is missing"
     directions = {c: x for c, x in values.directions.items() if c in store.metrics}
     old_values = replace(values, directions=directions)

@@ -14,7 +14,8 @@ from types import FrameType
 from cyclopts import CycloptsError
 
 from patchsweep.commands import TRACEBACK, DoesNotHold, app
-from patchsweep.errors import BadInput, Lost
+from patchsweep.errors import BadInput, Lost, has_secrets, one_line
+from patchsweep.paths import SECRETS
 
 INTERRUPTED = (130, 143)
 
@@ -44,6 +45,8 @@ def _status(arguments: list[str]) -> int:
     """Run a command; its exit status. Every error is one line on standard error."""
     given = [a for a in arguments if a != TRACEBACK]
     try:
+        if any(map(has_secrets, given)):
+            raise BadInput(SECRETS)
         app(given, exit_on_error=False, print_error=False, result_action="return_value")
     except BadInput as error:
         return _say(error, 2)
@@ -115,7 +118,7 @@ def _say(what: object, status: int) -> int:
 
         status, mine = end(status)
     if mine:
-        print(f"patchsweep: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
+        print(f"patchsweep: {' '.join(one_line(what).split())}", file=sys.stderr, flush=True)
     return status
 
 

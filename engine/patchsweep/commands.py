@@ -144,7 +144,7 @@ def show(results: str, /) -> None:
 
 
 @app.command
-def verify(results: str, /, *, cells: int = 20, seed: int = 0) -> None:
+def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None = None) -> None:
     """Run some random cells again as full forwards through nnsight, and compare.
 
     Status 1 if a difference is larger than the results' dtype allows.
@@ -159,11 +159,13 @@ def verify(results: str, /, *, cells: int = 20, seed: int = 0) -> None:
         How many cells; structural ones are not drawn.
     seed
         Another seed draws other cells.
+    model
+        Where the model is, if not where the results say.
     """
     from patchsweep.report.show import comparison_table
     from patchsweep.verification import verify as verify_results
 
-    found = verify_results(results, cells, seed=seed)
+    found = verify_results(results, cells, model, seed)
     console = _console()
     console.print(f"{found.cells} cells again as full forwards through nnsight")
     console.print(comparison_table(found.differences, found.tolerance))
@@ -208,6 +210,7 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     out
         Folder for the figures and report.html; beside the results if left out, of a URL here.
+        Figures that it has drawn before are replaced, other files are not.
     """
     from patchsweep.report.figures import plot as draw
     from patchsweep.report.page import write_page
@@ -222,7 +225,7 @@ def plot(results: str, /, *, out: Path | None = None) -> None:
 
 
 @app.command
-def export(results: str, table: Path, /) -> None:
+def export(results: str, table: Path, /, *, overwrite: Flag = False) -> None:
     """Write one row per patching experiment, one column per metric, as Parquet; or, to a .zip, the
     results as they are, in one file that show, plot, export and ps.open read.
 
@@ -234,6 +237,8 @@ def export(results: str, table: Path, /) -> None:
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     table
         The Parquet or .zip file to write.
+    overwrite
+        Replace a file that is there.
     """
     from patchsweep.results import open as open_results
     from patchsweep.store import pack
@@ -242,9 +247,9 @@ def export(results: str, table: Path, /) -> None:
         raise BadInput(f"{table}: unknown kind of file: use .parquet, or .zip for the results")
     found = open_results(results)
     if table.suffix == ".zip":
-        pack(results, table)
+        pack(results, table, overwrite=overwrite)
     else:
-        found.export(table)
+        found.export(table, overwrite=overwrite)
     print(table)
 
 

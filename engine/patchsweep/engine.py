@@ -37,7 +37,7 @@ from patchsweep.results import Results
 from patchsweep.sae import SAE
 from patchsweep.spec import Spec, Sweep, parse_settings
 from patchsweep.splitting import Launch, Splitting
-from patchsweep.store import WAVES_SPLIT, Store, remove
+from patchsweep.store import WAVES_SPLIT, Store, check_outside, remove
 from patchsweep.values import Values
 from patchsweep.wave import launch_wave
 from patchsweep.writer import background
@@ -54,6 +54,8 @@ def run(
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
     attribution.chosen(spec)  # says what cannot be estimated before the model is loaded
     attribution.check_edges(spec)
+    if spec.offload_folder:
+        check_outside(spec.offload_folder / "weights")
     processes = launched()
     model = load_model(
         spec.model,
@@ -119,7 +121,7 @@ def carry_out(
     check_seen(out, processes)
     there = None
     if processes.first:
-        there = found(out, settings, resume or overwrite or append)
+        there = found(out, settings, resume or overwrite or append, overwrite or append)
     existing = None if overwrite else there
     sae = load_autoencoder(settings)
     plan = _planned(model, pairs, settings, sae, existing, append, processes)

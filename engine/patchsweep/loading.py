@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from patchsweep.errors import BadInput
+from patchsweep.paths import home
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -193,7 +194,7 @@ def _find(name: str) -> _Place:
     """Where the model is; everything that can be told without the network."""
     if name in PACKAGED:
         return _packaged(name)
-    path = Path(name).expanduser()
+    path = home(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise BadInput(f"model '{name}': no such file: give the path to a GGUF file")

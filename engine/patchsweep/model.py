@@ -17,6 +17,7 @@ from patchsweep.dimensions import Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
 from patchsweep.offload import device_of, offloaded, state
+from patchsweep.paths import home
 from patchsweep.placement import device_map, offload
 
 # Values of each weight tensor that go into the fingerprint beside its sum.
@@ -84,7 +85,7 @@ def load_model(
     if device == "balanced":
         empty = empty_model(loading.load_config(name, trust_remote_code), dtype)
         where = device_map(empty, max_memory)
-    folder = Path(offload_folder).expanduser() if offload_folder else None
+    folder = home(offload_folder) if offload_folder else None
     return Model(*loading.load(name, dtype, where, trust_remote_code, folder), name)
 
 

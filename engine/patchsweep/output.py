@@ -19,7 +19,16 @@ from patchsweep.model import Model
 from patchsweep.plan import Plan
 from patchsweep.provenance import check_append, check_same, difference
 from patchsweep.spec import Sweep
-from patchsweep.store import Store, check_free, exists, private, put_back
+from patchsweep.store import (
+    Store,
+    changed,
+    check_free,
+    check_outside,
+    check_own,
+    exists,
+    private,
+    put_back,
+)
 from patchsweep.values import Values
 
 Fill = Callable[[Store], None]
@@ -34,18 +43,32 @@ def check_seen(out: str | Path, processes: Processes) -> None:
         )
 
 
-def found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:
-    """The results that are there already. BadInput if there are some, and none are wanted."""
+def found(out: str | Path, settings: Sweep, wanted: bool, replaced: bool) -> Store | None:
+    """The results that are there already. BadInput if there are some, and none are wanted; if `out`
+    is inside others; and if they are to be replaced and something else is inside."""
+    check_outside(out)
     put_back(out)
     if not wanted:
         check_free(out)
-    return Store.open(out, "r+", settings.fsync) if exists(out) else None
+    if not exists(out):
+        return None
+    try:
+        there = Store.open(out, "r+", settings.fsync)
+    except BadInput:
+        if exists(out):
+            raise
+        raise changed(out) from None
+    if replaced:
+        check_own(out)
+    return there
 
 
 def check_unchanged(found: Store) -> None:
     """BadInput if another run, which held the lock until now, has changed the results meanwhile."""
-    if json.dumps(Store.open(found.path).attrs) != json.dumps(found.attrs):
-        raise BadInput(f"{found.path} was just changed by another run: run again")
+    if not exists(found.path) or json.dumps(Store.open(found.path).attrs) != json.dumps(
+        found.attrs
+    ):
+        raise changed(found.path)
 
 
 def further(

@@ -12,6 +12,7 @@ import torch
 from patchsweep import attribution
 from patchsweep.errors import BadInput
 from patchsweep.model import Model
+from patchsweep.paths import by_name, short, shortened
 from patchsweep.plan import Plan
 from patchsweep.spec import Sweep
 from patchsweep.store import Store
@@ -30,8 +31,11 @@ IDENTITY = {
 
 
 def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> dict[str, Any]:
-    """What the results say about where they come from."""
+    """What the results say about where they come from: with `provenance: short` without the host,
+    and with paths from the working directory on, or names."""
+    full = settings.provenance == "full"
     spec = settings.model_dump(mode="json")
+    spec = spec if full else shortened(spec)
     packages = ("patchsweep", "torch", "transformers", "accelerate", "nnsight", "numpy", "zarr")
     device = model.device
     return {
@@ -43,7 +47,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "token_budget": plan.token_budget,
         "blocks_per_chunk": plan.chunks.blocks,
         "pairs_per_block": plan.pairs_per_block,
-        "model": model.name,
+        "model": model.name if full else short(model.name),
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),
@@ -52,7 +56,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
             for s in plan.sources
         ],
         "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}},
-        "host": socket.gethostname(),
+        **({"host": socket.gethostname()} if full else {}),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
@@ -71,7 +75,7 @@ def difference(store: Store, attrs: dict[str, Any]) -> str | None:
     before = {**store.attrs, **said, "estimators": store.estimators}
     now = {**attrs, **{key: attrs["spec"][key] for key in said}}
     for key, what in IDENTITY.items():
-        if before.get(key) != now[key]:
+        if by_name(before.get(key)) != by_name(now[key]):
             return what
     return None
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
+from patchsweep.limits import RUNS
 from patchsweep.pairs import Pair, resolve_positions
 from patchsweep.spec import Gaussian, Mean, Resample, Sweep, Vector
 
@@ -73,7 +74,9 @@ class Source:
 
 
 def resolve(settings: Sweep, pairs: Sequence[Pair]) -> tuple[Source, ...]:
-    """The sources of a sweep. BadInput if the pairs lack what one of them needs."""
+    """The sources of a sweep. BadInput if the pairs lack what one of them needs, and for more than
+    RUNS runs."""
+    _check_runs(settings, len(pairs))
     out: list[Source] = []
     for name, given in settings.sources:
         if name == "other" and isinstance(settings.corrupt, Gaussian):
@@ -98,6 +101,21 @@ def resolve(settings: Sweep, pairs: Sequence[Pair]) -> tuple[Source, ...]:
                     "set direction: noise"
                 )
     return tuple(out)
+
+
+def _check_runs(settings: Sweep, pairs: int) -> None:
+    noise = settings.corrupt if isinstance(settings.corrupt, Gaussian) else None
+    runs = 0
+    for name, given in settings.sources:
+        if name == "other" and noise:
+            runs += pairs * len(noise.sigma) * noise.samples
+        else:
+            runs += pairs * (given.samples if isinstance(given, Resample) else 1)
+    if runs > RUNS:
+        raise BadInput(
+            f"{runs:,} pairs x samples, over all sources: a sweep has at most {RUNS:,}: ask for "
+            "fewer, or several sweeps"
+        )
 
 
 def _other(pair: Pair, number: int, name: str) -> Other:

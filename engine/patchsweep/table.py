@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from patchsweep.effect import Array, change, ratio
 from patchsweep.errors import BadInput
 from patchsweep.reader import Reader
 from patchsweep.sites import Grid, Status, unit_name
+from patchsweep.store import replacing
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -38,26 +39,39 @@ def frames(results: Reader) -> Iterator[pd.DataFrame]:
                 yield _frame(results, grid, pair, cells, ends)
 
 
-def write_parquet(results: Reader, path: Path) -> None:
-    """Write the table piece by piece; BadInput without pyarrow or if the disk refuses."""
+def csv_text(table: pd.DataFrame) -> str:
+    """A table as CSV, without formulas."""
+    texts = table.select_dtypes(["object", "string", "category"]).columns
+    guarded = {name: table[name].astype(str).map(no_formula) for name in texts}
+    shown = table.assign(**guarded)
+    return str(shown.to_csv(index=False, float_format="%.7g", lineterminator="\r\n"))
+
+
+_NUMBER = re.compile(r"[+-]?\d[\d.,]*(e[+-]?\d+)?\s?%?", re.IGNORECASE)
+
+
+def no_formula(text: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula: with an apostrophe before what
+    begins like one and is no number."""
+    formula = text.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBER.fullmatch(text)
+    return f"'{text}" if formula else text
+
+
+def write_parquet(results: Reader, path: Path, *, overwrite: bool = False) -> None:
+    """Write the table piece by piece; BadInput without pyarrow, if the disk refuses, for a path
+    inside results, and without `overwrite` for one that is there."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as exc:
         raise BadInput("Parquet needs pyarrow: pip install 'patchsweep[report]'") from exc
     schema = _schema(results)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
-            for frame in frames(results):
-                writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
-        partial.replace(path)
-    except OSError as exc:
-        reason = (exc.strerror or str(exc)).lower()
-        raise BadInput(f"cannot write {path}: {reason}; choose another path") from exc
-    finally:
-        with suppress(OSError):  # a read-only disk refuses this, too, and has been named
-            partial.unlink(missing_ok=True)
+    with (
+        replacing(path, overwrite) as partial,
+        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
+    ):
+        for frame in frames(results):
+            writer.write_table(pa.Table.from_pandas(frame, schema, preserve_index=False))
 
 
 def _frame(

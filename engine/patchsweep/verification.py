@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,8 @@ from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
 from patchsweep.interventions import ROTATED, Interventions
 from patchsweep.model import Model, load_model
+from patchsweep.paths import found as whereabouts
+from patchsweep.paths import shortened
 from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
 from patchsweep.prepare import digest, files_of, prepare
@@ -48,14 +52,14 @@ class Verified:
 
 
 def verify(
-    results: Results | str | Path, cells: int = 20, model: Model | None = None, seed: int = 0
+    results: Results | str | Path, cells: int = 20, model: Model | str | None = None, seed: int = 0
 ) -> Verified:
     """Run some random cells that are no structural ones again and compare.
 
-    Every metric of every chosen cell is compared. `model` is needed only for results of a model
-    that has no name to load it by. BadInput for another model than the results', for files of
-    vectors, means, probes or an autoencoder that have changed, and where there is nothing to
-    compare.
+    Every metric of every chosen cell is compared. `model`, or a name to load it by, is needed only
+    where what the results say leads to none: paths are from the working directory on. BadInput for
+    another model than the results', for files of vectors, means, probes or an autoencoder that have
+    changed, and where there is nothing to compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:
@@ -63,9 +67,10 @@ def verify(
     found = results if isinstance(results, Results) else results_of.open(results)
     attrs = found.attrs
     said = attrs["spec"]
+    said = shortened(said, whereabouts)
     settings = parse_settings({k: v for k, v in said.items() if k in Sweep.model_fields})
-    if model is None:
-        model = load_model(said.get("model") or attrs["model"], attrs["model_dtype"])
+    if not isinstance(model, Model):
+        model = load_model(model or _model_of(attrs), attrs["model_dtype"])
     if model.fingerprint != attrs["model_fingerprint"]:
         raise BadInput(f"{found.path} holds the results of another model: give that one")
     sae = load_autoencoder(settings)
@@ -114,6 +119,18 @@ def verify(
                 worst[name] = float(np.maximum(worst[name], apart.max()))
     count = sum(len(cell) for _, drawn in chosen for _, cell in drawn)
     return Verified(count, worst, TOLERANCE[attrs["model_dtype"]], left_out)
+
+
+def _model_of(attrs: Mapping[str, Any]) -> str:
+    """What to load the model of results by. BadInput if that is a name without its folder."""
+    name: str = attrs["spec"].get("model") or attrs["model"]
+    here = whereabouts(name)
+    if here != name and not Path(here).exists():
+        raise BadInput(
+            f"the results say their model's name alone, {here}, which is not in the working "
+            "directory: say where it is with --model"
+        )
+    return here
 
 
 def _left_out(plan: Plan, carry: Interventions) -> tuple[str, ...]:

@@ -6,15 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from patchsweep.errors import BadInput
+from patchsweep.limits import check_name
 
 Align = Literal["end", "labels"] | Sequence[Sequence[int]] | Mapping[int, int]
 Link = tuple[str, int, int]  # as it was said, clean position, corrupt position
 
 
 def labelled(labels: Mapping[str, int], length: int, what: str) -> dict[str, int]:
-    """Labels counted from the first token; BadInput if one is outside the prompt."""
+    """Labels counted from the first token; BadInput if one is outside the prompt, or cannot be a
+    part of a file's name, as that of a metric that is read there."""
     positions = {}
     for name, index in labels.items():
+        check_name(name, what)
         if not -length <= index < length:
             raise BadInput(
                 f"{what} '{name}' at {index} is outside the prompt: "

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsweep.errors import BadInput
+from patchsweep.limits import PAIRS, PAIRS_BYTES, TEXT, check_data
 from patchsweep.pairs.make import Bos, make_pair
 from patchsweep.pairs.pair import Pair
+from patchsweep.paths import usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,18 +45,25 @@ def read_pairs(
     list of texts. In a CSV cell, lists and mappings are written as JSON; an empty cell is a key
     left out. BadInput as "file:line: ..." for everything malformed.
     """
-    path = Path(path)
+    path = Path(usable(path))
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise BadInput(f"{path}: unknown kind of pairs file: use .jsonl or .csv")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(PAIRS_BYTES + 1)
+        if len(content) > PAIRS_BYTES:
+            raise BadInput(f"{path}: the pairs file has more than {PAIRS_BYTES:,} bytes: split it")
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot read the pairs file: {reason}") from error
-    pairs = []
+    pairs: list[Pair] = []
     for line, row in readers[path.suffix.lower()](path, text):
         where = f"{path}:{line}"
+        if len(pairs) == PAIRS:
+            raise BadInput(f"{where}: more than {PAIRS:,} pairs: split the file")
+        check_data(row, where, TEXT)
         _check_row(row, where)
         pair = make_pair(tokenizer, **row, bos=bos, where=where)
         pairs.append(replace(pair, origin=path.name))
@@ -70,7 +79,7 @@ def _jsonl_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadInput(f"{path}:{line}: not a JSON object on one line: {error}") from error
         if not isinstance(row, dict):
             raise BadInput(f"{path}:{line}: not a JSON object: write {{...}} with {KEYS[0]}, ...")
@@ -90,7 +99,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 if key in MAPPINGS or row[key].startswith("["):
                     try:
                         row[key] = json.loads(row[key])
-                    except ValueError as error:
+                    except (ValueError, RecursionError) as error:
                         raise BadInput(f"{where}: {key} is not JSON: {error}") from error
             yield reader.line_num, row
     except csv.Error as error:

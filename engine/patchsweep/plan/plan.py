@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
+from patchsweep.limits import BLOCKS
 from patchsweep.pairs import Pair
+from patchsweep.paths import by_name
 from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
 from patchsweep.plan.halves import split_wave
@@ -226,6 +229,11 @@ def make_plan(
     tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
     costs = Costs(layouts)
     grids = tiled({name: layouts.grid(name) for name in names}, costs, token_budget, cut)
+    if (number := sum(math.prod(grid.tiles) for grid in grids.values())) > BLOCKS:
+        raise BadInput(
+            f"the sweep has {number:,} blocks, at most {BLOCKS:,} can be planned: raise "
+            "token_budget, or make several sweeps"
+        )
     count = len(settings.metrics)
     estimated = settings.prefilter is not None or settings.estimate is not False
     chunks = chunked(
@@ -259,7 +267,7 @@ def _said(pair: Pair) -> dict[str, object]:
 
 
 def _said_of(source: Source) -> dict[str, object]:
-    given = source.given.model_dump(mode="json") if source.given else None
+    given = by_name(source.given.model_dump(mode="json")) if source.given else None
     others = [[(o.tokens, o.align.tolist(), o.noised) for o in row] for row in source.others]
     return {"name": source.name, "given": given, "others": others}
 

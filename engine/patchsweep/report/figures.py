@@ -14,6 +14,7 @@ from patchsweep import heatmaps
 from patchsweep.errors import BadInput
 from patchsweep.results import Results
 from patchsweep.sites import SETS
+from patchsweep.store import MADE, check_made, check_outside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -28,20 +29,28 @@ def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -
     Layer × position, and for components with heads also layer × head; sliding windows of layers
     with the sum of their single layers; named sets; a circuit's curve. A dimension left out is
     reduced to its effect of largest absolute value, sign kept. BadInput if `out` cannot be written
-    or matplotlib is missing.
+    or is inside results, if a file there is not a figure made here, or matplotlib is missing.
     """
     heatmaps.needed()
+    check_outside(out / "figure.png")
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, figure in _figures(results):
             for suffix in formats:
                 files.append(out / f"{name}.{suffix}")
-                figure.savefig(files[-1], dpi=DPI)
+                save(figure, files[-1])
     except OSError as exc:
         reason = (exc.strerror or str(exc)).lower()
         raise BadInput(f"cannot write figures to {out}: {reason}; choose another --out") from exc
     return files
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure that says who made it. BadInput if what is there was made by others."""
+    check_made(path)
+    key = {".png": "Software", ".svg": "Creator"}.get(path.suffix)
+    figure.savefig(path, dpi=DPI, metadata=key and {key: MADE.decode()})
 
 
 def _figures(results: Results) -> Iterator[tuple[str, Figure]]:

@@ -20,7 +20,8 @@ from patchsweep.report import show
 from patchsweep.report.page_data import page_data
 from patchsweep.results import Results
 from patchsweep.sites import SETS
-from patchsweep.store import EDGES
+from patchsweep.store import EDGES, check_made, check_outside
+from patchsweep.table import csv_text
 
 # The largest tidy table that is put into a page; the rest of it takes 4 MB at most.
 TABLE_NUMBERS = 250_000
@@ -42,8 +43,11 @@ def page(results: Results) -> str:
 
 
 def write_page(results: Results, path: Path) -> Path:
-    """Write the page; BadInput without matplotlib or where the disk refuses."""
+    """Write the page; BadInput without matplotlib, where the disk refuses, inside results, and
+    where a file is there that is no such page."""
     heatmaps.needed()
+    check_outside(path)
+    check_made(path)
     text = page(results)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -121,7 +125,7 @@ def _download(results: Results) -> str:
     """A link that holds the tidy table, gzipped CSV, or where it is too large how to get it."""
     rows = sum(sum(results.counts(c, results.metrics[0]).values()) for c in results.components)
     if rows * len(results.metrics) <= TABLE_NUMBERS:
-        text = results.to_frame().to_csv(index=False, float_format="%.7g", lineterminator="\n")
+        text = csv_text(results.to_frame())
         packed = base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode("ascii")
         if len(packed) <= TABLE_BYTES:
             name = escape(f"{Path(results.store.name).stem}.csv.gz")

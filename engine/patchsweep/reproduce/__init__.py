@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from patchsweep import heatmaps
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, shown
+from patchsweep.limits import LARGEST, PAIRS
 from patchsweep.model import load_model
+from patchsweep.paths import usable
 from patchsweep.reproduce import (
     arithmetic,
     docstring,
@@ -17,6 +19,7 @@ from patchsweep.reproduce import (
     windows,
 )
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
+from patchsweep.store import check_outside
 from patchsweep.tasks.task import nearest
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -65,10 +68,14 @@ def reproduce(
     BadInput for an unknown experiment, and as `load_model` and `sweep` do.
     """
     experiment = find(name)
-    if n is not None and n < 1:
-        raise BadInput(f"n is {n}: ask for at least 1 pair")
+    if n is not None and not 1 <= n <= PAIRS:
+        raise BadInput(f"n is {shown(n)}: ask for at least 1 pair, and at most {PAIRS:,}")
+    if not 0 <= seed <= LARGEST:
+        raise BadInput(f"seed is {shown(seed)}: use a whole number from 0 to 2^63 - 1")
+    usable(model)
     heatmaps.needed()
     folder = Path(out) if out is not None else default_folder(name, model)
+    check_outside(folder / "report.md")
     loaded = load_model(model, dtype, device)
     setting = Setting(loaded, n or experiment.pairs, seed, folder, overwrite)
     report = experiment.run(setting)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,14 +22,15 @@ from patchsweep.heatmaps import LONGEST_NAME, counted
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.prompts import build_pairs
+from patchsweep.report.figures import save
 from patchsweep.results import Results
 from patchsweep.spec import Prompts
-from patchsweep.store import Store
+from patchsweep.store import Store, check_made, check_outside
+from patchsweep.table import no_formula
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DPI = 150
 SIGMA = 3.0  # standard deviations of the noise (Meng et al. 2022; Zhang & Nanda 2023)
 SAMPLES = 1  # draws of the noise for every pair: the pairs average over it
 FINDINGS = "Findings (resampled: the share of resamples of the pairs in which it holds)"
@@ -98,6 +100,13 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
+    def csv(self) -> str:
+        """As CSV, without formulas."""
+        text = io.StringIO()
+        rows = [self.columns, *self.rows]
+        csv.writer(text).writerows([[no_formula(cell) for cell in row] for row in rows])
+        return text.getvalue()
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -124,21 +133,24 @@ class Report:
 
     def write(self, out: Path) -> Path:
         """Write report.md, a CSV file per table and every figure as PNG and SVG into a folder;
-        the path of report.md. BadInput if the folder cannot be written."""
+        the path of report.md. BadInput if the folder cannot be written, is inside results, or has
+        files of these names that were not made here: that begin with another line, or figures of
+        others."""
+        check_outside(out / "report.md")
+        texts = {f"{file_name(table.title)}.csv": table.csv() for table in self.tables}
+        texts["report.md"] = markdown(self)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            for table in self.tables:
-                with (out / f"{file_name(table.title)}.csv").open("w", newline="") as file:
-                    csv.writer(file).writerows([table.columns, *table.rows])
+            for name, text in texts.items():
+                check_made(out / name, text.partition("\n")[0].encode())
+                (out / name).write_text(text, encoding="utf-8", newline="")
             for name, figure in self.figures.items():
                 for suffix in ("png", "svg"):
-                    figure.savefig(out / f"{name}.{suffix}", dpi=DPI)
-            path = out / "report.md"
-            path.write_text(markdown(self), encoding="utf-8")
+                    save(figure, out / f"{name}.{suffix}")
         except OSError as exc:
             reason = (exc.strerror or str(exc)).lower()
             raise BadInput(f"cannot write to {out}: {reason}; choose another --out") from exc
-        return path
+        return out / "report.md"
 
     def show(self, console: Console) -> None:
         """Print it in the terminal, without its figures."""

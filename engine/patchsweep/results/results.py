@@ -46,9 +46,10 @@ class Results(Cells, Intervals, Together, Diagnosed):
         """
         return pd.concat(list(table.frames(self)), ignore_index=True)
 
-    def export(self, path: Path) -> None:
-        """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results."""
-        table.write_parquet(self, path)
+    def export(self, path: Path, *, overwrite: bool = False) -> None:
+        """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results.
+        BadInput for a file that is there, without `overwrite`, and for one inside results."""
+        table.write_parquet(self, Path(path), overwrite=overwrite)
 
     def plot(
         self,

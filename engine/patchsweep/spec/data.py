@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictStr, ValidationError
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, shown
 from patchsweep.store import path_or_url
 
 
 def _path_or_url(value: object) -> object:
     if not isinstance(value, str | Path):
-        raise ValueError(f"should be a path or a URL, and is {value!r}")
+        raise ValueError(f"should be a path or a URL, and is {shown(value)}")
     return path_or_url(value)
 
 
@@ -49,22 +49,29 @@ def named(value: object, what: str) -> tuple[str, Mapping[str, Any]]:
     if isinstance(value, Mapping):
         given = value
     if len(given) != 1:
-        raise BadInput(f"{value!r} is not one {what}: write a name or {{name: {{option: value}}}}")
+        raise BadInput(
+            f"{shown(value)} is not one {what}: write a name or {{name: {{option: value}}}}"
+        )
     [(name, options)] = given.items()
     options = {} if options is None else options
     if not isinstance(options, Mapping):
-        raise BadInput(f"the options of {name} are {options!r}: write {{option: value}}")
+        raise BadInput(f"the options of {name} are {shown(options)}: write {{option: value}}")
     return str(name), options
 
 
 def list_of(value: object, what: str) -> tuple[Any, ...]:
     """`value` as a tuple; an error unless it is a list with something in it and no repeats."""
     if not isinstance(value, list | tuple):
-        raise ValueError(f"{value!r} is not a list: write [{value}]")
+        raise ValueError(f"{shown(value)} is not a list: write [{shown(value)}]")
     if not value:
         raise ValueError(f"the list is empty: name at least one {what}")
-    if repeats := [v for i, v in enumerate(value) if v in value[:i]]:
-        raise ValueError(f"{repeats[0]!r} is there twice: keep one")
+    seen: set[object] = set()
+    for i, entry in enumerate(value):
+        known = isinstance(entry, Hashable)
+        if entry in (seen if known else value[:i]):
+            raise ValueError(f"{shown(entry)} is there twice: keep one")
+        if known:
+            seen.add(entry)
     return tuple(value)
 
 
@@ -88,10 +95,10 @@ def explain(error: Any, kind: type[BaseModel]) -> str:
     if error["type"] == "value_error":
         return f"{colon}{error['ctx']['error']}"
     if error["type"] == "path_type":
-        return f"{colon}should be a path, and is {error['input']!r}"
+        return f"{colon}should be a path, and is {shown(error['input'])}"
     if error["type"] in ("model_type", "dict_type"):
-        return f"{colon}should be a mapping, {{key: value}}, and is {error['input']!r}"
+        return f"{colon}should be a mapping, {{key: value}}, and is {shown(error['input'])}"
     if error["type"] == "tuple_type":
-        return f"{colon}should be a list, and is {error['input']!r}"
+        return f"{colon}should be a list, and is {shown(error['input'])}"
     message = error["msg"].replace("Input should be", "should be")
-    return f"{colon}{message}, and is {error['input']!r}"
+    return f"{colon}{message}, and is {shown(error['input'])}"

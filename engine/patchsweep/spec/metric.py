@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, shown
 from patchsweep.spec.data import named, nearest
 
 Reduce = Literal["mean", "sum"]
@@ -106,7 +106,7 @@ def parse_metric(value: object) -> Metric:
             hint = nearest(option, METRICS[name]) if METRICS[name] else "it has none, leave it out"
             raise BadInput(f"unknown option '{option}' of {name}: {hint}")
         if wrong := _wrong_option(option, chosen):
-            raise BadInput(f"{option} of {name} is {chosen!r}: use {wrong}")
+            raise BadInput(f"{option} of {name} is {shown(chosen)}: use {wrong}")
     for option, default in METRICS[name].items():
         if default is REQUIRED and option not in options:
             raise BadInput(f"{name} needs {option}: write {{{name}: {{{option}: ...}}}}")

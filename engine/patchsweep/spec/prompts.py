@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, model_validator
 
 from patchsweep import tasks
+from patchsweep.limits import PAIRS
 from patchsweep.pairs import Bos
 from patchsweep.spec.data import Data, named
 
@@ -36,7 +37,7 @@ class Prompts(Data):
 
     task: Annotated[TaskOf | None, BeforeValidator(_task), PlainSerializer(_task_data)] = None
     file: Path | None = None
-    n: Annotated[StrictInt, Field(ge=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=PAIRS)] | None = None
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     bos: Bos = "auto"
     only_correct: bool = False

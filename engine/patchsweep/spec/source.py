@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr
 
+from patchsweep.limits import SAMPLES
 from patchsweep.spec.data import Data, list_of, made, named
 
 
@@ -41,7 +42,7 @@ class Gaussian(Data):
     tokens: Annotated[Literal["differ"] | tuple[int | str, ...], BeforeValidator(_tokens)] = (
         "differ"
     )
-    samples: Annotated[StrictInt, Field(ge=1)] = 1
+    samples: Annotated[StrictInt, Field(ge=1, le=SAMPLES)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
     std: Literal["tokens", "table"] = "tokens"
 
@@ -81,7 +82,7 @@ class Mean(Data):
 class Resample(Data):
     """The activation in the clean run of another pair, drawn for every sample."""
 
-    samples: Annotated[StrictInt, Field(ge=1)] = 1
+    samples: Annotated[StrictInt, Field(ge=1, le=SAMPLES)] = 1
     seed: Annotated[StrictInt, Field(ge=0)] = 0
 
 

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from patchsweep.errors import BadInput
+from patchsweep.limits import check_data, check_name
 from patchsweep.loading import DEVICES, check_placement, memory_limits
 from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
@@ -57,6 +58,7 @@ class Sweep(Data):
     estimate: Estimators = False  # instead of running these components
     prefilter: MaybePrefilter = None
     edges: EdgeScores = None
+    provenance: Literal["short", "full"] = "short"  # full: with the host, and whole paths
 
     @property
     def directions(self) -> tuple[Direction, ...]:
@@ -123,6 +125,8 @@ class Sweep(Data):
     @classmethod
     def _metrics(cls, value: object) -> tuple[Metric, ...]:
         metrics = tuple(parse_metric(v) for v in list_of(value, "metric"))
+        for metric in metrics:
+            check_name(metric.column, "metric")
         list_of([metric.column for metric in metrics], "metric")
         return metrics
 
@@ -186,6 +190,7 @@ def parse_settings(data: Mapping[str, Any]) -> Sweep:
 
 
 def _validated(kind: type[S], data: Mapping[str, Any], where: str) -> S:
+    check_data(data, where)
     try:
         return kind.model_validate(data)
     except ValidationError as error:

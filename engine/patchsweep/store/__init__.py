@@ -34,7 +34,7 @@ Layout under the results folder:
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
-  pairs_per_block, model, model_fingerprint, versions, host, device, threads, measured; `prompts`:
+  pairs_per_block, model, model_fingerprint, versions, device, threads, measured; `prompts`:
   the tasks or files that the pairs are from; `appended`: what the results held each time that pairs
   or metrics were added, their number of `pairs`, their `metrics`, and `when`).
 
@@ -46,6 +46,8 @@ outlives a power cut. A zip file of such a folder (`pack`) can be read. At a URL
 are objects of the same names.
 
     place.py        where results lie: folder.py (with files.py), bucket.py
+    owned.py        which files they consist of: nothing else is moved or deleted with them
+    outside.py      files that are written elsewhere: tables, figures, pages
     arrays.py       the arrays, laid out empty
     array_store.py  arrays by name: read, written by regions, and the files of their chunks
     prompts.py      the prompt pairs
@@ -64,9 +66,11 @@ from patchsweep.store.arrays import (
     WAVES_SPLIT,
 )
 from patchsweep.store.files import writing
+from patchsweep.store.outside import MADE, check_made, check_outside, replacing
 from patchsweep.store.place import (
     beside,
     check_free,
+    check_own,
     exists,
     job_folder,
     locked,
@@ -75,13 +79,14 @@ from patchsweep.store.place import (
     put_back,
 )
 from patchsweep.store.prompts import stored_pairs
-from patchsweep.store.store import SCHEMA, Store, pack, remove
+from patchsweep.store.store import SCHEMA, Store, changed, pack, remove
 
 __all__ = [
     "CHOSEN",
     "EDGES",
     "ESTIMATED",
     "ESTIMATED_SPLIT",
+    "MADE",
     "RUNS",
     "SCHEMA",
     "SCORED",
@@ -90,7 +95,11 @@ __all__ = [
     "Damaged",
     "Store",
     "beside",
+    "changed",
     "check_free",
+    "check_made",
+    "check_outside",
+    "check_own",
     "exists",
     "job_folder",
     "locked",
@@ -99,6 +108,7 @@ __all__ = [
     "private",
     "put_back",
     "remove",
+    "replacing",
     "stored_pairs",
     "writing",
 ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 from zipfile import BadZipFile
@@ -13,7 +12,6 @@ import xarray as xr
 import zarr
 from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.errors import ZarrUserWarning
 
 from patchsweep.errors import BadInput
 from patchsweep.store.place import Place
@@ -76,18 +74,6 @@ class ArrayStore:
         files = self._group.store
         found: xr.Dataset = xr.open_zarr(files, group=group, consolidated=False, chunks=None)
         return found
-
-    def arrays(self) -> list[str]:
-        """The names of all arrays."""
-        try:
-            with self._place.reading(), warnings.catch_warnings():
-                warnings.simplefilter("ignore", ZarrUserWarning)  # of what a kill has left
-                members = self._group.members(max_depth=None)
-        except BadInput:
-            raise
-        except (ValueError, KeyError, TypeError, BadZipFile) as exc:
-            raise self._unreadable("zarr.json", exc) from exc
-        return [name for name, member in members if isinstance(member, zarr.Array)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The sizes of an array."""
@@ -164,19 +150,22 @@ class ArrayStore:
 
     def _array(self, name: str) -> zarr.Array[Any]:
         if name not in self._arrays:
-            try:
-                with self._place.reading():
-                    array = self._group.get(name)
-            except BadInput:
-                raise
-            except (ValueError, KeyError, TypeError, BadZipFile) as exc:
-                raise self._unreadable(name, exc) from exc
+            array = self._member(name)
             if not isinstance(array, zarr.Array):
                 raise BadInput(f"{self.path} is damaged, {name} is missing: run with --overwrite")
             # Zarr keeps this setting in memory only; without it a chunk of fill values is deleted.
             self._arrays[name] = array.with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
-    def _unreadable(self, name: str, exc: Exception) -> BadInput:
-        cause = " ".join(str(exc).split())
-        return BadInput(f"{self.path} is damaged, {name}: {cause}: run with --overwrite")
+    def _member(self, name: str) -> Any:
+        """A group or an array; BadInput if its metadata cannot be read."""
+        try:
+            with self._place.reading():
+                return self._group.get(name)
+        except BadInput:
+            raise
+        except (ValueError, KeyError, TypeError, BadZipFile) as exc:
+            cause = " ".join(str(exc).split())
+            raise BadInput(
+                f"{self.path} is damaged, {name}: {cause}: run with --overwrite"
+            ) from exc

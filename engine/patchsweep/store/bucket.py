@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,10 +24,10 @@ import zarr
 from zarr.storage import ObjectStore
 
 from patchsweep.errors import BadInput
-from patchsweep.store.files import MARK, ROOT, marked
+from patchsweep.store.files import ROOT, attributes, clear_job, marked, unfinished
+from patchsweep.store.owned import not_ours, owned
 
 SCHEMES = ("s3", "gs", "az", "memory", "file")
-_UNFINISHED = {"zarr_format": 3, "node_type": "group", "attributes": {MARK: 0}}
 
 
 @dataclass(frozen=True)
@@ -108,8 +107,37 @@ class Bucket:
     def changing(self, then: str) -> AbstractContextManager[None]:
         return self.writing(then)
 
+    def inside(self) -> str | None:
+        scheme, host, key = parts_of(self.at)
+        parts = key.split("/")
+        for count in range(1, len(parts)):
+            above = f"{scheme}://{host}/{quote('/'.join(parts[:count]))}"
+            with suppress(FileNotFoundError, BadInput):  # what one may not read is not said
+                if marked(Bucket(above).get(ROOT)) is not None:
+                    return above
+        return None
+
+    def foreign(self) -> str | None:
+        ours = owned(self._attrs())
+        return next((key for key in self.files() if not ours.file(key)), None)
+
+    def check_own(self) -> None:
+        if (key := self.foreign()) is not None:
+            raise BadInput(not_ours(self, key))
+
+    def _attrs(self) -> dict[str, Any]:
+        try:
+            return attributes(self.get(ROOT))
+        except FileNotFoundError:
+            return {}
+
     @contextmanager
-    def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
+    def laid_out(
+        self,
+        attrs: Mapping[str, Any],
+        fsync: bool,  # noqa: ARG002
+        instead: bool,
+    ) -> Iterator[zarr.Group]:
         if instead:
             raise BadInput(
                 f"{self}: at a URL nothing takes the place of results as a whole: append to a copy "
@@ -117,7 +145,7 @@ class Bucket:
             )
         self.delete()  # what a kill has left
         try:
-            self._put_unfinished()
+            self._put_unfinished(attrs)
             yield self.group("r+")
         except BaseException:
             with suppress(BadInput), self.writing("run again"):
@@ -136,10 +164,11 @@ class Bucket:
                 _obstore().delete(_objects(self.at), key)
 
     def delete(self) -> None:
+        self.check_own()
         found = list(self.files())
         if not found:
             return
-        self._put_unfinished()
+        self._put_unfinished(self._attrs())
         if rest := [key for key in found if key != ROOT]:
             _obstore().delete(_objects(self.at), rest)
         _obstore().delete(_objects(self.at), ROOT)
@@ -166,7 +195,11 @@ class Bucket:
                 found = bytes(_obstore().get(objects, "lock").bytes())
                 if not found:  # it is a folder's
                     raise BadInput(f"{self} was written by its path: give that") from None
-                held = json.loads(found)
+                held = _holder(found)
+                if held is None:
+                    raise BadInput(
+                        f"{folder}/lock is no lock of patchsweep: move it away"
+                    ) from None
                 ours = all(held[part] == mine[part] for part in ("host", "launcher"))
                 # A PUT whose answer was lost is repeated, and meets itself.
                 if held != mine and not (again and ours):
@@ -178,7 +211,7 @@ class Bucket:
             # What cannot be deleted now is named by the next run.
             with suppress(BadInput, FileNotFoundError), self.writing("run again"):
                 if not self.exists():  # a sweep that was refused leaves nothing
-                    shutil.rmtree(self.job, ignore_errors=True)
+                    clear_job(self.job)
                 _obstore().delete(objects, "lock")
 
     def _taken(self, lock: str, held: dict[str, Any]) -> str:
@@ -188,8 +221,19 @@ class Bucket:
             f"killed, delete the object {lock}"
         )
 
-    def _put_unfinished(self) -> None:
-        _obstore().put(_objects(self.at, make=True), ROOT, json.dumps(_UNFINISHED).encode())
+    def _put_unfinished(self, attrs: Mapping[str, Any]) -> None:
+        root = {"zarr_format": 3, "node_type": "group", "attributes": unfinished(attrs)}
+        _obstore().put(_objects(self.at, make=True), ROOT, json.dumps(root).encode())
+
+
+def _holder(lock: bytes) -> dict[str, Any] | None:
+    """Who a lock says holds it; None where it is something else."""
+    try:
+        held = json.loads(lock)
+    except ValueError:
+        return None
+    parts = {"host", "pid", "launcher", "since"}
+    return held if isinstance(held, dict) and parts <= {*held} else None
 
 
 def parts_of(url: str) -> tuple[str, str, str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
+import re
 import uuid
 import zipfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
 from patchsweep.errors import BadInput
 
@@ -18,6 +21,7 @@ MARK = "patchsweep_schema"  # of results, in the attributes of the root
 
 # Causes that a user can mend: what is wrong, and the mend.
 _CAUSES = {
+    errno.ENOENT: ("there is no such folder", "make it"),
     errno.ENOSPC: ("no space left on the device", "free space"),
     errno.EDQUOT: ("disk quota exceeded", "free space"),
     errno.EROFS: ("read-only file system", "make it writable"),
@@ -45,13 +49,38 @@ def writing(path: Path, then: str) -> Iterator[None]:
         raise BadInput(f"cannot write {path}: {cause}; {mend} and {then}") from exc
 
 
+def attributes(root: bytes) -> dict[str, Any]:
+    """What a root `zarr.json` says; nothing where it is none."""
+    try:
+        found = json.loads(root)["attributes"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def marked(root: bytes) -> int | None:
     """The schema version that a root `zarr.json` says, None where it says none."""
-    try:
-        schema = json.loads(root)["attributes"][MARK]
-    except (ValueError, KeyError, TypeError):
-        return None
+    schema = attributes(root).get(MARK)
     return schema if isinstance(schema, int) else None
+
+
+def unfinished(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """The root attributes of results that are half laid out or half deleted: what they consist of,
+    and that they are none yet, or none any more."""
+    return {MARK: 0, **{key: attrs[key] for key in ("components", "metrics") if key in attrs}}
+
+
+# What is in the folder of a job, beside the results.
+_OF_A_JOB = re.compile(r"lock|progress\.(json|tmp)|rank-\d+\.log")
+
+
+def clear_job(folder: Path) -> None:
+    """Delete what jobs have left in their folder, and it too if nothing else is there."""
+    with suppress(OSError):
+        for file in folder.iterdir():
+            if _OF_A_JOB.fullmatch(file.name) and file.is_file():
+                file.unlink()
+        folder.rmdir()
 
 
 def files_of(path: Path) -> Path | zipfile.Path:
@@ -59,16 +88,18 @@ def files_of(path: Path) -> Path | zipfile.Path:
     return zipfile.Path(path) if path.is_file() and zipfile.is_zipfile(path) else path
 
 
-ANY = "[0-9a-f]" * 12
+Kind = Literal["partial", "replaced"]  # half laid out or deleted; moved aside
 
 
-def hidden(path: Path) -> Path:
+def hidden(path: Path, kind: Kind = "partial") -> Path:
     """A new hidden name beside `path`."""
-    return path.with_name(hidden_name(path.name, uuid.uuid4().hex[:12]))
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.{kind}")
 
 
-def hidden_name(name: str, number: str) -> str:
-    return f".{name}.{number}.partial"
+def all_hidden(path: Path, kind: Kind) -> list[Path]:
+    """The folders beside `path` that have such a name, and are no links."""
+    found = path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.{kind}")
+    return [folder for folder in found if folder.is_dir() and not folder.is_symlink()]
 
 
 def settle(files: Iterable[Path], root: Path) -> None:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-import glob
-import shutil
+import os
 import zipfile
-from collections.abc import Container, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import zarr
 from filelock import FileLock, Timeout
 from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
-from patchsweep.store.files import ANY, ROOT, files_of, hidden, hidden_name, settle, writing
+from patchsweep.store.files import (
+    ROOT,
+    all_hidden,
+    attributes,
+    clear_job,
+    files_of,
+    hidden,
+    marked,
+    settle,
+    unfinished,
+    writing,
+)
+from patchsweep.store.owned import Owned, not_ours, owned
 
 _UNFINISHED = ".partial"  # how Zarr ends the name of a file that it is writing
 
@@ -90,37 +101,55 @@ class Folder:
                 )
             yield
 
+    def inside(self) -> Path | None:
+        for above in self.at.resolve().parents:
+            with suppress(OSError):
+                if marked((above / ROOT).read_bytes()) is not None:
+                    return above
+        return None
+
+    def foreign(self) -> str | None:
+        if not self.at.is_dir():
+            return None
+        ours = owned(self._attrs())
+        return next((key for key, _ in _entries(self.at.resolve(), ours, theirs=True)), None)
+
     @contextmanager
-    def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:
+    def laid_out(
+        self, attrs: Mapping[str, Any], fsync: bool, instead: bool
+    ) -> Iterator[zarr.Group]:
         target = self.at.resolve()
-        partial = hidden(target)
+        partial, aside = hidden(target), hidden(target, "replaced")
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            yield zarr.create_group(partial, zarr_format=3)
+            yield zarr.create_group(partial, zarr_format=3, attributes=unfinished(attrs))
             if fsync:
                 settle((p for p in partial.rglob("*") if p.is_file()), partial)
             if instead:
-                target.rename(self._aside)
+                self.check_own()
+                target.rename(aside)
             partial.rename(target)
             if fsync:
                 settle((), target.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _cleared(partial)
             raise
         if instead:
-            shutil.rmtree(self._aside)
+            _deleted(aside, target)
 
     def put_back(self) -> None:
         with self.writing("run again"):
-            if not self.exists() and self._aside.exists():
+            if not self.exists() and self._aside():
                 with self.locked(again=False):  # does it
                     pass
 
-    @property
-    def _aside(self) -> Path:
+    def _aside(self) -> list[Path]:
         """Where results lie while others take their place."""
-        target = self.at.resolve()
-        return target.with_name(f".{target.name}.replaced")
+        found = all_hidden(self.at.resolve(), "replaced")
+        return [folder for folder in found if marked(_root(folder))]
+
+    def _attrs(self) -> dict[str, Any]:
+        return attributes(_root(self.at))
 
     def settle(self, keys: Iterable[str]) -> None:
         settle((self.at / key for key in keys), self.at)
@@ -131,21 +160,27 @@ class Folder:
             file.unlink(missing_ok=True)
             if fsync and file.parent.exists():
                 settle((), file.parent)
-        for left in self.at.rglob(f"*{_UNFINISHED}"):
-            left.unlink(missing_ok=True)
+        ours = owned(self._attrs())
+        for key, path in _entries(self.at.resolve(), ours, theirs=False):
+            if key.endswith(_UNFINISHED):
+                path.unlink(missing_ok=True)
 
     def delete(self) -> None:
+        self.check_own()
         target = self.at.resolve()
-        doomed = hidden(target)
-        target.rename(doomed)  # a kill halfway then leaves no half-deleted results
-        shutil.rmtree(doomed)
+        _deleted(target, target)  # a kill halfway then leaves no half-deleted results
+
+    def check_own(self) -> None:
+        if (key := self.foreign()) is not None:
+            raise BadInput(not_ours(self, key))
 
     @contextmanager
     def locked(self, again: bool) -> Iterator[None]:  # noqa: ARG002
         """Who is killed lets go.
 
-        Results are laid out and deleted inside, so hidden folders that are there before are what
-        killed processes have left: they are deleted, but for results that others were to replace.
+        Results are laid out and deleted inside, so what is in hidden folders that are there before
+        is what killed processes have left: it is deleted, but for results that others were to
+        replace.
         """
         target = self.at.resolve()
         with self.writing("run again"):
@@ -165,18 +200,72 @@ class Folder:
                     "another --out"
                 ) from None
         try:
-            for left in target.parent.glob(hidden_name(glob.escape(target.name), ANY)):
-                shutil.rmtree(left, ignore_errors=True)
-            if self.exists():
-                shutil.rmtree(self._aside, ignore_errors=True)
-            elif self._aside.exists():
-                self._aside.rename(target)
+            for left in all_hidden(target, "partial"):
+                _cleared(left)
+            for aside in self._aside():
+                if self.exists():
+                    _deleted(aside, target)
+                else:
+                    aside.rename(target)
             yield
         finally:
             if not self.exists():  # a sweep that was refused leaves nothing
-                shutil.rmtree(self.job, ignore_errors=True)
+                clear_job(self.job)
             lock.release()
 
     @cached_property
     def _files(self) -> Path | zipfile.Path:
         return files_of(self.at)
+
+
+def _root(folder: Path) -> bytes:
+    try:
+        return (folder / ROOT).read_bytes()
+    except OSError:
+        return b""
+
+
+def _entries(root: Path, ours: Owned, *, theirs: bool) -> Iterator[tuple[str, Path]]:
+    """The files of results that are in a folder; or `theirs`, all other files, links and folders.
+    What is in a folder comes before it, and the root `zarr.json` last."""
+    last = None
+    for above, folders, files in os.walk(root, topdown=False):
+        for name in [*files, *folders]:
+            path = Path(above, name)
+            key = path.relative_to(root).as_posix()
+            if path.is_symlink() or name in files:
+                own = ours.file(key) and path.is_file() and not path.is_symlink()
+            else:
+                own = ours.folder(key)
+                if own and not theirs:
+                    continue
+            if own != theirs:
+                if key == ROOT:
+                    last = path
+                else:
+                    yield key, path
+    if last:
+        yield ROOT, last
+
+
+def _cleared(folder: Path) -> None:
+    """Delete the results in a folder of ours, and the folders that are then empty."""
+    root = _root(folder)
+    if (folder / ROOT).exists() and marked(root) is None:
+        return  # somebody else's
+    ours = owned(attributes(root))
+    for _, path in _entries(folder, ours, theirs=False):
+        path.unlink(missing_ok=True)
+    for above, _, _ in os.walk(folder, topdown=False):
+        key = Path(above).relative_to(folder).as_posix()
+        if key == "." or ours.folder(key):
+            with suppress(OSError):  # something is in it
+                Path(above).rmdir()
+
+
+def _deleted(results: Path, name: Path) -> None:
+    """Delete results, which are none from the first moment on, under a hidden name beside
+    `name`."""
+    doomed = hidden(name)
+    results.rename(doomed)
+    _cleared(doomed)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 from zipfile import BadZipFile
 
 import zarr
 
 from patchsweep.errors import BadInput
+from patchsweep.paths import usable
 from patchsweep.store.bucket import SCHEMES, Bucket, parts_of
 from patchsweep.store.files import ROOT, marked
 from patchsweep.store.folder import Folder
+
+LONGEST = 220  # bytes of a name: names of what lies beside it are longer
 
 
 class Place(Protocol):
@@ -68,10 +71,22 @@ class Place(Protocol):
     def changing(self, then: str) -> AbstractContextManager[None]:
         """The same, where results that are there are changed; BadInput if they are not any more."""
 
-    def laid_out(self, fsync: bool, instead: bool) -> AbstractContextManager[zarr.Group]:
+    def inside(self) -> Path | str | None:
+        """The results that this lies in, somewhere below."""
+
+    def foreign(self) -> str | None:
+        """The name of something that is here and not of the results (`owned`); None if nothing
+        is."""
+
+    def check_own(self) -> None:
+        """BadInput if there is something foreign."""
+
+    def laid_out(
+        self, attrs: Mapping[str, Any], fsync: bool, instead: bool
+    ) -> AbstractContextManager[zarr.Group]:
         """A new root group, results once its attributes are complete, the last thing: all of it or
-        nothing. `instead`: it then takes the place of the results that are there, so more can be
-        written to it before."""
+        nothing; `attrs` say what they will consist of. `instead`: it then takes the place of the
+        results that are there, so more can be written to it before."""
 
     def put_back(self) -> None:
         """Results that a kill has caught while others took their place are there again."""
@@ -80,10 +95,11 @@ class Place(Protocol):
         """Wait until files outlive a power cut."""
 
     def remove(self, keys: Iterable[str], fsync: bool) -> None:
-        """Delete files, in order; and those that a kill has left half written."""
+        """Delete files, in order; and those of ours that a kill has left half written."""
 
     def delete(self) -> None:
-        """Delete the results, which are none any more from the first moment on."""
+        """Delete the results, which are none any more from the first moment on. BadInput if there
+        is something foreign."""
 
     def locked(self, again: bool) -> AbstractContextManager[None]:
         """Nobody else writes these results inside. BadInput if somebody does. `again`: a launcher
@@ -97,7 +113,9 @@ def place_of(at: str | Path) -> Place:
 
 
 def path_or_url(at: str | Path) -> Path | str:
-    """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be."""
+    """Text is a path unless it is a URL, scheme://... BadInput for a URL that cannot be, and for a
+    path that cannot be."""
+    usable(at, LONGEST)
     if isinstance(at, str) and "://" in at:
         parts_of(at)
         return at
@@ -145,10 +163,17 @@ def schema_of(place: Place) -> int | None:
         return None
 
 
+def check_own(at: str | Path) -> None:
+    """See `Place.check_own`."""
+    place_of(at).check_own()
+
+
 def check_free(at: str | Path) -> None:
     """BadInput if anything is there."""
     place = place_of(at)
-    if place.exists():
+    if not place.exists():
+        place.check_own()  # in what a kill has left
+    else:
         mend = "choose another --out"
         if schema_of(place) is not None:
             mend = "use --resume to continue it or --overwrite to replace it"

@@ -30,7 +30,9 @@ from patchsweep.store.arrays import (
     create_splits,
     put,
 )
-from patchsweep.store.files import MARK, writing
+from patchsweep.store.files import MARK, ROOT
+from patchsweep.store.outside import replacing
+from patchsweep.store.owned import owned
 from patchsweep.store.place import check_free, place_of, schema_of
 from patchsweep.store.prompts import create_prompts
 
@@ -66,7 +68,11 @@ class Store(ArrayStore):
         place = place_of(path)
         if not fill:
             check_free(path)
-        with place.writing("run again"), place.laid_out(fsync, instead=bool(fill)) as root:
+        names = {
+            "metrics": [{"name": name} for name in metrics],
+            "components": [grid.component for grid in grids],
+        }
+        with place.writing("run again"), place.laid_out(names, fsync, bool(fill)) as root:
             for grid in grids:
                 create_component(root, grid, metrics, dtype)
             create_estimates(root, grids, metrics, dtype, attrs.get("estimators", {}))
@@ -80,10 +86,9 @@ class Store(ArrayStore):
                 put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
             root.update_attributes(
                 {
-                    "metrics": [{"name": name} for name in metrics],
                     "created": datetime.now(UTC).isoformat(timespec="seconds"),
                     **attrs,
-                    "components": [grid.component for grid in grids],
+                    **names,
                     "dtype": dtype,
                     MARK: SCHEMA,
                 }
@@ -99,6 +104,8 @@ class Store(ArrayStore):
         if not place.exists():
             raise BadInput(f"no results at {place.at}: check the path")
         schema = schema_of(place)
+        if schema is None and not place.exists():
+            raise changed(place.at)
         if schema is None:
             raise BadInput(f"{place.at} is not a results folder of patchsweep: check the path")
         if schema != SCHEMA:
@@ -106,7 +113,20 @@ class Store(ArrayStore):
             raise BadInput(
                 f"{place.at} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}"
             )
-        return cls(place, place.group(mode), fsync)
+        try:
+            return cls(place, place.group(mode), fsync)
+        except FileNotFoundError as exc:  # it was there a moment ago
+            raise changed(place.at) from exc
+
+    def arrays(self) -> list[str]:
+        """The names of the results' arrays that are there; of nothing else that is inside."""
+        found = []
+        for group, arrays in owned(self.attrs).arrays.items():
+            if self.has(f"{group}/{ROOT}"):
+                self._member(group)
+            names = sorted(f"{group}/{array}" for array in arrays)
+            found += [name for name in names if self.has(f"{name}/{ROOT}")]
+        return found
 
     def listed(self) -> Store:
         """The same, but `has` answers as of now: to ask after every file one by one takes long
@@ -322,22 +342,22 @@ def remove(path: str | Path) -> None:
         place.delete()
 
 
-def pack(path: str | Path, target: Path) -> None:
-    """Put results into one zip file, whole or not at all; BadInput if the disk refuses.
+def changed(path: str | Path) -> BadInput:
+    """Results are not what they were a moment ago."""
+    return BadInput(f"{path} was just changed by another run: run again")
 
-    Chunks are compressed already. `target` is replaced.
+
+def pack(path: str | Path, target: Path, *, overwrite: bool = False) -> None:
+    """Put results into one zip file, whole or not at all; BadInput if the disk refuses, for a
+    `target` inside results, and without `overwrite` for one that is there.
+
+    Chunks are compressed already; what is not of the results is left out.
     """
-    Store.open(path)  # says what is wrong
-    place = place_of(path)
-    partial = target.with_name(f".{target.name}.partial")
-    with writing(target, "run again"):
-        try:
-            with zipfile.ZipFile(partial, "w") as packed:
-                for key in place.files():
-                    packed.writestr(key, place.get(key))
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+    store = Store.open(path)  # says what is wrong
+    place, ours = place_of(path), owned(store.attrs)
+    with replacing(target, overwrite) as partial, zipfile.ZipFile(partial, "w") as packed:
+        for key in filter(ours.file, place.files()):
+            packed.writestr(key, place.get(key))
 
 
 def _baseline_of(source: int, sample: int, pairs: range) -> tuple[slice, ...]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, shown
+from patchsweep.limits import PAIRS
 from patchsweep.pairs import Bos, Pair, encode
 
 if TYPE_CHECKING:
@@ -40,8 +41,11 @@ class Task:
         bos: Bos = "auto",
         **options: str,
     ) -> list[Pair]:
-        if n < 1:
-            raise BadInput(f"task '{self.name}': {n} pairs asked for: ask for at least 1")
+        if not 1 <= n <= PAIRS:
+            raise BadInput(
+                f"task '{self.name}': {shown(n)} pairs asked for: ask for at least 1, and at most "
+                f"{PAIRS:,}"
+            )
         pairs = list(islice(self.stream(tokenizer, seed, bos, **options), n))
         if not pairs:
             raise BadInput(
