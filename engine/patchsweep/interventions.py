@@ -7,6 +7,7 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -168,9 +169,16 @@ def open_interventions(
         spots=find_spots(forward, dimensions),
         layers=[paths[layer] for layer in forward.layers],
         embedding=paths[forward.hf_model.get_input_embeddings()],
-        model=NNsight(forward.hf_model),
+        model=_wrapped(forward.hf_model),
         tokens=tokens,
     )
+
+
+def _wrapped(hf_model: nn.Module) -> NNsight:
+    with warnings.catch_warnings():
+        # Of submodules that are called as something of its own; their paths stay.
+        warnings.filterwarnings("ignore", "Module '.*' has a submodule named")
+        return NNsight(hf_model)
 
 
 def called(tokens: Tensor) -> dict[str, Any]:
