@@ -97,7 +97,9 @@ def test_tolerances_are_no_wider_than_they_must_be(
             was = getattr(selftest, wide)
             value = {k: v * 100 for k, v in was.items()} if wide == "TOLERANCE" else was * 100
             changed.setattr(selftest, wide, value)
-            sweep(double, tmp_path / wide, backend="wavefront")
+            # The wavefront packs prompts, which mixing notices.
+            backend = "wavefront" if double is scaled else "nnsight"
+            sweep(double, tmp_path / wide, backend=backend)
 
 
 def test_a_model_that_differs_by_less_than_rounding_runs(tmp_path: Path) -> None:
@@ -229,8 +231,7 @@ def test_whatever_goes_wrong_through_nnsight_is_one_line(
     assert "nnsight" in said
 
 
-@pytest.mark.parametrize("component", ["resid_post", "head_z"])
-def test_positions_that_are_counted_from_the_padding_token(component: str, tmp_path: Path) -> None:
+def test_positions_that_are_counted_from_the_padding_token(tmp_path: Path) -> None:
     config = AutoConfig.for_model(
         "roberta",
         vocab_size=50,
@@ -242,7 +243,7 @@ def test_positions_that_are_counted_from_the_padding_token(component: str, tmp_p
         initializer_range=0.3,
     )
     hf_model = AutoModelForCausalLM.from_config(config).double().eval()
-    results = sweep(hf_model, tmp_path / "r", components=["resid_post", component])
+    results = sweep(hf_model, tmp_path / "r", components=["resid_post"])
     true(results, hf_model, replace(FAMILIES["llama"], layer="roberta.encoder.layer.{}"))
 
 

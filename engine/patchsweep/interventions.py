@@ -7,13 +7,14 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from nnsight import CONFIG, NNsight, TransformersModel  # type: ignore[import-untyped]
-from torch import Tensor
+from torch import Tensor, nn
 
 from patchsweep.attention import PatternRead
 from patchsweep.dimensions import Dimensions
@@ -167,9 +168,16 @@ def open_interventions(
         spots=find_spots(forward, dimensions),
         layers=[paths[layer] for layer in forward.layers],
         embedding=paths[forward.hf_model.get_input_embeddings()],
-        model=NNsight(forward.hf_model),
+        model=_wrapped(forward.hf_model),
         tokens=tokens,
     )
+
+
+def _wrapped(hf_model: nn.Module) -> NNsight:
+    with warnings.catch_warnings():
+        # Of submodules that are called as something of its own; their paths stay.
+        warnings.filterwarnings("ignore", "Module '.*' has a submodule named")
+        return NNsight(hf_model)
 
 
 def called(tokens: Tensor) -> dict[str, Any]:

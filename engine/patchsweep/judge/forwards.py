@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from patchsweep.errors import BadInput
 from patchsweep.judge.attention import NotShown, Products, watched
 from patchsweep.judge.find import Layer, Written, first
-
-if TYPE_CHECKING:
-    from patchsweep.judge.judge import Judge
+from patchsweep.sae import SAE
 
 HEADS = ("head_q", "head_k", "head_v", "head_pattern", "head_z")
 Key = tuple[str, int]  # component, layer
@@ -55,17 +54,28 @@ class Edit:
 Recorded = dict[Key, Tensor]
 
 
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model whose activations were found; `logits` [row, position, vocab] are those of rows of
+    tokens."""
+
+    hf_model: PreTrainedModel
+    layers: Sequence[Layer]
+    sae: SAE | None
+    logits: Callable[[Sequence[Sequence[int]]], Tensor]
+
+
 class Forward:
     """One forward of some rows: what is replaced, and what was seen."""
 
     def __init__(
         self,
-        judge: Judge,
+        subject: Subject,
         prompts: Sequence[Prompt],
         edits: Sequence[Sequence[Edit]],
         record: Sequence[Key],
     ) -> None:
-        self.judge, self.prompts, self.record = judge, prompts, set(record)
+        self.subject, self.prompts, self.record = subject, prompts, set(record)
         self.edits: dict[Key, list[tuple[int, Edit]]] = {}
         for row, some in enumerate(edits):
             for edit in some:
@@ -75,20 +85,20 @@ class Forward:
         self.now: int | None = None
 
     def run(self) -> Tensor:
-        judge = self.judge
+        subject = self.subject
         wanted = {*self.record, *self.edits}
         noised = any(p.noise is not None for p in self.prompts)
         with ExitStack() as stack:
             if noised or any(component == "embed" for component, _ in wanted):
-                embedding = judge.hf_model.get_input_embeddings()
+                embedding = subject.hf_model.get_input_embeddings()
                 stack.enter_context(_output(embedding, self._embedded))
-            for index, layer in enumerate(judge.layers):
+            for index, layer in enumerate(subject.layers):
                 here = {self._place(c) for c, at in wanted if at == index} - {"embed"}
                 self._watch(stack, index, layer, here)
             if any(component in HEADS for component, _ in map(self._at, wanted)):
-                stack.enter_context(watched(judge.hf_model, self._asked, lambda _: None))
+                stack.enter_context(watched(subject.hf_model, self._asked, lambda _: None))
             try:
-                logits = judge.logits([p.tokens for p in self.prompts])
+                logits = subject.logits([p.tokens for p in self.prompts])
             except NotShown as why:
                 raise self._unseen("head_pattern", self.now or 0, str(why)) from why
         for component, at in wanted:
@@ -97,16 +107,17 @@ class Forward:
         return logits
 
     def _place(self, component: str) -> str:
-        sae = self.judge.sae
+        sae = self.subject.sae
         return sae.at if component == "sae_feature" and sae is not None else component
 
     def _at(self, key: Key) -> Key:
         return self._place(key[0]), key[1]
 
     def _unseen(self, component: str, layer: int, why: str) -> Unseen:
+        name = type(self.subject.hf_model).__name__
         return Unseen(
-            f"{component} of layer {layer} of {self.judge.name} cannot be held against the model's "
-            f"own forward ({why}): sweep other components"
+            f"{component} of layer {layer} of {name} cannot be held against the model's own "
+            f"forward ({why}): sweep other components"
         )
 
     def _watch(self, stack: ExitStack, index: int, layer: Layer, here: set[str]) -> None:
@@ -179,7 +190,7 @@ class Forward:
 
     def _visit(self, place: str, layer: int, x: Tensor) -> Tensor:
         """An activation [row, position, unit, width], and what stands in its place."""
-        sae = self.judge.sae
+        sae = self.subject.sae
         features = ("sae_feature", layer)
         if sae is None or (sae.at, sae.layer) != (place, layer):
             features = ("", -1)
@@ -208,11 +219,11 @@ class Forward:
         """By how many heads each head of keys or values is shown."""
         if place not in ("head_k", "head_v"):
             return 1
-        return shown // self.judge.layers[layer].calls[0].kv_heads
+        return shown // self.subject.layers[layer].calls[0].kv_heads
 
     def _features(self, x: Tensor, edits: Sequence[tuple[int, Edit]]) -> None:
         """x + Σ (f′ − f)·decoder, all changes measured before any is made."""
-        sae = self.judge.sae
+        sae = self.subject.sae
         assert sae is not None
         flat = x.view(*x.shape[:2], -1)
         own = sae.encode(flat.flatten(0, 1)).view(*x.shape[:2], -1)
@@ -280,7 +291,7 @@ class Forward:
         return out
 
     def _features_at(self, place: str, layer: int) -> Key:
-        sae = self.judge.sae
+        sae = self.subject.sae
         here = sae is not None and (sae.at, sae.layer) == (place, layer)
         return ("sae_feature", layer) if here else ("", -1)
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from patchsweep.errors import BadInput
 from patchsweep.judge.attention import Call, watched
 from patchsweep.judge.find import Blind, Layer, find
-from patchsweep.judge.forwards import Edit, Forward, Key, Prompt, Recorded
+from patchsweep.judge.forwards import Edit, Forward, Key, Prompt, Recorded, Subject
 from patchsweep.offload import device_of
 from patchsweep.sae import SAE
 
@@ -89,9 +89,10 @@ class Judge:
         cannot be seen."""
         edits = [()] * len(prompts) if edits is None else edits
         step = max(1, TOKENS // len(prompts[0].tokens)) if self.stackable else 1
+        subject = Subject(self.hf_model, self.layers, self.sae, self.logits)
         logits, seen = [], []
         for i in range(0, len(prompts), step):
-            forward = Forward(self, prompts[i : i + step], edits[i : i + step], record)
+            forward = Forward(subject, prompts[i : i + step], edits[i : i + step], record)
             found = forward.run()
             logits.append(found if reads is None else found[:, list(reads)])
             seen.append(forward.seen)
