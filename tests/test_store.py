@@ -133,7 +133,7 @@ def test_xarray_opens_the_folder_by_itself(tmp_path: Path) -> None:
         write(store, block, HEADS)
     root = xr.open_zarr(tmp_path / "r.zarr", consolidated=False)
     assert root.attrs["spec"] == {"model": "tiny"}
-    assert root.attrs["patchsweep_schema"] == 2
+    assert root.attrs["patchsweep_schema"] == 3
     ds = xr.open_zarr(tmp_path / "r.zarr", group="head_z", consolidated=False)
     assert ds.attrs == {"unit_name": "head"}
     picked = ds.logit_diff.sel(direction="noise", pair=2, layer=1, unit=0, position=4)

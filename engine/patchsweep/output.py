@@ -19,7 +19,7 @@ from patchsweep.model import Model
 from patchsweep.plan import Plan
 from patchsweep.provenance import check_append, check_same, difference
 from patchsweep.spec import Sweep
-from patchsweep.store import Store, check_free, exists, private, put_back
+from patchsweep.store import Store, check_free, exists, known_by, private, put_back
 from patchsweep.values import Values
 
 Fill = Callable[[Store], None]
@@ -35,16 +35,30 @@ def check_seen(out: str | Path, processes: Processes) -> None:
 
 
 def found(out: str | Path, settings: Sweep, wanted: bool) -> Store | None:
-    """The results that are there already. BadInput if there are some, and none are wanted."""
+    """The results that are there already, damaged or not. BadInput if there are some, and none are
+    wanted."""
     put_back(out)
     if not wanted:
         check_free(out)
-    return Store.open(out, "r+", settings.fsync) if exists(out) else None
+    return Store.open(out, "r+", settings.fsync, mending=True) if exists(out) else None
+
+
+def to_replace(out: str | Path) -> bytes | None:
+    """What the results that are there already are known by; None if there are none. BadInput for
+    anything else that is there."""
+    put_back(out)
+    return known_by(out) if exists(out) else None
+
+
+def check_same_there(out: str | Path, before: bytes | None) -> None:
+    """BadInput if another run, which held the lock until now, has changed what is replaced."""
+    if to_replace(out) != before:
+        raise BadInput(f"{out} was just changed by another run: run again")
 
 
 def check_unchanged(found: Store) -> None:
     """BadInput if another run, which held the lock until now, has changed the results meanwhile."""
-    if json.dumps(Store.open(found.path).attrs) != json.dumps(found.attrs):
+    if json.dumps(Store.open(found.path, mending=True).attrs) != json.dumps(found.attrs):
         raise BadInput(f"{found.path} was just changed by another run: run again")
 
 
@@ -57,13 +71,20 @@ def further(
     values: Values,
     tokenizer: Any,
 ) -> Fill | None:
-    """What fills larger results with those that are there, if something is appended to them; None
-    if they are only gone on with. BadInput if they are of another sweep."""
+    """What fills larger results with those that are there, if something is appended to them, or
+    newer ones if they are older; None if they are only gone on with. BadInput if they are of
+    another sweep."""
     what = difference(existing, attrs)
-    if not what:
+    if not what and existing.vouched:
         return None
     refused = appending.refusal(existing, plan, settings, attrs, values, tokenizer)
-    check_append(existing, what, refused, append)
+    if what:
+        check_append(existing, what, refused, append)
+    elif refused:
+        raise BadInput(
+            f"{existing.path} is of an older version, and what it holds cannot be taken over: "
+            f"{refused}: choose another --out, or --overwrite to replace it"
+        )
     return partial(appending.copy, existing)
 
 

@@ -98,7 +98,7 @@ class Reader:
 
     @cached_property
     def _labels(self) -> list[dict[str, int]]:
-        labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
+        labels: list[dict[str, int]] = self.store.node_attrs("prompts")["labels"]
         return labels
 
     @cached_property

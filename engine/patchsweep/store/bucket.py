@@ -13,22 +13,21 @@ import os
 import shutil
 import socket
 from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
-import zarr
-from zarr.storage import ObjectStore
-
 from patchsweep.errors import BadInput
-from patchsweep.store.files import MARK, ROOT, marked
+from patchsweep.store.files import ROOT, check_no_link, marked, unfinished
+from patchsweep.store.nodes import first_of_v2
 
 SCHEMES = ("s3", "gs", "az", "memory", "file")
-_UNFINISHED = {"zarr_format": 3, "node_type": "group", "attributes": {MARK: 0}}
+AT_ONCE = 16  # GETs
 
 
 @dataclass(frozen=True)
@@ -62,6 +61,9 @@ class Bucket:
             return any(True for _ in self.files())
 
     def get(self, key: str) -> bytes:
+        scheme, _, folder = parts_of(self.at)
+        if scheme == "file":
+            check_no_link(Path("/", folder), key)
         with self.reading():
             return bytes(_obstore().get(_objects(self.at), key).bytes())
 
@@ -84,10 +86,24 @@ class Bucket:
     def listed(self) -> Container[str]:
         return frozenset(self.files())
 
-    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        with self.reading():
-            files = ObjectStore(_objects(self.at), read_only=mode == "r")
-            return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
+    def gets(self, keys: Iterable[str]) -> dict[str, bytes]:
+        def one(key: str) -> tuple[str, bytes | None]:
+            try:
+                return key, self.get(key)
+            except FileNotFoundError:
+                return key, None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return {key: found for key, found in pool.map(one, keys) if found is not None}
+
+    def put(self, key: str, content: bytes) -> None:
+        _obstore().put(_objects(self.at), key, content)
+
+    def check_writable(self) -> None:
+        """Who writes is told."""
+
+    def of_v2(self, groups: Iterable[str]) -> str | None:  # noqa: ARG002
+        return first_of_v2(self.files())
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -109,7 +125,7 @@ class Bucket:
         return self.writing(then)
 
     @contextmanager
-    def laid_out(self, fsync: bool, instead: bool) -> Iterator[zarr.Group]:  # noqa: ARG002
+    def laid_out(self, fsync: bool, instead: bool) -> Iterator[Bucket]:  # noqa: ARG002
         if instead:
             raise BadInput(
                 f"{self}: at a URL nothing takes the place of results as a whole: append to a copy "
@@ -118,7 +134,7 @@ class Bucket:
         self.delete()  # what a kill has left
         try:
             self._put_unfinished()
-            yield self.group("r+")
+            yield self
         except BaseException:
             with suppress(BadInput), self.writing("run again"):
                 self.delete()
@@ -189,7 +205,7 @@ class Bucket:
         )
 
     def _put_unfinished(self) -> None:
-        _obstore().put(_objects(self.at, make=True), ROOT, json.dumps(_UNFINISHED).encode())
+        _obstore().put(_objects(self.at, make=True), ROOT, unfinished())
 
 
 def parts_of(url: str) -> tuple[str, str, str]:

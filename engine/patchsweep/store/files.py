@@ -14,7 +14,11 @@ from pathlib import Path
 from patchsweep.errors import BadInput
 
 ROOT = "zarr.json"
+SCHEMA = 3
+OLDER = 2  # without a manifest, with records that only mark what is done: it is read
 MARK = "patchsweep_schema"  # of results, in the attributes of the root
+
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 # Causes that a user can mend: what is wrong, and the mend.
 _CAUSES = {
@@ -45,6 +49,32 @@ def writing(path: Path, then: str) -> Iterator[None]:
         raise BadInput(f"cannot write {path}: {cause}; {mend} and {then}") from exc
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what keeps one from reading into BadInput; that a file is not there is something else,
+    and so is damage."""
+    try:
+        yield
+    except ABSENT:
+        raise
+    except OSError as exc:
+        said = (os.strerror(exc.errno) if exc.errno else str(exc)).lower()
+        denied = exc.errno in (errno.EACCES, errno.EPERM)
+        mend = "make it readable" if denied else "see to the disk or the network"
+        raise BadInput(f"cannot read {path}: {said}; {mend} and run again") from exc
+
+
+def check_no_link(results: Path, key: str) -> None:
+    """BadInput for a link in results: what it points to is not theirs."""
+    path = results
+    for part in key.split("/"):
+        path /= part
+        if path.is_symlink():
+            raise BadInput(
+                f"{path} is a symbolic link: results hold none; put there what it points to"
+            )
+
+
 def marked(root: bytes) -> int | None:
     """The schema version that a root `zarr.json` says, None where it says none."""
     try:
@@ -52,6 +82,12 @@ def marked(root: bytes) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
     return schema if isinstance(schema, int) else None
+
+
+def unfinished() -> bytes:
+    """The root `zarr.json` of results that are half laid out, or half deleted."""
+    root = {"zarr_format": 3, "node_type": "group", "attributes": {MARK: 0}}
+    return json.dumps(root).encode()
 
 
 def files_of(path: Path) -> Path | zipfile.Path:

@@ -1,0 +1,37 @@
+"""Results as a whole: deleted, and packed into one file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+from patchsweep.store.files import writing
+from patchsweep.store.place import place_of, schema_of
+from patchsweep.store.store import Store
+
+
+def remove(path: str | Path) -> None:
+    """Delete results; BadInput if `path` is anything else."""
+    place = place_of(path)
+    if not schema_of(place):
+        Store.open(path)  # says what is wrong
+    with place.writing("run again"):
+        place.delete()
+
+
+def pack(path: str | Path, target: Path) -> None:
+    """Put results into one zip file, whole or not at all; BadInput if the disk refuses.
+
+    Chunks are compressed already. What lies in the folder and is not of the results is left out.
+    `target` is replaced.
+    """
+    store, place = Store.open(path), place_of(path)
+    partial = target.with_name(f".{target.name}.partial")
+    with writing(target, "run again"):
+        try:
+            with zipfile.ZipFile(partial, "w") as packed:
+                for key in filter(store.owns, place.files()):
+                    packed.writestr(key, place.get(key))
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
