@@ -198,6 +198,7 @@ def _progress(store: Store, *, decode: bool) -> Iterator[Damage]:
     left = np.zeros(store.shape(f"baseline/{store.metrics[0]}")[1:], bool)
     for name, grid in store.grids.items():
         done, bad = store.records(f"completion/{name}")
+        done = done.ravel()
         for block in blocks(grid):
             if block.index in bad:
                 why, key = bad[block.index]

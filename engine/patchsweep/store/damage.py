@@ -20,9 +20,9 @@ class Damaged(BadInput):
 
 def damaged(at: object, key: str, why: Why) -> Damaged:
     """The one line that says so."""
-    said = "is missing" if why == "missing" else f"is not what was written ({why})"
+    said = "it is missing" if why == "missing" else f"it is not what was written ({why})"
     error = Damaged(
-        f"cannot read {at}: {key} {said}; 'patchsweep check {at}' says what must be redone"
+        f"cannot read {at}/{key}: {said}; 'patchsweep check {at}' says what must be redone"
     )
     error.why, error.key = why, key
     return error

@@ -25,9 +25,10 @@ from patchsweep.store.arrays import (
     put,
 )
 from patchsweep.store.books import Books
+from patchsweep.store.damage import Why
 from patchsweep.store.files import MARK, ROOT, SCHEMA
 from patchsweep.store.ledger import EDGES, Ledger, ledgers_of
-from patchsweep.store.manifest import SEAL, Layout, once_of, seal
+from patchsweep.store.manifest import MANIFEST, SEAL, Layout, once_of, seal, unpacked
 from patchsweep.store.nodes import ZARR_JSON, node
 from patchsweep.store.place import Place
 from patchsweep.store.prompts import create_prompts
@@ -85,6 +86,29 @@ def books_of(place: Place, files: Mapping[str, bytes]) -> Books:
         raise BadInput(f"{place.at} is damaged, {exc} is missing: run with --overwrite") from exc
 
 
+def layout_of(place: Place) -> Layout:
+    """What is written once in results that have a manifest; BadInput if too much is damaged to say
+    what that was."""
+    content = place.gets([MANIFEST])
+    files: dict[str, bytes] | None = None
+    if content:
+        try:
+            files = unpacked(content[MANIFEST])
+        except ValueError:
+            files = None
+    if files is not None:
+        there = place.gets(files)
+        if there.get(ROOT) != files.get(ROOT) and _sealed(there):
+            return Layout(there, {MANIFEST: "another version"})
+        return Layout(files, _differences(files, there))
+    there = place.gets(once_of(place.files()))
+    if not _sealed(there):
+        raise BadInput(
+            f"{place.at} is damaged, {MANIFEST} and others of its files: run with --overwrite"
+        )
+    return Layout(there, {MANIFEST: "checksum" if content else "missing"})
+
+
 def older_layout(place: Place) -> Layout:
     """What there is that is written once, in results without a manifest."""
     return Layout(place.gets(once_of(place.files())), {})
@@ -94,3 +118,22 @@ def _ledgers(counts: Mapping[str, tuple[int, ...]], attrs: Mapping[str, Any]) ->
     metrics = [metric["name"] for metric in attrs["metrics"]]
     estimators = [*attrs.get("estimators", {})]
     return ledgers_of(counts, attrs["components"], metrics, estimators, bool(attrs.get(EDGES)))
+
+
+def _sealed(there: Mapping[str, bytes]) -> bool:
+    """Whether these are the files that their root speaks of."""
+    try:
+        said: Any = node(there[ROOT])["attributes"].get(SEAL)
+    except (KeyError, ValueError):
+        return False
+    return isinstance(said, str) and said == seal(there)
+
+
+def _differences(files: Mapping[str, bytes], there: Mapping[str, bytes]) -> dict[str, Why]:
+    found: dict[str, Why] = {}
+    for key, content in files.items():
+        if key not in there:
+            found[key] = "missing"
+        elif there[key] != content:
+            found[key] = "truncated" if len(there[key]) < len(content) else "checksum"
+    return found

@@ -14,18 +14,13 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
 
 from numcodecs.zstd import Zstd
 
-from patchsweep.errors import BadInput
 from patchsweep.store.damage import Why
 from patchsweep.store.digests import digest_of_all
 from patchsweep.store.files import ROOT
 from patchsweep.store.nodes import ZARR_JSON, node
-
-if TYPE_CHECKING:
-    from patchsweep.store.place import Place
 
 MANIFEST = f"manifest/{ZARR_JSON}"
 SEAL = "written_once"
@@ -74,29 +69,6 @@ def seal(files: Mapping[str, bytes]) -> str:
     return digest_of_all({key: content for key, content in files.items() if key != ROOT})
 
 
-def layout_of(place: Place) -> Layout:
-    """What is written once in results that have a manifest; BadInput if too much is damaged to say
-    what that was."""
-    content = place.gets([MANIFEST])
-    files: dict[str, bytes] | None = None
-    if content:
-        try:
-            files = unpacked(content[MANIFEST])
-        except ValueError:
-            files = None
-    if files is not None:
-        there = place.gets(files)
-        if there.get(ROOT) != files.get(ROOT) and _sealed(there):
-            return Layout(there, {MANIFEST: "another version"})
-        return Layout(files, _differences(files, there))
-    there = place.gets(once_of(place.files()))
-    if not _sealed(there):
-        raise BadInput(
-            f"{place.at} is damaged, {MANIFEST} and others of its files: run with --overwrite"
-        )
-    return Layout(there, {MANIFEST: "checksum" if content else "missing"})
-
-
 def once_of(files: Iterable[str]) -> list[str]:
     """Those of the files of results that are written once, told by their names: the manifest and
     what is filled later are not."""
@@ -135,22 +107,3 @@ def _is_coordinate(array: str) -> bool:
     if group in ("completion", "records", "choice"):
         return False
     return group == "prompts" or name in _ONCE or (group == "sets" and name.startswith("site_"))
-
-
-def _sealed(there: Mapping[str, bytes]) -> bool:
-    """Whether these are the files that their root speaks of."""
-    try:
-        said: Any = node(there[ROOT])["attributes"].get(SEAL)
-    except (KeyError, ValueError):
-        return False
-    return isinstance(said, str) and said == seal(there)
-
-
-def _differences(files: Mapping[str, bytes], there: Mapping[str, bytes]) -> dict[str, Why]:
-    found: dict[str, Why] = {}
-    for key, content in files.items():
-        if key not in there:
-            found[key] = "missing"
-        elif there[key] != content:
-            found[key] = "truncated" if len(there[key]) < len(content) else "checksum"
-    return found

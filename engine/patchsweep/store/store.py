@@ -19,7 +19,7 @@ from patchsweep.store.array_store import ArrayStore, Region, number_key
 from patchsweep.store.arrays import ESTIMATED, WAVES_SPLIT
 from patchsweep.store.damage import Damaged, Why, damaged
 from patchsweep.store.files import MARK, OLDER, ROOT, SCHEMA
-from patchsweep.store.lay_out import books_of, made, older_layout
+from patchsweep.store.lay_out import books_of, layout_of, made, older_layout
 from patchsweep.store.ledger import (
     BASELINES,
     CHOSEN,
@@ -30,7 +30,7 @@ from patchsweep.store.ledger import (
     SCORED,
     Ledger,
 )
-from patchsweep.store.manifest import MANIFEST, layout_of, packed
+from patchsweep.store.manifest import MANIFEST, packed
 from patchsweep.store.nodes import ZARR_JSON, first_of_v2
 from patchsweep.store.place import another_schema, check_free, place_of, schema_of
 
