@@ -263,7 +263,7 @@ def _listed(warnings: Sequence[str], components: Sequence[str]) -> Table:
 
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
-ELSEWHERE |= {"prompts", "joint", "metrics", "components", "patchsweep_schema"}
+ELSEWHERE |= {"prompts", "joint", "metrics", "components", "patchsweep_schema", "written_once"}
 
 
 def provenance(results: Results) -> dict[str, str]:

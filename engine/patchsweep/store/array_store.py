@@ -157,11 +157,6 @@ class ArrayStore:
         found.why = "truncated" if "invalid input" in cause else "checksum"
         return found
 
-    def _write(self, arrays: Mapping[str, NDArray[Any]], region: Region) -> None:
-        """Write one region of some arrays; on the disk when this returns, if so asked."""
-        with self._place.changing(self._then):
-            self._put(self._encoded(arrays, region))
-
     def _write_recorded(
         self, ledger: Ledger, arrays: Mapping[str, NDArray[Any]], region: Region, state: int
     ) -> None:

@@ -1,6 +1,6 @@
 """What a sweep says of itself while it runs: attributes that change, kept twice.
 
-`summary` and `summary/copy` are groups with the same attributes, each with a digest and the number
+`summary` and `summary/second` are groups with the same attributes, each with a digest and the number
 of the change. The second is written after the first: of two that differ the one with the higher
 number counts, and of one that is damaged the other.
 """
@@ -16,7 +16,7 @@ from patchsweep.store.damage import Why
 from patchsweep.store.nodes import ZARR_JSON, node
 from patchsweep.store.place import Place
 
-COPIES = (f"summary/{ZARR_JSON}", f"summary/copy/{ZARR_JSON}")
+COPIES = (f"summary/{ZARR_JSON}", f"summary/second/{ZARR_JSON}")
 
 
 def read(place: Place) -> tuple[dict[str, Any], int, dict[str, Why]]:
