@@ -426,7 +426,7 @@ def test_every_command_takes_a_url(
         ["check", url],
         ["show", url],
         ["plot", url],
-        ["verify", url, "--cells", "2"],
+        ["verify", url, "--cells", "2", "--trust"],
         ["export", url, "t.parquet"],
         ["export", url, "t.zip"],
         ["show", "t.zip"],

@@ -144,7 +144,7 @@ def show(results: str, /) -> None:
 
 
 @app.command
-def verify(results: str, /, *, cells: int = 20, seed: int = 0) -> None:
+def verify(results: str, /, *, cells: int = 20, seed: int = 0, trust: Flag = False) -> None:
     """Run some random cells again as full forwards through nnsight, and compare.
 
     Status 1 if a difference is larger than the results' dtype allows.
@@ -159,11 +159,14 @@ def verify(results: str, /, *, cells: int = 20, seed: int = 0) -> None:
         How many cells; structural ones are not drawn.
     seed
         Another seed draws other cells.
+    trust
+        Load the model and import the functions that the results name. For results of your own:
+        without it only packaged models are loaded, and no function is imported.
     """
     from patchsweep.report.show import comparison_table
     from patchsweep.verification import verify as verify_results
 
-    found = verify_results(results, cells, seed=seed)
+    found = verify_results(results, cells, seed=seed, trust=trust)
     console = _console()
     console.print(f"{found.cells} cells again as full forwards through nnsight")
     console.print(comparison_table(found.differences, found.tolerance))

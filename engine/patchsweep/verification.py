@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from patchsweep.backends import through_nnsight
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
 from patchsweep.interventions import ROTATED, Interventions
+from patchsweep.loading import PACKAGED
+from patchsweep.metrics import Function, given_functions
 from patchsweep.model import Model, load_model
 from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
@@ -48,14 +51,22 @@ class Verified:
 
 
 def verify(
-    results: Results | str | Path, cells: int = 20, model: Model | None = None, seed: int = 0
+    results: Results | str | Path,
+    cells: int = 20,
+    model: Model | None = None,
+    seed: int = 0,
+    *,
+    trust: bool = False,
+    functions: Mapping[str, Function] | None = None,
 ) -> Verified:
     """Run some random cells that are no structural ones again and compare.
 
-    Every metric of every chosen cell is compared. `model` is needed only for results of a model
-    that has no name to load it by. BadInput for another model than the results', for files of
-    vectors, means, probes or an autoencoder that have changed, and where there is nothing to
-    compare.
+    Every metric of every chosen cell is compared. What results name is not run because they name
+    it: their model is given as `model`, unless a package ships it, and the functions of their
+    callable metrics as `functions`, by their names package.module:name. With `trust`, for results
+    of one's own, both are loaded by those names. BadInput for another model than the results', for
+    files of vectors, means, probes or an autoencoder that have changed, and where there is nothing
+    to compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:
@@ -64,6 +75,9 @@ def verify(
     attrs = found.attrs
     said = attrs["spec"]
     settings = parse_settings({k: v for k, v in said.items() if k in Sweep.model_fields})
+    known = dict(functions or {})
+    if not trust:
+        _check_trusted(found, settings, model is not None, known)
     if model is None:
         model = load_model(said.get("model") or attrs["model"], attrs["model_dtype"])
     if model.fingerprint != attrs["model_fingerprint"]:
@@ -87,6 +101,7 @@ def verify(
         )
 
     with (
+        given_functions(known),
         exactly(model.device),
         through_nnsight(model, plan, settings, "asked for") as (backend, carry),
     ):
@@ -114,6 +129,23 @@ def verify(
                 worst[name] = float(np.maximum(worst[name], apart.max()))
     count = sum(len(cell) for _, drawn in chosen for _, cell in drawn)
     return Verified(count, worst, TOLERANCE[attrs["model_dtype"]], left_out)
+
+
+def _check_trusted(
+    found: Results, settings: Sweep, has_model: bool, functions: Mapping[str, Function]
+) -> None:
+    """BadInput for what would run because the results name it."""
+    name = found.attrs["spec"].get("model") or found.attrs["model"]
+    paths = [m.path for m in settings.metrics if m.name == "callable" and m.path not in functions]
+    what = ""
+    if not has_model and name not in PACKAGED:
+        what = f"the model {name!r} (give it with model=)"
+    elif paths:
+        what = f"the function {paths[0]} (give it with functions=)"
+    elif settings.remote:
+        what = "remote: true, and would send the prompts to another machine"
+    if what:
+        raise BadInput(f"{found.path} names {what}: if these results are your own, add --trust")
 
 
 def _left_out(plan: Plan, carry: Interventions) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DPI = 150
 LONGEST = 40  # characters of a set's name
+NAME = 200  # bytes of a file's, of the 255 that file systems take
 
 
 def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
@@ -34,7 +35,9 @@ def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in _figures(results):
+        taken = set[str]()
+        for said, figure in _figures(results):
+            name = file_name(said, taken)
             for suffix in formats:
                 files.append(out / f"{name}.{suffix}")
                 figure.savefig(files[-1], dpi=DPI)
@@ -42,6 +45,16 @@ def plot(results: Results, out: Path, formats: Sequence[str] = ("png", "svg")) -
         reason = (exc.strerror or str(exc)).lower()
         raise BadInput(f"cannot write figures to {out}: {reason}; choose another --out") from exc
     return files
+
+
+def file_name(said: str, taken: set[str]) -> str:
+    """A name for a file, of letters, digits and a few signs, that none of those `taken` has; it is
+    taken then. Names of sources and metrics are a user's, and may be anything."""
+    plain = re.sub(r"[^\w.=-]", "_", said).encode()[:NAME].decode(errors="ignore")
+    others = (f"{plain}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain([plain], others) if n not in taken)
+    taken.add(name)
+    return name
 
 
 def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
@@ -57,7 +70,7 @@ def _figures(results: Results) -> Iterator[tuple[str, Figure]]:
             pictures += _windows(results, component, metric, direction, source)
             said = [component, metric, direction, *([source] if len(grid.sources) > 1 else [])]
             for picture in pictures:
-                name = re.sub(r"[^\w.=-]", "_", "-".join([*said, picture.view]))
+                name = "-".join([*said, picture.view])
                 yield name, heatmaps.draw(results, component, metric, direction, picture, number)
     if SETS not in results.components:
         return

@@ -1,8 +1,8 @@
 """What a sweep says of itself while it runs: attributes that change, kept twice.
 
-`summary` and `summary/second` are groups with the same attributes, each with a digest and the number
-of the change. The second is written after the first: of two that differ the one with the higher
-number counts, and of one that is damaged the other.
+`summary` and `summary/second` are groups with the same attributes, each with a digest and the
+number of the change. The second is written after the first: of two that differ the one with the
+higher number counts, and of one that is damaged the other.
 """
 
 from __future__ import annotations
