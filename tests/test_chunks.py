@@ -171,7 +171,7 @@ class Watched:
         write, take = Store._put, engine.Assembly.take
 
         def writing(store: Store, files: Mapping[str, bytes]) -> None:
-            self.keys.update(files)
+            self.keys.update(list(files))
             write(store, files)
 
         def taking(assembly: Any, wave: Wave, result: WaveResult) -> None:

@@ -18,16 +18,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from rich.console import Console
+from safetensors.numpy import save_file
 
 import patchsweep as ps
 from attack.table import Outcomes, Until
 from dictionaries import draw
-from patchsweep.report.figures import plot
 from patchsweep.report.page import write_page
 from patchsweep.report.show import show
 from patchsweep.sites import Status
 from patchsweep.store import pack
-from safetensors.numpy import save_file
 from tiny import arrays, build, rows, tokenizer
 
 RIGHT = "right figures"
@@ -65,7 +64,9 @@ def sweeps(folder: Path) -> Iterator[Sweep]:
     rng = np.random.default_rng(0)
     weights["W_enc"], weights["W_dec"] = rng.normal(size=(16, 5)), rng.normal(size=(5, 16))
     weights["b_dec"], weights["b_enc"] = rng.normal(size=16), rng.normal(size=5)
-    save_file({k: v.astype(np.float32) for k, v in weights.items()}, folder / "dictionary.safetensors")
+    save_file(
+        {k: v.astype(np.float32) for k, v in weights.items()}, folder / "dictionary.safetensors"
+    )
     sae = {"file": str(folder / "dictionary.safetensors"), "layer": 1, "at": "mlp_out"}
     common = {"metrics": METRICS, "token_budget": 120}
     given: dict[str, tuple[list[ps.Pair], dict[str, Any]]] = {
@@ -83,7 +84,11 @@ def sweeps(folder: Path) -> Iterator[Sweep]:
             equal,
             {
                 "components": ["mlp_out", "sae_feature"],
-                "source": ["zero", {"mean": {"prompts": "clean", "by": "all"}}, {"resample": {"samples": 2}}],
+                "source": [
+                    "zero",
+                    {"mean": {"prompts": "clean", "by": "all"}},
+                    {"resample": {"samples": 2}},
+                ],
                 "direction": "noise",
                 "positions": ["END"],
                 "sae": sae,
@@ -221,13 +226,16 @@ class Seen:
 
 def seen(path: Path, folder: Path) -> Iterator[tuple[str, Any]]:
     """What each reader shows, one after another; every one opens the results by itself."""
-    yield "to_xarray", lambda: {
-        c: {
-            name: np.asarray(v.values)
-            for name, v in ps.open(path).to_xarray(c).reset_coords().data_vars.items()
-        }
-        for c in ps.open(path).components
-    }
+    yield (
+        "to_xarray",
+        lambda: {
+            c: {
+                name: np.asarray(v.values)
+                for name, v in ps.open(path).to_xarray(c).reset_coords().data_vars.items()
+            }
+            for c in ps.open(path).components
+        },
+    )
     yield "to_frame", lambda: ps.open(path).to_frame()
     yield "show", lambda: shown(path)
     yield "page", lambda: page(path, folder)
