@@ -102,7 +102,7 @@ def test_check(command: Command, spec: Path, tmp_path: Path) -> None:
         component = name.split("/")[0]
         key = chunk.relative_to(out)
         assert (done.status, done.out) == (1, f"{component} block 0: {why} ({key})\n")
-        assert done.err == (f"patchsweep: {out}: 1 chunk is damaged: run again with --resume\n")
+        assert done.err == (f"patchsweep: {out}: 1 file is damaged: run again with --resume\n")
         for reader in (("show", out), ("export", out, tmp_path / "t.parquet"), ("plot", out)):
             said = command(*reader)  # what was printed before it was met is right
             assert (said.status, said.err.count("\n")) == (2, 1)

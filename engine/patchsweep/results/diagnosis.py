@@ -30,6 +30,10 @@ class Diagnosed(Effects):
     def warnings(self) -> list[str]:
         """What a reader of these results must know: one line each."""
         out = []
+        if not self.store.vouched:
+            out.append(
+                "of an older version, which notices less of what is damaged: --resume takes it over"
+            )
         for name in self.components:
             done = self.store.done(name)
             if not done.all():
