@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from zarr.core.buffer import default_buffer_prototype
-from zarr.storage import LocalStore
 
 import patchsweep as ps
 from patchsweep.integrity import check, refuse_missing, withdraw
 from patchsweep.pairs import Pair
 from patchsweep.sites import Grid, blocks
 from patchsweep.store import Store, job_folder
+from patchsweep.store.folder import Folder
 from tiny import arrays, build, rows, tokenizer
 
 GRID = Grid("head_z", ("denoise",), 2, 2, 2, (0, 1, 2), 1, 2, 3)
 PAIRS = [Pair((5, 6, 7), (5, 1, 7), (2,), (3,), {})] * 2
-WRITES = 2 * (2 + 2 + 1)  # per pair: baseline and noise floor; values and status; the record
+OF_A_PAIR = 2 + 1 + 2 + 1  # baseline and noise floor, their record; values and status, theirs
+WRITES = 2 * OF_A_PAIR
 
 Break = Callable[[Path], None]
 
@@ -118,20 +118,62 @@ def test_what_a_kill_has_left_half_written_goes_away(out: Path) -> None:
     assert not [*out.rglob("*.partial")]
 
 
+ONCE = (
+    "prompts/clean_tokens/c/0/0",
+    "prompts/group/c/0",
+    "head_z/unit/c/0",
+    "head_z/pair/zarr.json",
+    "head_z/logit_diff/zarr.json",
+    "completion/head_z/zarr.json",
+    "baseline/zarr.json",
+    "zarr.json",
+    "manifest/zarr.json",
+)
+
+
 @pytest.mark.parametrize("why", BREAKS)
-def test_what_is_written_once_cannot_be_done_again(out: Path, why: str) -> None:
+def test_what_is_written_once_is_written_again(out: Path, why: str) -> None:
+    """None of it reads as zeros, or as nothing: results open as they were, or not at all."""
     store = Store.open(out, "r+")
     fill(store)
-    for name in ("prompts/clean_tokens/c/0/0", "prompts/group/c/0", "head_z/unit/c/0"):
-        kept = (out / name).read_bytes()
+    store.set_attrs(joint={})
+    whole = files(out)
+    for name in ONCE:
         BREAKS[why](out / name)
         found = ps.check(out)
-        assert [(d.key, d.why) for d in found.damages] == [(name, why)]
-        assert "run again with --overwrite" in str(found)
-        with pytest.raises(ps.BadInput, match="cannot be continued, use --overwrite"):
-            withdraw(store)
-        (out / name).write_bytes(kept)
-    assert store.done("head_z").all()
+        assert [d.key for d in found.damages] == [name]
+        assert "run again with --resume" in str(found)
+        with pytest.raises(ps.BadInput, match=f"cannot read .*{name}: .*patchsweep check"):
+            ps.open(out)
+        assert len(withdraw(Store.open(out, "r+", mending=True))) == 1
+        assert files(out) == whole
+    assert Store.open(out).done("head_z").all()
+
+
+@pytest.mark.parametrize("why", BREAKS)
+def test_what_changes_is_kept_twice(out: Path, why: str) -> None:
+    store = Store.open(out, "r+")
+    for seconds in (1, 2):
+        store.set_attrs(measured={"seconds": seconds})
+    whole = files(out)
+    for name in ("summary/zarr.json", "summary/second/zarr.json"):
+        BREAKS[why](out / name)
+        assert Store.open(out).attrs["measured"] == {"seconds": 2}
+        assert [d.key for d in ps.check(out).damages] == [name]
+        withdraw(Store.open(out, "r+", mending=True))
+        assert files(out) == whole
+    for name in ("summary/zarr.json", "summary/second/zarr.json"):
+        BREAKS[why](out / name)
+    if why != "missing":
+        with pytest.raises(ps.BadInput, match=r"cannot read .*summary.*patchsweep check"):
+            _ = Store.open(out).attrs
+        withdraw(Store.open(out, "r+", mending=True))
+    assert "measured" not in Store.open(out).attrs
+
+
+def files(out: Path) -> dict[str, bytes]:
+    found = {p.relative_to(out).as_posix(): p for p in out.rglob("*") if p.is_file()}
+    return {key: path.read_bytes() for key, path in found.items()}
 
 
 def test_a_status_that_does_not_fit(out: Path) -> None:
@@ -150,38 +192,30 @@ def test_a_status_that_does_not_fit(out: Path) -> None:
     assert store.done("head_z").tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", ["head_z", "head_z/logit_diff", "completion/head_z"])
-def test_damaged_metadata_is_one_line(out: Path, name: str) -> None:
-    (out / name / "zarr.json").write_text("{")
-    with pytest.raises(ps.BadInput, match=r"is damaged, .*run with --overwrite"):
-        ps.check(out)
-
-
 @pytest.fixture
 def fault(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, int], None]]:
     """Arms one write, counted from 0, to go wrong; below 0: none."""
-    write = LocalStore.set
+    write = Folder.put
     armed, count = ("", -1), 0
 
     def arm(kind: str, at: int) -> None:
         nonlocal armed, count
         armed, count = (kind, at), 0
 
-    async def faulty(self: LocalStore, key: str, value: Any) -> None:
+    def faulty(self: Folder, key: str, content: bytes) -> None:
         nonlocal count
         kind, at = armed
         count += 1
         if count - 1 != at:
-            await write(self, key, value)
+            write(self, key, content)
         elif kind in ("ENOSPC", "EACCES"):
             raise OSError(getattr(errno, kind), "refused")
         elif kind != "lost":
-            raw = bytearray(value.to_bytes())
+            raw = bytearray(content)
             raw[-3] ^= kind == "flip"
-            raw = raw[: len(raw) // 2] if kind == "cut" else raw
-            await write(self, key, default_buffer_prototype().buffer.from_bytes(bytes(raw)))
+            write(self, key, bytes(raw[: len(raw) // 2] if kind == "cut" else raw))
 
-    monkeypatch.setattr(LocalStore, "set", faulty)
+    monkeypatch.setattr(Folder, "put", faulty)
     yield arm
     arm("", -1)
 
@@ -206,7 +240,7 @@ def test_a_fault_at_any_write_ends_in_an_error_or_a_redo(
         fault("", -1)
         believe(out)
         silent = kind in ("lost", "cut", "flip") and at < WRITES
-        record = at % 5 == 4  # one that is lost says nothing
+        record = at % OF_A_PAIR == OF_A_PAIR - 1  # of a block: one that is lost says nothing
         assert bool(ps.check(out).damages) == (silent and not (record and kind == "lost"))
         withdraw(store)
         fill(store)

@@ -215,6 +215,7 @@ def test_everything_kept_is_an_ordinary_sweep(whole: ps.Results, tmp_path: Path)
         "completion/estimates",
         "completion/estimates_split",
         "completion/choice",
+        "records/estimates",
     }
 
 

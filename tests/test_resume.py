@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 
 import patchsweep as ps
 from patchsweep.sites import Block
 from patchsweep.store import Store, job_folder
+from patchsweep.store.folder import Folder
 from processes import (
     PATIENCE,
     Job,
@@ -115,29 +115,30 @@ def test_stopped_between_any_two_writes(tmp_path: Path, monkeypatch: pytest.Monk
     model = ps.wrap(build(), tokenizer())
     pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(3)]
     settings = {"components": ["head_z"], "metrics": ["logit_diff", "kl"], "token_budget": 60}
-    write = zarr.Array.__setitem__
+    write = Folder.put
     written: list[str] = []
 
-    def stopping(after: int) -> Callable[[Any, Any, Any], None]:
-        def setitem(array: Any, key: Any, value: Any) -> None:
+    def stopping(after: int) -> Callable[[Folder, str, bytes], None]:
+        def put(place: Folder, key: str, content: bytes) -> None:
             if len(written) == after:
                 raise KeyboardInterrupt
-            write(array, key, value)
-            written.append(array.path)
+            write(place, key, content)
+            written.append(key)
 
-        return setitem
+        return put
 
     whole = tmp_path / "whole"
-    monkeypatch.setattr(zarr.Array, "__setitem__", stopping(-1))
+    monkeypatch.setattr(Folder, "put", stopping(-1))
     ps.sweep(model, pairs, out=whole, **settings)
-    laid_out = written.index("baseline/logit_diff")
-    for after in range(laid_out - 1, laid_out + 10):
+    laid_out = written.index("zarr.json", 1)  # the first one says that it is half laid out
+    assert written[laid_out - 1] == "manifest/zarr.json"
+    for after in range(laid_out - 2, laid_out + 14):
         out = tmp_path / str(after)
         written.clear()
-        monkeypatch.setattr(zarr.Array, "__setitem__", stopping(after))
+        monkeypatch.setattr(Folder, "put", stopping(after))
         with pytest.raises(KeyboardInterrupt):
             ps.sweep(model, pairs, out=out, **settings)
         check_what_is_left(out, whole)
-        monkeypatch.setattr(zarr.Array, "__setitem__", write)
+        monkeypatch.setattr(Folder, "put", write)
         ps.sweep(model, pairs, out=out, resume=True, **settings)
         assert arrays(out) == arrays(whole)

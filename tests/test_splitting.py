@@ -232,7 +232,7 @@ def test_estimates_and_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
         if name == "estimate_pairs"
         else ("edges/logit_diff", SCORED, SCORED_SPLIT)
     )
-    assert store.read(record).ravel().tolist() == [2, 0, 0, 0, 0]
+    assert store.numbers(record).ravel().tolist() == [2, 0, 0, 0, 0]
     expected = Store.open(undisturbed).read(array)
     np.testing.assert_allclose(store.read(array), expected, rtol=1e-9, atol=1e-12)
     assert not np.array_equal(store.read(array), expected, equal_nan=True)
@@ -275,8 +275,8 @@ def test_what_the_host_says() -> None:
         assert within_memory(ask) == OutOfMemory("host", wanted)  # type: ignore[arg-type]
 
 
-def test_a_record_that_is_lost_or_never_was(whole: Path, tmp_path: Path) -> None:
-    """Damage is seen, and done again in whatever parts; older results have no record."""
+def test_a_record_that_is_lost_or_of_another_wave(whole: Path, tmp_path: Path) -> None:
+    """Damage is seen, and done again in whatever parts."""
     out = tmp_path / "r.zarr"
     shutil.copytree(whole, out)
     store = Store.open(out, "r+")
@@ -288,12 +288,15 @@ def test_a_record_that_is_lost_or_never_was(whole: Path, tmp_path: Path) -> None
     assert (damage.what, damage.key) == ("split", key)
     ps.sweep(model(), pairs(2), out=out, resume=True, **SETTINGS)
     assert arrays(out) == arrays(whole)
+    store.write_split(WAVES_SPLIT, (3,), 2)
+    (out / key).rename(out / WAVES_SPLIT / "c" / "4")  # of another wave
+    [damage] = ps.check(out).damages
+    assert (damage.what, damage.key) == ("split", f"{WAVES_SPLIT}/c/4")
     shutil.rmtree(out / WAVES_SPLIT)
-    assert ps.check(out).damages == ()
-    older = Store.open(out, "r+")
-    older.write_split(WAVES_SPLIT, (3,), 2)
-    assert older.split(WAVES_SPLIT, (3,)) == 0
-    assert not len(older.splits())
+    [damage] = ps.check(out).damages
+    assert (damage.where, damage.key) == ("once", f"{WAVES_SPLIT}/zarr.json")
+    ps.sweep(model(), pairs(2), out=out, resume=True, **SETTINGS)
+    assert arrays(out) == arrays(whole)
 
 
 # A token takes about a MiB in the MLP. The first sweep loads and starts what stays.

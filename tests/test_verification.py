@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from inputs import SOURCES, Letters, components_of, pair_of, three, unequal
 from oracle.families import EVERY, FAMILIES
 from patchsweep.store import Store
 from patchsweep.taps import Editor
+from tiny import rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -45,17 +47,26 @@ def test_verify(results: tuple[ps.Model, ps.Results]) -> None:
 def test_verify_finds_what_is_wrong(results: tuple[ps.Model, ps.Results], kind: int) -> None:
     """One wrong value, once all cells are run again."""
     model, found = results
-    array = Store.open(found.path, "r+")._group["head_z/logit_diff"]
     names = [f"{c}/logit_diff_status" for c in ("head_z", "head_pattern")]
     status = [found.store.read(name) for name in names]
     first = tuple(int(i[0]) for i in np.nonzero(status[0] == kind))
-    array[first] = array[first] + 1e-4
+    rewrite(found.path, "head_z/logit_diff", at(first, lambda value: value + 1e-4))
     verified = ps.verify(found, 10**6, model)
     assert verified.cells == sum(int((s == 1).sum()) for s in status)
     assert verified.structural == sum(int((s == 2).sum()) for s in status)
     assert not verified.holds
     assert verified.differences["logit_diff"] == pytest.approx(1e-4, rel=0.5)
     assert verified.differences["rank"] == 0
+
+
+def at(cell: tuple[int, ...], change: Callable[[float], float]) -> Callable[[Any], Any]:
+    """A change of one value of an array."""
+
+    def changed(values: Any) -> Any:
+        values[cell] = change(values[cell])
+        return values
+
+    return changed
 
 
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
@@ -65,7 +76,7 @@ def test_verify_finds_what_is_not_finite(
     model, found = results
     status = found.store.read("head_z/logit_diff_status")
     first = tuple(int(i[0]) for i in np.nonzero(status == 1))
-    Store.open(found.path, "r+")._group["head_z/logit_diff"][first] = wrong
+    rewrite(found.path, "head_z/logit_diff", at(first, lambda _: wrong))
     assert not ps.verify(found, 10**6, model).holds
 
 

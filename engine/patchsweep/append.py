@@ -96,14 +96,20 @@ def _refused_pairs(
     return None
 
 
-def described(store: Store) -> dict[str, Any]:
-    """What the larger results say of those that they take the place of."""
+def described(store: Store, attrs: Mapping[str, Any]) -> dict[str, Any]:
+    """What results that say `attrs` say of those that they take the place of, which are fewer or
+    older."""
     entry = {
         "pairs": next(iter(store.grids.values())).pairs,
         "metrics": list(store.metrics),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    return {"created": store.attrs["created"], "appended": [*_history(store), entry]}
+    larger = (
+        store.attrs["plan_hash"] != attrs["plan_hash"]
+        or store.attrs["spec"]["metrics"] != (attrs["spec"]["metrics"])
+    )
+    history = [*_history(store), *([entry] if larger else [])]
+    return {"created": store.attrs["created"], **({"appended": history} if history else {})}
 
 
 def copy(before: Store, after: Store) -> None:

@@ -172,7 +172,15 @@ def show(
 
 
 @app.command
-def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None = None) -> None:
+def verify(
+    results: str,
+    /,
+    *,
+    cells: int = 20,
+    seed: int = 0,
+    model: str | None = None,
+    trust: Flag = False,
+) -> None:
     """Run some random cells again as hooked full forwards of the model, and compare.
 
     Status 1 if a difference is larger than the results' dtype allows.
@@ -189,11 +197,14 @@ def verify(results: str, /, *, cells: int = 20, seed: int = 0, model: str | None
         Another seed draws other cells.
     model
         Where the model is, if not where the results say.
+    trust
+        Load the model and import the functions that the results name. For results of your own:
+        without it only packaged models are loaded, and no function is imported.
     """
     from patchsweep.report.show import comparison_table
     from patchsweep.verification import verify as verify_results
 
-    found = verify_results(results, cells, model, seed)
+    found = verify_results(results, cells, model, seed, trust=trust)
     console = _console()
     console.print(
         f"{found.cells} cells, and {found.structural} structural ones, again as full forwards"

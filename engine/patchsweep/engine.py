@@ -27,7 +27,15 @@ from patchsweep.joint import joint_effects
 from patchsweep.memory import enough_memory
 from patchsweep.model import Model, load_model
 from patchsweep.offload import unreachable
-from patchsweep.output import check_seen, check_unchanged, found, further, shared
+from patchsweep.output import (
+    check_same_there,
+    check_seen,
+    check_unchanged,
+    found,
+    further,
+    shared,
+    to_replace,
+)
 from patchsweep.pairs import Pair
 from patchsweep.plan import Cut, Plan, Wave
 from patchsweep.planning import load_autoencoder, plan_sweep
@@ -120,10 +128,11 @@ def carry_out(
         raise BadInput(f"{model.name} has weights without values, e.g. {missing[0]}: load it whole")
     attribution.check_weights(settings, model.hf_model)
     check_seen(out, processes)
-    there = None
-    if processes.first:
-        there = found(out, settings, resume or overwrite or append, overwrite or append)
-    existing = None if overwrite else there
+    existing, replaced = None, None
+    if processes.first and overwrite:
+        replaced = to_replace(out)
+    elif processes.first:
+        existing = found(out, settings, resume or append, append)
     fingerprint = model.fingerprint
     with exactly(model.hf_model):
         sae = load_autoencoder(settings)
@@ -134,15 +143,17 @@ def carry_out(
         enough_memory(),
         opened(model, plan, settings, sae, fingerprint) as backend,
     ):
-        if there:
-            check_unchanged(there)
+        if existing:
+            check_unchanged(existing)
+        if processes.first and overwrite:
+            check_same_there(out, replaced)
         attribution.check_backend(settings, backend.record)
         values = prepare(backend.forward, plan, settings, model.tokenizer, sae, backend.carry)
         attrs = _attributes(model, plan, settings, fingerprint, backend, values)
         fill = None
         if existing:
             fill = further(existing, append, plan, settings, attrs, values, model.tokenizer)
-            attrs |= appending.described(existing) if fill else {}
+            attrs |= appending.described(existing, attrs) if fill else {}
             for damage in withdraw(existing):
                 log.warning("done again: %s", damage)
         if fill or not existing:
@@ -151,7 +162,7 @@ def carry_out(
             attrs["doubts"] = doubts(
                 backend.forward, backend.carry, model.tokenizer, plan.pairs, sae
             )
-        if overwrite and there:
+        if replaced is not None:
             remove(out)  # only now can nothing be refused any more
         goes_on = existing if not fill else None
         store = shared(out, goes_on, plan, settings, model, attrs, fill, processes)

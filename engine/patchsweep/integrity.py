@@ -1,4 +1,4 @@
-"""Whether what the results call done is there: every chunk decoded, its checksum compared.
+"""Whether what results should hold is there: every chunk decoded, its digest compared.
 
 What is damaged is *withdrawn*: its records are deleted, then the chunk, and a resumed sweep does it
 again, with the same bits. Blocks are those of the store, chunks. What goes with what:
@@ -9,11 +9,13 @@ again, with the same bits. Blocks are those of the store, chunks. What goes with
 - scores of edges: those of their source, sample and pairs;
 - the prefilter's choice: all estimates and all blocks;
 - how often a wave was halved: it alone, as other parts differ in rounding only;
-- anything else (prompts, coordinates, sites) is written once: `--overwrite`.
+- anything else (metadata, prompts, coordinates, sites) is written once, and kept in the manifest:
+  it is written again from there. Older results have none: `--overwrite`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,18 +27,20 @@ from numpy.typing import NDArray
 from patchsweep.errors import BadInput
 from patchsweep.sites import MEASURED, Block, Grid, Status, blocks
 from patchsweep.store import (
+    BASELINES,
     CHOSEN,
     EDGES,
     ESTIMATED,
     ESTIMATED_SPLIT,
+    ESTIMATES,
     SCORED,
     SCORED_SPLIT,
     WAVES_SPLIT,
     Damaged,
     Store,
+    Why,
 )
 
-Why = Literal["missing", "truncated", "checksum", "inconsistent"]
 Marks = NDArray[np.bool_]
 
 
@@ -57,11 +61,11 @@ class Span:
 @dataclass(frozen=True)
 class Damage:
     """A chunk, the file `key`, that is not what its record says. `what`: a component's block or
-    record, "baseline", "estimates" or "edges" of some pairs, "choice", "split", or the name of
-    an array that is written once."""
+    record, "baseline", "estimates" or "edges" of some pairs, "choice", "split"; or, `where` being
+    "once", the group or array of a file that is written once."""
 
     what: str
-    where: Block | Span | None
+    where: Block | Span | Literal["once"] | None
     why: Why
     key: str
 
@@ -83,30 +87,45 @@ class Check:
     done: int
     blocks: int
     damages: tuple[Damage, ...]
+    undone: tuple[str, ...] = ()  # what else is not done
+    kept_twice: bool = True  # what is written once
 
     def __str__(self) -> str:
         """One line."""
         if self.damages:
             mend = "run again with --resume"
-            if any(_is_fixed(d) for d in self.damages):
+            if not self.kept_twice and any(d.where == "once" for d in self.damages):
                 mend = "what is written once is among them, run again with --overwrite"
             count = len(self.damages)
-            what = "1 chunk is" if count == 1 else f"{count} chunks are"
+            what = "1 file is" if count == 1 else f"{count} files are"
             return f"{self.path}: {what} damaged: {mend}"
-        return f"{self.path}: nothing is damaged, {self.done} of {self.blocks} blocks are done"
+        done = [f"{self.done} of {self.blocks} blocks are done", *self.undone]
+        return f"{self.path}: nothing is damaged, {', '.join(done)}"
 
 
 def check(path: str | Path) -> Check:
     """Decode every chunk that results hold; BadInput if `path` holds none."""
-    store = Store.open(path)
+    store = Store.open(path, mending=True)
     found = tuple(damages(store))
-    marks = [_marks(store, f"completion/{name}")[0] for name in store.grids]
-    return Check(store.path, sum(int(m.sum()) for m in marks), sum(m.size for m in marks), found)
+    marks = [store.records(f"completion/{name}")[0] for name in store.grids]
+    undone = []
+    for what, record in _by_pair(store).items():
+        done = store.records(record)[0]
+        if not done.all():
+            undone.append(f"{what} of {int(done.sum())} of {done.size} pairs are done")
+    blocks = sum(m.size for m in marks)
+    return Check(
+        store.path, sum(int(m.sum()) for m in marks), blocks, found, (*undone,), store.vouched
+    )
 
 
 def refuse_missing(store: Store) -> None:
-    """BadInput if a chunk that is marked done is not there: it would read as nothing found."""
-    for damage in _progress(store.listed(), decode=False):
+    """BadInput if a chunk that is marked done is not there: it would read as nothing found; and for
+    nodes of Zarr v2, which others than patchsweep would read."""
+    store = store.listed()
+    if key := store.of_v2():
+        raise BadInput(f"{store.path}/{key} is of Zarr v2, results are of v3: move it out of there")
+    for damage in _progress(store, decode=False):
         raise BadInput(
             f"{store.path} is damaged, {damage}; "
             f"'patchsweep check {store.path}' says what must be redone"
@@ -114,33 +133,48 @@ def refuse_missing(store: Store) -> None:
 
 
 def withdraw(store: Store) -> list[Damage]:
-    """Take back what is damaged, so that it is done again. BadInput for what is written once."""
+    """Take back what is damaged, so that it is done again, and write again what is written once.
+    BadInput for that in older results, which do not keep it twice."""
     found = list(damages(store))
     for damage in found:
-        if _is_fixed(damage):
+        if damage.where == "once" and not store.vouched:
             raise BadInput(
                 f"{store.path} is damaged, {damage}: it cannot be continued, use --overwrite"
             )
+    store.restore()
     records: dict[str, None] = {}
-    for damage in found:
+    filled = [damage for damage in found if damage.where != "once"]
+    for damage in filled:
         records |= dict.fromkeys(_records(store, damage))
-    store.remove([*records, *(d.key for d in found)])  # a record never outlives its data
+    store.remove([*records, *(d.key for d in filled)])  # a record never outlives its data
     return found
 
 
 def damages(store: Store) -> Iterator[Damage]:
     """All of them."""
     store = store.listed()
-    written = {name for names in _written_later(store).values() for name in names}
+    seen = set[str]()
+    for damage in itertools.chain(_once(store), _progress(store, decode=True)):
+        if damage.key not in seen:  # a record, by each of its chunks
+            yield damage
+        seen.add(damage.key)
+
+
+def _once(store: Store) -> Iterator[Damage]:
+    for key, why in store.damaged_once().items():
+        yield Damage(key.split("/c/")[0].removesuffix("/zarr.json"), "once", why, key)
+    if store.vouched:
+        return
     for name in store.arrays():
-        if name not in written and not name.startswith("completion/"):
+        if not store.is_filled(name):
             for region in store.chunks(name):
-                yield from _chunk(store, name, None, name, region, marked=True)[1]
-    yield from _progress(store, decode=True)
+                yield from _chunk(store, name, "once", name, region, marked=True)[1]
 
 
-def _is_fixed(damage: Damage) -> bool:
-    return damage.where is None and damage.what not in ("choice", "split")
+def _by_pair(store: Store) -> dict[str, str]:
+    """What is computed by pairs and not in blocks, and the array that says of which."""
+    found = {"estimates": ESTIMATED} if store.estimators else {}
+    return found | ({"edges": SCORED} if store.attrs.get(EDGES) else {})
 
 
 def _written_later(store: Store) -> dict[str, list[str]]:
@@ -163,35 +197,43 @@ def _progress(store: Store, *, decode: bool) -> Iterator[Damage]:
     arrays = _written_later(store)
     left = np.zeros(store.shape(f"baseline/{store.metrics[0]}")[1:], bool)
     for name, grid in store.grids.items():
-        done, bad = _marks(store, f"completion/{name}")
+        done, bad = store.records(f"completion/{name}")
+        done = done.ravel()
         for block in blocks(grid):
             if block.index in bad:
                 why, key = bad[block.index]
                 yield Damage(name, block, why, key)
-            elif done[block.index] or decode:
+            else:
                 yield from _block(store, grid, block, bool(done[block.index]), decode)
             if not done[block.index]:
                 left[block.source, block.sample, block.pairs.start : block.pairs.stop] = True
     needed = ~left  # the baseline may come after some blocks of its pairs, not after all
-    for what, record in (("estimates", ESTIMATED), ("edges", SCORED)):
-        if arrays[what]:
-            done, bad = _marks(store, record)
-            for index, (why, key) in bad.items():
-                source, sample, pair = map(int, np.unravel_index(index, done.shape))
-                yield Damage(what, Span(source, sample, range(pair, pair + 1)), why, key)
-            yield from _by_pairs(store, what, arrays[what], done, decode)
-            needed |= done if what == "estimates" else False
+    for what, record in _by_pair(store).items():
+        done, bad = store.records(record)
+        for index, (why, key) in bad.items():
+            yield Damage(what, _span(done, index, 1, done.shape[2]), why, key)
+        yield from _by_pairs(store, what, arrays[what], done, decode)
+        needed |= done if what == "estimates" else False
     yield from _by_pairs(store, "baseline", arrays["baseline"], needed, decode)
-    for name in (WAVES_SPLIT, ESTIMATED_SPLIT, SCORED_SPLIT):
+    for name in (WAVES_SPLIT, ESTIMATED_SPLIT, SCORED_SPLIT) if decode else ():
         for region in store.written(name):
-            yield from _chunk(store, "split", None, name, region, marked=True, decode=decode)[1]
+            try:
+                store.numbers(name, region)
+            except Damaged as error:
+                yield Damage("split", None, error.why, store.keys(name, region)[0])
     if arrays["choice"]:
-        done, bad = _marks(store, CHOSEN)
+        done, bad = store.records(CHOSEN)
         for why, key in bad.values():
             yield Damage("choice", None, why, key)
         for name in arrays["choice"]:
             for region in store.chunks(name):
-                yield from _chunk(store, "choice", None, name, region, bool(done[0]), decode)[1]
+                yield from _chunk(store, "choice", None, name, region, bool(done.all()), decode)[1]
+
+
+def _span(records: Marks, number: int, tile: int, pairs: int) -> Span:
+    """The pairs of a record, [source, sample, tile of pairs]."""
+    source, sample, at = map(int, np.unravel_index(number, records.shape))
+    return Span(source, sample, range(at * tile, min(at * tile + tile, pairs)))
 
 
 def _block(store: Store, grid: Grid, block: Block, done: bool, decode: bool) -> Iterator[Damage]:
@@ -219,6 +261,11 @@ def _by_pairs(
 ) -> Iterator[Damage]:
     """Chunks of arrays [_, source, sample, pair, ...], needed where any `marks` [source, sample,
     pair] are set."""
+    if store.vouched and what != "edges" and names:
+        records, bad = store.records(ESTIMATES if what == "estimates" else BASELINES)
+        tile = store.chunk_sizes(names[0])[3]
+        for number, (why, key) in bad.items():
+            yield Damage(what, _span(records, number, tile, marks.shape[2]), why, key)
     for name in names:
         for region in store.chunks(name):
             source, sample, pairs = region[1:4]
@@ -230,67 +277,48 @@ def _by_pairs(
 def _chunk(
     store: Store,
     what: str,
-    where: Block | Span | None,
+    where: Block | Span | Literal["once"] | None,
     name: str,
     region: tuple[slice, ...],
     marked: bool,
     decode: bool = True,
 ) -> tuple[NDArray[Any] | None, list[Damage]]:
-    """A chunk's data, and what is wrong with it; neither if it is not there and need not be."""
+    """A chunk's data, and what is wrong with it; neither if it is not there and need not be. What
+    no record vouches for is not there."""
     [key] = store.keys(name, region)
+    vouched = store.vouches(key)
+    if vouched is False:
+        return None, [Damage(what, where, "missing", store.record_of(key))] if marked else []
     if not store.has(key):
-        return None, [Damage(what, where, "missing", key)] if marked else []
+        return None, [Damage(what, where, "missing", key)] if marked or vouched else []
     if not decode:
         return None, []
     try:
         return store.read(name, region), []
     except Damaged as error:
-        return None, [Damage(what, where, _why(error), key)]
-
-
-def _why(error: Damaged) -> Why:
-    """Zstd tells a cut or overwritten frame from one whose content has changed."""
-    return "truncated" if "invalid input" in str(error) else "checksum"
-
-
-def _marks(store: Store, name: str) -> tuple[Marks, dict[int, tuple[Why, str]]]:
-    """A record, in the shape of its array, and the flat indices whose own chunks are damaged."""
-    try:
-        return store.read(name).astype(np.bool_), {}
-    except Damaged:
-        pass
-    marks, bad = np.zeros(store.shape(name), bool), {}
-    for index, region in enumerate(store.chunks(name)):
-        try:
-            marks[region] = store.read(name, region)
-        except Damaged as error:
-            bad[index] = (_why(error), store.keys(name, region)[0])
-    return marks, bad
+        return None, [Damage(what, where, error.why, key)]
 
 
 def _records(store: Store, damage: Damage) -> Iterator[str]:
     """The records that do not hold any more."""
     where = damage.where
-    if damage.what == "split":
+    if damage.what == "split" or where == "once":
         return
     if isinstance(where, Block):
-        yield from _key_of(store, f"completion/{damage.what}", (where.index,))
+        yield store.record_key(f"completion/{damage.what}", (where.index,))
         return
     if damage.what != EDGES:
         for name, grid in store.grids.items():
             for block in blocks(grid):
                 if where is None or where.meets(block):
-                    yield from _key_of(store, f"completion/{name}", (block.index,))
+                    yield store.record_key(f"completion/{name}", (block.index,))
     if where is None:
-        yield from _key_of(store, CHOSEN, (0,))
+        yield store.record_key(CHOSEN, (0,))
     record = SCORED if damage.what == EDGES else ESTIMATED
     if damage.what == EDGES or store.estimators:
-        for source, sample, pair in np.ndindex(store.shape(record)):
-            at = Span(source, sample, range(pair, pair + 1))
+        for source, sample, pair in np.ndindex(store.records(record)[0].shape):
             same = where is not None and (where.source, where.sample) == (source, sample)
-            if where is None or (same and at.pairs[0] in where.pairs):
-                yield from _key_of(store, record, (source, sample, pair))
-
-
-def _key_of(store: Store, record: str, index: tuple[int, ...]) -> list[str]:
-    return store.keys(record, tuple(slice(i, i + 1) for i in index))
+            if where is None or (same and pair in where.pairs):
+                yield store.record_key(record, (source, sample, pair))
+    if store.vouches(damage.key) is not None:  # a chunk
+        yield store.record_of(damage.key)

@@ -26,6 +26,7 @@ from patchsweep.store import (
     check_outside,
     check_own,
     exists,
+    known_by,
     private,
     put_back,
 )
@@ -43,9 +44,9 @@ def check_seen(out: str | Path, processes: Processes) -> None:
         )
 
 
-def found(out: str | Path, settings: Sweep, wanted: bool, replaced: bool) -> Store | None:
-    """The results that are there already. BadInput if there are some, and none are wanted; if `out`
-    is inside others; and if they are to be replaced and something else is inside."""
+def found(out: str | Path, settings: Sweep, wanted: bool, moved: bool) -> Store | None:
+    """The results that are there already, damaged or not. BadInput if there are some, and none are
+    wanted; if `out` is inside others; and if they will be `moved` and something else is inside."""
     check_outside(out)
     put_back(out)
     if not wanted:
@@ -53,21 +54,39 @@ def found(out: str | Path, settings: Sweep, wanted: bool, replaced: bool) -> Sto
     if not exists(out):
         return None
     try:
-        there = Store.open(out, "r+", settings.fsync)
+        there = Store.open(out, "r+", settings.fsync, mending=True)
     except BadInput:
         if exists(out):
             raise
         raise changed(out) from None
-    if replaced:
+    if moved:
         check_own(out)
     return there
 
 
+def to_replace(out: str | Path) -> bytes | None:
+    """What the results that are there already are known by; None if there are none. BadInput for
+    anything else that is there, or inside; and if `out` is inside others."""
+    check_outside(out)
+    put_back(out)
+    if not exists(out):
+        return None
+    known = known_by(out)
+    check_own(out)
+    return known
+
+
+def check_same_there(out: str | Path, before: bytes | None) -> None:
+    """BadInput if another run, which held the lock until now, has changed what is replaced."""
+    if to_replace(out) != before:
+        raise changed(out)
+
+
 def check_unchanged(found: Store) -> None:
     """BadInput if another run, which held the lock until now, has changed the results meanwhile."""
-    if not exists(found.path) or json.dumps(Store.open(found.path).attrs) != json.dumps(
-        found.attrs
-    ):
+    if not exists(found.path):
+        raise changed(found.path)
+    if json.dumps(Store.open(found.path, mending=True).attrs) != json.dumps(found.attrs):
         raise changed(found.path)
 
 
@@ -80,13 +99,20 @@ def further(
     values: Values,
     tokenizer: Any,
 ) -> Fill | None:
-    """What fills larger results with those that are there, if something is appended to them; None
-    if they are only gone on with. BadInput if they are of another sweep."""
+    """What fills larger results with those that are there, if something is appended to them, or
+    newer ones if they are older; None if they are only gone on with. BadInput if they are of
+    another sweep."""
     what = difference(existing, attrs)
-    if not what:
+    if not what and existing.vouched:
         return None
     refused = appending.refusal(existing, plan, settings, attrs, values, tokenizer)
-    check_append(existing, what, refused, append)
+    if what:
+        check_append(existing, what, refused, append)
+    elif refused:
+        raise BadInput(
+            f"{existing.path} is of an older version, and what it holds cannot be taken over: "
+            f"{refused}: choose another --out, or --overwrite to replace it"
+        )
     return partial(appending.copy, existing)
 
 

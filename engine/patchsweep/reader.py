@@ -99,13 +99,13 @@ class Reader:
     @cached_property
     def _reads(self) -> list[int]:
         """Where the answer of every pair is read."""
-        after = [max(1, len(c)) for c in self.store.group_attrs("prompts")["continuation"]]
+        after = [max(1, len(c)) for c in self.store.node_attrs("prompts")["continuation"]]
         return [length - n for length, n in zip(self.lengths, after, strict=True)]
 
     @cached_property
     def labels(self) -> list[dict[str, int]]:
         """Where the labels of every pair are, [pair]."""
-        labels: list[dict[str, int]] = self.store.group_attrs("prompts")["labels"]
+        labels: list[dict[str, int]] = self.store.node_attrs("prompts")["labels"]
         return labels
 
     @cached_property

@@ -129,12 +129,13 @@ def _schema(results: Reader) -> pa.Schema:
     """The Parquet types of the table."""
     import pyarrow as pa
 
+    sources = max(len(grid.sources) for grid in results.store.grids.values())
     names = pa.dictionary(pa.int8(), pa.string())
     value = pa.float64() if results.attrs["dtype"] == "float64" else pa.float32()
     fields = {
         "component": names,
         "direction": names,
-        "source": names,
+        "source": names if sources < 127 else pa.dictionary(pa.int32(), pa.string()),
         "sample": pa.int32(),
         "pair": pa.int32(),
         "layer": pa.int32(),
@@ -150,7 +151,7 @@ def _schema(results: Reader) -> pa.Schema:
 
 def _categories(codes: Any, names: Any, categories: tuple[str, ...]) -> pd.Categorical:
     """A column of names given by number, with the same categories in every piece of the table."""
-    place = np.array([categories.index(name) for name in names], dtype=np.int8)
+    place = np.array([categories.index(name) for name in names], dtype=np.intp)
     return pd.Categorical.from_codes(place[np.asarray(codes, dtype=np.intp)], list(categories))
 
 

@@ -20,7 +20,8 @@ from patchsweep.exactness import exactly
 from patchsweep.forward import as_it_is
 from patchsweep.judge import Judge
 from patchsweep.judge.cells import Cell, Cells, averages, unseen
-from patchsweep.metrics import Context, load_function
+from patchsweep.loading import PACKAGED
+from patchsweep.metrics import Context, Function, given_functions, load_function
 from patchsweep.model import Model, load_model
 from patchsweep.pairs import Pair
 from patchsweep.paths import found as whereabouts
@@ -58,15 +59,24 @@ class Verified:
 
 
 def verify(
-    results: Results | str | Path, cells: int = 20, model: Model | str | None = None, seed: int = 0
+    results: Results | str | Path,
+    cells: int = 20,
+    model: Model | str | None = None,
+    seed: int = 0,
+    *,
+    trust: bool = False,
+    functions: Mapping[str, Function] | None = None,
 ) -> Verified:
     """Run some random cells again as hooked full forwards of the model, and compare.
 
     They share no code with either backend. Structural cells are run too, a quarter as many: they
-    must be the baseline. Every metric of every chosen cell is compared. `model`, or a name to load
-    it by, is needed only where what the results say leads to none: paths are from the working
-    directory on. BadInput for another model than the results', for files of vectors, means, probes
-    or an autoencoder that have changed, and where there is nothing to compare.
+    must be the baseline. Every metric of every chosen cell is compared. What results name is not
+    run because they name it: their model, or a name to load it by, is given as `model`, unless a
+    package ships it, and the functions of their callable metrics as `functions`, by their names
+    package.module:name. With `trust`, for results of one's own, both are loaded by those names;
+    paths are from the working directory on. BadInput for another model than the results', for files
+    of vectors, means, probes or an autoencoder that have changed, and where there is nothing to
+    compare.
     """
     for name, given, least in (("cells", cells, 1), ("seed", seed, 0)):
         if given < least:
@@ -76,6 +86,9 @@ def verify(
     said = attrs["spec"]
     said = shortened(said, whereabouts)
     settings = parse_settings({k: v for k, v in said.items() if k in Sweep.model_fields})
+    known = dict(functions or {})
+    if not trust:
+        _check_trusted(found, settings, model is not None, known)
     if not isinstance(model, Model):
         model = load_model(model or _model_of(attrs), attrs["model_dtype"])
     if model.fingerprint != attrs["model_fingerprint"]:
@@ -99,7 +112,7 @@ def verify(
         )
 
     hf_model = model.hf_model
-    with exactly(model.hf_model), torch.no_grad():
+    with given_functions(known), exactly(hf_model), torch.no_grad():
         judge = Judge(hf_model, pairs[0].clean, plan.dimensions.layers)
         forward = as_it_is(hf_model, plan.layouts.longest)
         patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
@@ -149,6 +162,23 @@ def _called(m: Metric, logits: Tensor, pair: Pair) -> float:
     exact = torch.promote_types(logits.dtype, torch.float32)
     value = load_function(m.path)(logits.to(exact), Context([pair], np.array([2], np.int8)))
     return float(value[0])
+
+
+def _check_trusted(
+    found: Results, settings: Sweep, has_model: bool, functions: Mapping[str, Function]
+) -> None:
+    """BadInput for what would run because the results name it."""
+    name = found.attrs["spec"].get("model") or found.attrs["model"]
+    paths = [m.path for m in settings.metrics if m.name == "callable" and m.path not in functions]
+    what = ""
+    if not has_model and name not in PACKAGED:
+        what = f"the model {name!r} (give it with model=)"
+    elif paths:
+        what = f"the function {paths[0]} (give it with functions=)"
+    elif settings.remote:
+        what = "remote: true, and would send the prompts to another machine"
+    if what:
+        raise BadInput(f"{found.path} names {what}: if these results are your own, add --trust")
 
 
 def _apart(

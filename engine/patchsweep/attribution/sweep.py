@@ -142,7 +142,7 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
     once, by what was estimated; then as the results say."""
     ways = [(d, s) for d in range(len(plan.directions)) for s in range(len(plan.sources))]
     if not store.chosen():
-        results = Results(store)
+        results, choices = Results(store), dict[str, dict[str, Bytes]]()
         for name in store.estimators:
             cells = plan.grids[name].shape[4:]
             status, stratum = np.zeros(
@@ -156,8 +156,8 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
                 ]
                 found = choose(np.stack(scores), possible(plan, name, d, s), settings.prefilter)
                 status[d, s], stratum[d, s] = found.status, found.stratum
-            store.write_choice(name, status=status, stratum=stratum)
-        store.mark_chosen()
+            choices[name] = {"status": status, "stratum": stratum}
+        store.write_choice(choices)
     stored = {name: store.read(f"choice/{name}_status") for name in store.estimators}
     return narrowed(plan, {(name, d, s): stored[name][d, s] for name in stored for d, s in ways})
 

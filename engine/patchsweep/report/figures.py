@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 DPI = 150
 LONGEST = 40  # characters of a set's name
 FORMATS = ("png", "svg", "pdf")
+NAME = 200  # bytes of a file's, of the 255 that file systems take
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def plot(
     files = []
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for name, figure in _figures(results, wanted):
+        taken = set[str]()
+        for said, figure in _figures(results, wanted):
+            name = file_name(said, taken)
             for suffix in formats:
                 files.append(out / f"{name}.{suffix}")
                 save(figure, files[-1])
@@ -85,6 +88,16 @@ def _check(results: Results, wanted: Wanted, formats: Sequence[str]) -> None:
         raise BadInput(f"no format '{min(unknown)}': use one of {', '.join(FORMATS)}")
 
 
+def file_name(said: str, taken: set[str]) -> str:
+    """A name for a file, of letters, digits and a few signs, that none of those `taken` has; it is
+    taken then. Names of sources and metrics are a user's, and may be anything."""
+    plain = re.sub(r"[^\w.=-]", "_", said).encode()[:NAME].decode(errors="ignore")
+    others = (f"{plain}-{i}" for i in itertools.count(2))
+    name = next(n for n in itertools.chain([plain], others) if n not in taken)
+    taken.add(name)
+    return name
+
+
 def _figures(results: Results, wanted: Wanted) -> Iterator[tuple[str, Figure]]:
     """Every figure and its name."""
     singles = [c for c in wanted.components or results.components if c != SETS]
@@ -96,12 +109,9 @@ def _figures(results: Results, wanted: Wanted) -> Iterator[tuple[str, Figure]]:
             said = [component, metric, direction, *([source] if len(grid.sources) > 1 else [])]
             asked = component, metric, direction, source
             for picture in _pictures(results, asked, wanted):
-                name = re.sub(r"[^\w.=-]", "_", "-".join([*said, picture.view]))
                 sure = results.sure(*asked, picture.cells, wanted.align)
-                yield (
-                    name,
-                    drawing.draw(results, *asked[:3], picture, number, sure=sure),
-                )
+                figure = drawing.draw(results, *asked[:3], picture, number, sure=sure)
+                yield "-".join([*said, picture.view]), figure
     if SETS not in (wanted.components or results.components) or wanted.views:
         return
     named = list(results.attrs["spec"].get("sets", {}))

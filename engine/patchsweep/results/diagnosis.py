@@ -44,6 +44,7 @@ class Diagnosed(Together):
 
 # Every cause in the order of what is said, with what to do about it.
 CAUSES = {
+    "older": "--resume takes it over",
     "not done": "continue with --resume",
     "not finite": "try dtype: float32, half precision overflows",
     "doubts": "",
@@ -99,7 +100,9 @@ class _Found:
 
 
 def _unfinished(results: Diagnosed, found: _Found) -> None:
-    """What is not done yet, or not finite."""
+    """What is not done yet, or not finite, or not known for sure."""
+    if not results.store.vouched:
+        found.add("older", ["of an older version, which notices less of what is damaged"])
     for name in results.components:
         done = results.store.done(name)
         missing = int((~done).sum())

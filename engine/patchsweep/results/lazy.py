@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from patchsweep.effect import Array, change, ratio
 from patchsweep.results.columns import Columns
 from patchsweep.results.effects import Effects
-from patchsweep.sites import DIMENSIONS, MEASURED, SETS, Grid, Status
+from patchsweep.sites import DIMENSIONS, MEASURED, SETS, Status
 from patchsweep.store import Store
 
 _COLUMN = "column"
@@ -23,25 +24,28 @@ _COLUMN = "column"
 
 def dataset(results: Effects, component: str, by: str | None, squeeze: bool) -> xr.Dataset:
     """See `Results.to_xarray`."""
-    grid = results.grid(component)
-    ds = results.store.opened(component)
+    grid, store = results.grid(component), results.store
+    found: dict[str, xr.Variable] = {}
     for metric in results.metrics:
-        effect = _LazyEffect(
-            results.store, f"{component}/{metric}", grid, *results.ends(metric, grid)
-        )
-        name = f"effect on {metric} (0 = destination, 1 = source)"
-        ds[f"{metric}_effect"] = xr.Variable(
-            DIMENSIONS, indexing.LazilyIndexedArray(effect), {"long_name": name}
-        )
-    kinds = ["", "_effect", "_status"]
-    kinds += ["_estimate"] if component in results.store.estimators else []
-    ds = ds[[f"{metric}{kind}" for metric in results.metrics for kind in kinds]]
+        name = f"{component}/{metric}"
+        of_effect = f"effect on {metric} (0 = destination, 1 = source)"
+        effect = _LazyEffect(store, name, *results.ends(metric, grid))
+        found[metric] = _variable(_Lazy(store, name), store.node_attrs(name))
+        found[f"{metric}_effect"] = _variable(effect, {"long_name": of_effect})
+        found[f"{metric}_status"] = _variable(_Lazy(store, f"{name}_status"), {})
+        if component in store.estimators:
+            name = f"{name}_estimate"
+            found[f"{metric}_estimate"] = _variable(_Lazy(store, name), store.node_attrs(name))
+    unit_name = store.node_attrs(component).get("unit_name", "")
+    coordinates = {dim: (dim, _plain(store.read(f"{component}/{dim}"))) for dim in DIMENSIONS}
+    ds = xr.Dataset(found, coordinates, {"unit_name": unit_name})
     if find_spec("dask"):
         # Without a token dask would read everything, for a name of its own.
-        ds = ds.chunk(ds[results.metrics[0]].encoding["preferred_chunks"], token=uuid.uuid4().hex)
+        chunks = dict(zip(DIMENSIONS, grid.chunks, strict=True))
+        ds = ds.chunk(chunks, token=uuid.uuid4().hex)
     if by is not None:
         ds = _by_meaning(results, component, ds, results.columns(component, by))
-    unit = "" if component == SETS else ds.attrs["unit_name"]
+    unit = "" if component == SETS else unit_name
     ds = ds.rename(unit=unit) if unit else ds.isel(unit=0, drop=True)
     if component == SETS:
         ds = ds.rename(position="set").isel(layer=0, drop=True)
@@ -92,22 +96,39 @@ def _statuses(status: xr.DataArray, members: xr.DataArray) -> Any:
     return found.astype(np.uint8).assign_attrs(status.attrs)
 
 
-class _LazyEffect(BackendArray):
-    """The effect of every cell, [DIMENSIONS], computed for the region that is asked for."""
+def _variable(array: BackendArray, attrs: dict[str, Any]) -> xr.Variable:
+    return xr.Variable(DIMENSIONS, indexing.LazilyIndexedArray(array), attrs)
 
-    def __init__(
-        self, store: Store, name: str, grid: Grid, destination: Array, source: Array
-    ) -> None:
-        self.shape = grid.shape
-        self.dtype = np.dtype(np.float64)
+
+def _plain(coordinate: NDArray[Any]) -> NDArray[Any]:
+    """Text as objects, as xarray opens it."""
+    return coordinate.astype(object) if coordinate.dtype.kind in "UT" else coordinate
+
+
+class _Lazy(BackendArray):
+    """An array of the results, [DIMENSIONS], read for the region that is asked for."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.shape, self.dtype = store.shape(name), store.dtype(name)
         self._store, self._name = store, name
-        self._destination, self._source = (
-            end[..., None, None, None] for end in (destination, source)
-        )
 
     def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
         return indexing.explicit_indexing_adapter(
             key, self.shape, indexing.IndexingSupport.BASIC, self._region
+        )
+
+    def _region(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        return self._store.read(self._name, key)
+
+
+class _LazyEffect(_Lazy):
+    """The effect of every cell, computed for the region that is asked for."""
+
+    def __init__(self, store: Store, name: str, destination: Array, source: Array) -> None:
+        super().__init__(store, name)
+        self.dtype = np.dtype(np.float64)
+        self._destination, self._source = (
+            end[..., None, None, None] for end in (destination, source)
         )
 
     def _region(self, key: tuple[Any, ...]) -> Array:

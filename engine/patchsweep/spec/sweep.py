@@ -20,7 +20,7 @@ from pydantic import (
 from patchsweep.errors import BadInput
 from patchsweep.limits import check_data, check_name
 from patchsweep.loading import DEVICES, check_placement, memory_limits
-from patchsweep.sites import DIRECTIONS, WINDOWED, Direction, component
+from patchsweep.sites import DIMENSIONS, DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
@@ -30,6 +30,7 @@ from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+KINDS = ("_status", "_effect", "_estimate", "_noise_floor")  # of columns beside a metric's
 S = TypeVar("S", bound="Sweep")
 
 
@@ -125,9 +126,20 @@ class Sweep(Data):
     @classmethod
     def _metrics(cls, value: object) -> tuple[Metric, ...]:
         metrics = tuple(parse_metric(v) for v in list_of(value, "metric"))
-        for metric in metrics:
-            check_name(metric.column, "metric")
-        list_of([metric.column for metric in metrics], "metric")
+        columns = [metric.column for metric in metrics]
+        for column in columns:
+            check_name(column, "metric")
+        list_of(columns, "metric")
+        named = {
+            *DIMENSIONS,
+            "run",
+            "component",
+            "token",
+            *(f"{c}{kind}" for c in columns for kind in KINDS),
+        }
+        for column in columns:
+            if column in named:
+                raise ValueError(f"'{column}' is the name of another column: rename the function")
         return metrics
 
     @field_validator("windows", mode="before")

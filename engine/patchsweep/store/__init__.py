@@ -54,18 +54,16 @@ are objects of the same names.
     store.py        the results of a sweep
 """
 
-from patchsweep.store.array_store import Damaged
 from patchsweep.store.arrays import (
-    CHOSEN,
-    EDGES,
     ESTIMATED,
     ESTIMATED_SPLIT,
     RUNS,
-    SCORED,
     SCORED_SPLIT,
     WAVES_SPLIT,
 )
-from patchsweep.store.files import writing
+from patchsweep.store.damage import Damaged, Why
+from patchsweep.store.files import OLDER, SCHEMA, writing
+from patchsweep.store.ledger import BASELINES, CHOSEN, EDGES, ESTIMATES, SCORED
 from patchsweep.store.outside import MADE, check_made, check_outside, replacing
 from patchsweep.store.place import (
     beside,
@@ -73,20 +71,25 @@ from patchsweep.store.place import (
     check_own,
     exists,
     job_folder,
+    known_by,
     locked,
     path_or_url,
     private,
     put_back,
 )
 from patchsweep.store.prompts import stored_pairs
-from patchsweep.store.store import SCHEMA, Store, changed, pack, remove
+from patchsweep.store.store import Store, changed
+from patchsweep.store.whole import pack, remove
 
 __all__ = [
+    "BASELINES",
     "CHOSEN",
     "EDGES",
     "ESTIMATED",
     "ESTIMATED_SPLIT",
+    "ESTIMATES",
     "MADE",
+    "OLDER",
     "RUNS",
     "SCHEMA",
     "SCORED",
@@ -94,6 +97,7 @@ __all__ = [
     "WAVES_SPLIT",
     "Damaged",
     "Store",
+    "Why",
     "beside",
     "changed",
     "check_free",
@@ -102,6 +106,7 @@ __all__ = [
     "check_own",
     "exists",
     "job_folder",
+    "known_by",
     "locked",
     "pack",
     "path_or_url",

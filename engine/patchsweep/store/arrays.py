@@ -11,11 +11,10 @@ import zarr
 from zarr.codecs import ZstdCodec
 
 from patchsweep.sites import DIMENSIONS, Grid, unit_name
+from patchsweep.store.ledger import EDGES, SCORED, Ledger
 
 RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
-CHOSEN = "completion/choice"
-EDGES, SCORED = "edges", "completion/edges"
 # How far what was computed together was split, because it ran out of memory.
 WAVES_SPLIT = "completion/waves_split"
 ESTIMATED_SPLIT, SCORED_SPLIT = f"{ESTIMATED}_split", f"{SCORED}_split"
@@ -70,14 +69,27 @@ def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype
     }
     for name, data in coordinates.items():
         put(group, name, (name,), data)
-    completion = root.require_group("completion")
-    blocks = math.prod(grid.tiles)
-    create_array(completion, grid.component, ("block",), (blocks,), (1,), "uint8", 0)
 
 
 def create_splits(root: zarr.Group, blocks: int) -> None:
     """Of as many waves as there can be: of one block each."""
-    create_array(root, WAVES_SPLIT, ("wave",), (blocks,), (1,), "uint8", 0)
+    create_array(root, WAVES_SPLIT, ("wave",), (blocks,), (1,), "uint64", 0)
+
+
+def create_records(root: zarr.Group, ledger: Ledger) -> None:
+    """One after another, each a chunk."""
+    dims, shape = ("record",), (ledger.size,)
+    create_array(root, ledger.name, dims, shape, (ledger.length,), "uint64", 0)
+
+
+def chunk_counts(root: zarr.Group) -> dict[str, tuple[int, ...]]:
+    """How many chunks every array has, along its dimensions."""
+    members = root.members(max_depth=None)
+    return {
+        name: tuple(-(-n // c) for n, c in zip(member.shape, member.chunks, strict=True))
+        for name, member in members
+        if isinstance(member, zarr.Array)
+    }
 
 
 def create_estimates(
@@ -102,12 +114,11 @@ def create_estimates(
             create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
     for name in (ESTIMATED, ESTIMATED_SPLIT):
         create_marks(root, name, grids[0])
-    create_array(root, CHOSEN, ("choice",), (1,), (1,), "uint8", 0)
 
 
 def create_marks(root: zarr.Group, name: str, grid: Grid) -> None:
     shape = (len(grid.sources), grid.samples, grid.pairs)
-    create_array(root, name, ("source", "sample", "pair"), shape, (1, 1, 1), "uint8", 0)
+    create_array(root, name, ("source", "sample", "pair"), shape, (1, 1, 1), "uint64", 0)
 
 
 def create_edges(
@@ -135,8 +146,7 @@ def create_edges(
         array.update_attributes({"approximation": f"edge attribution patching ({text})"})
     for name, data in coordinates.items():
         put(group, name, (name,), data)
-    for name in (SCORED, SCORED_SPLIT):
-        create_marks(root, name, grid)
+    create_marks(root, SCORED_SPLIT, grid)
 
 
 def create_baseline(

@@ -12,22 +12,30 @@ import json
 import os
 import socket
 from collections.abc import Container, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, unquote
 
-import zarr
-from zarr.storage import ObjectStore
-
 from patchsweep.errors import BadInput
-from patchsweep.store.files import ROOT, attributes, clear_job, marked, unfinished
+from patchsweep.store.files import (
+    ROOT,
+    attributes,
+    check_no_link,
+    clear_job,
+    marked,
+    unfinished,
+)
+from patchsweep.store.manifest import MANIFEST, root_of
+from patchsweep.store.nodes import first_of_v2
 from patchsweep.store.owned import not_ours, owned
 
 SCHEMES = ("s3", "gs", "az", "memory", "file")
+AT_ONCE = 16  # GETs
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,9 @@ class Bucket:
             return any(True for _ in self.files())
 
     def get(self, key: str) -> bytes:
+        scheme, _, folder = parts_of(self.at)
+        if scheme == "file":
+            check_no_link(Path("/", folder), key)
         with self.reading():
             return bytes(_obstore().get(_objects(self.at), key).bytes())
 
@@ -83,10 +94,24 @@ class Bucket:
     def listed(self) -> Container[str]:
         return frozenset(self.files())
 
-    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        with self.reading():
-            files = ObjectStore(_objects(self.at), read_only=mode == "r")
-            return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
+    def gets(self, keys: Iterable[str]) -> dict[str, bytes]:
+        def one(key: str) -> tuple[str, bytes | None]:
+            try:
+                return key, self.get(key)
+            except FileNotFoundError:
+                return key, None
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            return {key: found for key, found in pool.map(one, keys) if found is not None}
+
+    def put(self, key: str, content: bytes) -> None:
+        _obstore().put(_objects(self.at), key, content)
+
+    def check_writable(self) -> None:
+        """Who writes is told."""
+
+    def of_v2(self, groups: Iterable[str]) -> str | None:  # noqa: ARG002
+        return first_of_v2(self.files())
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -126,10 +151,8 @@ class Bucket:
             raise BadInput(not_ours(self, key))
 
     def _attrs(self) -> dict[str, Any]:
-        try:
-            return attributes(self.get(ROOT))
-        except FileNotFoundError:
-            return {}
+        found = self.gets((ROOT, MANIFEST))
+        return attributes(root_of(found.get(ROOT, b""), found.get(MANIFEST, b"")))
 
     @contextmanager
     def laid_out(
@@ -137,7 +160,7 @@ class Bucket:
         attrs: Mapping[str, Any],
         fsync: bool,  # noqa: ARG002
         instead: bool,
-    ) -> Iterator[zarr.Group]:
+    ) -> Iterator[Bucket]:
         if instead:
             raise BadInput(
                 f"{self}: at a URL nothing takes the place of results as a whole: append to a copy "
@@ -146,7 +169,7 @@ class Bucket:
         self.delete()  # what a kill has left
         try:
             self._put_unfinished(attrs)
-            yield self.group("r+")
+            yield self
         except BaseException:
             with suppress(BadInput), self.writing("run again"):
                 self.delete()
@@ -222,8 +245,7 @@ class Bucket:
         )
 
     def _put_unfinished(self, attrs: Mapping[str, Any]) -> None:
-        root = {"zarr_format": 3, "node_type": "group", "attributes": unfinished(attrs)}
-        _obstore().put(_objects(self.at, make=True), ROOT, json.dumps(root).encode())
+        _obstore().put(_objects(self.at, make=True), ROOT, unfinished(attrs))
 
 
 def _holder(lock: bytes) -> dict[str, Any] | None:

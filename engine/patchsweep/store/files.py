@@ -17,7 +17,11 @@ from typing import Any, Literal
 from patchsweep.errors import BadInput
 
 ROOT = "zarr.json"
+SCHEMA = 3
+OLDER = 2  # without a manifest, with records that only mark what is done: it is read
 MARK = "patchsweep_schema"  # of results, in the attributes of the root
+
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 
 # Causes that a user can mend: what is wrong, and the mend.
 _CAUSES = {
@@ -58,16 +62,43 @@ def attributes(root: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what keeps one from reading into BadInput; that a file is not there is something else,
+    and so is damage."""
+    try:
+        yield
+    except ABSENT:
+        raise
+    except OSError as exc:
+        said = (os.strerror(exc.errno) if exc.errno else str(exc)).lower()
+        denied = exc.errno in (errno.EACCES, errno.EPERM)
+        mend = "make it readable" if denied else "see to the disk or the network"
+        raise BadInput(f"cannot read {path}: {said}; {mend} and run again") from exc
+
+
+def check_no_link(results: Path, key: str) -> None:
+    """BadInput for a link in results: what it points to is not theirs."""
+    path = results
+    for part in key.split("/"):
+        path /= part
+        if path.is_symlink():
+            raise BadInput(
+                f"{path} is a symbolic link: results hold none; put there what it points to"
+            )
+
+
 def marked(root: bytes) -> int | None:
     """The schema version that a root `zarr.json` says, None where it says none."""
     schema = attributes(root).get(MARK)
     return schema if isinstance(schema, int) else None
 
 
-def unfinished(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    """The root attributes of results that are half laid out or half deleted: what they consist of,
+def unfinished(attrs: Mapping[str, Any]) -> bytes:
+    """The root `zarr.json` of results that are half laid out or half deleted: what they consist of,
     and that they are none yet, or none any more."""
-    return {MARK: 0, **{key: attrs[key] for key in ("components", "metrics") if key in attrs}}
+    said = {MARK: 0, **{key: attrs[key] for key in ("components", "metrics") if key in attrs}}
+    return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": said}).encode()
 
 
 # What is in the folder of a job, beside the results.

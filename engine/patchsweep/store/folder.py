@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import os
+import uuid
 import zipfile
+import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import zarr
 from filelock import FileLock, Timeout
-from zarr.storage import ZipStore
 
 from patchsweep.errors import BadInput
+from patchsweep.store.damage import damaged
 from patchsweep.store.files import (
+    ABSENT,
     ROOT,
     all_hidden,
     attributes,
+    check_no_link,
     clear_job,
     files_of,
     hidden,
     marked,
+    reading,
     settle,
     unfinished,
     writing,
 )
+from patchsweep.store.manifest import MANIFEST, root_of
+from patchsweep.store.nodes import OF_V2, first_of_v2
 from patchsweep.store.owned import Owned, not_ours, owned
 
-_UNFINISHED = ".partial"  # how Zarr ends the name of a file that it is writing
+_UNFINISHED = ".partial"  # how the name of a file ends that is being written
 
 
 @dataclass(frozen=True)
@@ -64,29 +70,78 @@ class Folder:
             return self.at.exists()
 
     def get(self, key: str) -> bytes:
-        return (self._files / key).read_bytes()
+        with reading(self.at / key):
+            if isinstance(self._files, zipfile.Path):
+                return self._unzipped(self._files.root, key)
+            check_no_link(self.at, key)
+            return (self.at / key).read_bytes()
+
+    def _unzipped(self, packed: zipfile.ZipFile, key: str) -> bytes:
+        try:
+            return packed.read(key)
+        except KeyError:
+            raise FileNotFoundError(key) from None
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError):
+            raise damaged(self.at, key, "checksum") from None
+
+    def gets(self, keys: Iterable[str]) -> dict[str, bytes]:
+        found = {}
+        for key in keys:
+            with suppress(*ABSENT):
+                found[key] = self.get(key)
+        return found
+
+    def put(self, key: str, content: bytes) -> None:
+        file = self.at / key
+        partial = file.with_suffix(f".{uuid.uuid4().hex}{_UNFINISHED}")
+        try:
+            partial.write_bytes(content)
+        except FileNotFoundError:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+        try:
+            partial.replace(file)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
     def files(self) -> Iterable[str]:
         if isinstance(self._files, zipfile.Path):
-            return self._files.root.namelist()
-        files = (p for p in self.at.rglob("*") if p.is_file())
-        return sorted(p.relative_to(self.at).as_posix() for p in files if p.suffix != _UNFINISHED)
+            return [name for name in self._files.root.namelist() if not name.endswith("/")]
+        found = []
+        with reading(self.at):
+            for above, _, names in os.walk(self.at, onerror=_raised):
+                found += [Path(above, name) for name in names if not name.endswith(_UNFINISHED)]
+        return sorted(path.relative_to(self.at).as_posix() for path in found)
 
     def __contains__(self, key: object) -> bool:
-        return (self._files / str(key)).exists()
+        path = self._files / str(key)
+        with reading(self.at / str(key)):
+            if isinstance(path, zipfile.Path):
+                return path.exists()
+            with suppress(*ABSENT):
+                path.lstat()
+                return True
+        return False
 
     def listed(self) -> Container[str]:
         return self
 
-    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        packed = isinstance(self._files, zipfile.Path)
-        if packed and mode == "r+":
+    def check_writable(self) -> None:
+        if isinstance(self._files, zipfile.Path):
             raise BadInput(f"{self} is a zip file, only to be read: unpack it")
-        files = ZipStore(self.at, mode="r") if packed else self.at
-        return zarr.open_group(files, mode=mode, zarr_format=3, use_consolidated=False)
 
-    def reading(self) -> AbstractContextManager[None]:
-        return nullcontext()
+    def of_v2(self, groups: Iterable[str]) -> str | None:
+        if isinstance(self._files, zipfile.Path):
+            return first_of_v2(self._files.root.namelist())
+        with reading(self.at):
+            for group in groups:
+                found = [path for path in (self.at / group).glob("*") if path.is_dir()]
+                for folder in (self.at / group, *found):
+                    for name in OF_V2:
+                        if (folder / name).exists():
+                            return (folder / name).relative_to(self.at).as_posix()
+        return None
 
     def writing(self, then: str) -> AbstractContextManager[None]:
         return writing(self.at, then)
@@ -115,14 +170,14 @@ class Folder:
         return next((key for key, _ in _entries(self.at.resolve(), ours, theirs=True)), None)
 
     @contextmanager
-    def laid_out(
-        self, attrs: Mapping[str, Any], fsync: bool, instead: bool
-    ) -> Iterator[zarr.Group]:
+    def laid_out(self, attrs: Mapping[str, Any], fsync: bool, instead: bool) -> Iterator[Folder]:
         target = self.at.resolve()
         partial, aside = hidden(target), hidden(target, "replaced")
         try:
-            partial.parent.mkdir(parents=True, exist_ok=True)
-            yield zarr.create_group(partial, zarr_format=3, attributes=unfinished(attrs))
+            partial.mkdir(parents=True)
+            here = Folder(partial)
+            here.put(ROOT, unfinished(attrs))
+            yield here
             if fsync:
                 settle((p for p in partial.rglob("*") if p.is_file()), partial)
             if instead:
@@ -219,10 +274,15 @@ class Folder:
 
 
 def _root(folder: Path) -> bytes:
-    try:
-        return (folder / ROOT).read_bytes()
-    except OSError:
-        return b""
+    """The root `zarr.json`, or where it is lost or damaged what the manifest has of it."""
+
+    def read(key: str) -> bytes:
+        try:
+            return (folder / key).read_bytes()
+        except OSError:
+            return b""
+
+    return root_of(read(ROOT), read(MANIFEST))
 
 
 def _entries(root: Path, ours: Owned, *, theirs: bool) -> Iterator[tuple[str, Path]]:
@@ -269,3 +329,7 @@ def _deleted(results: Path, name: Path) -> None:
     doomed = hidden(name)
     results.rename(doomed)
     _cleared(doomed)
+
+
+def _raised(error: OSError) -> None:
+    raise error

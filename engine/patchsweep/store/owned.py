@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from patchsweep.sites import DIMENSIONS, SETS, Site
-from patchsweep.store.arrays import EDGES, RUNS
+from patchsweep.store.arrays import RUNS
 from patchsweep.store.files import ROOT
+from patchsweep.store.ledger import EDGES
 
 _CHUNK = re.compile(r"c(/\d+)*")
 # What Zarr, and obstore in files, write before they rename it.
@@ -77,6 +78,7 @@ def owned(attrs: Mapping[str, Any]) -> Owned:
     groups["baseline"] = {f"{m}{kind}" for m in metrics for kind in ("", "_noise_floor")}
     groups["baseline"] |= {"run", *DIMENSIONS[1:4]}
     groups["prompts"] = _PROMPTS
+    groups |= {"manifest": set(), "summary": {"second"}, "records": {"baseline", "estimates"}}
     return Owned({name: frozenset(arrays) for name, arrays in groups.items()})
 
 

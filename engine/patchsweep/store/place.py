@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Container, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, Protocol
-from zipfile import BadZipFile
-
-import zarr
+from typing import Any, Protocol
 
 from patchsweep.errors import BadInput
 from patchsweep.paths import usable
 from patchsweep.store.bucket import SCHEMES, Bucket, parts_of
-from patchsweep.store.files import ROOT, marked
+from patchsweep.store.files import ROOT, SCHEMA, marked
 from patchsweep.store.folder import Folder
+from patchsweep.store.manifest import MANIFEST, root_of
 
 LONGEST = 220  # bytes of a name: names of what lies beside it are longer
 
@@ -48,7 +46,14 @@ class Place(Protocol):
         """Whether anything is there but results that a kill has left half laid out."""
 
     def get(self, key: str) -> bytes:
-        """The content of a file; FileNotFoundError if it is not there."""
+        """The content of a file; FileNotFoundError if it is not there, BadInput if it is a link or
+        cannot be read."""
+
+    def gets(self, keys: Iterable[str]) -> dict[str, bytes]:
+        """The contents of those files that are there."""
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write a file, whole or not at all."""
 
     def files(self) -> Iterable[str]:
         """The files that are there."""
@@ -59,11 +64,12 @@ class Place(Protocol):
     def listed(self) -> Container[str]:
         """The files that are there, for one who asks after many."""
 
-    def group(self, mode: Literal["r", "r+"]) -> zarr.Group:
-        """The root group of results."""
+    def check_writable(self) -> None:
+        """BadInput for what can only be read."""
 
-    def reading(self) -> AbstractContextManager[None]:
-        """Turns what keeps one from a far place into BadInput; damage is something else."""
+    def of_v2(self, groups: Iterable[str]) -> str | None:
+        """The name of a file that makes these groups, or what is in them, Zarr v2; None if there
+        is none."""
 
     def writing(self, then: str) -> AbstractContextManager[None]:
         """Turns what is refused inside into BadInput; `then` is what to do after the mend."""
@@ -83,10 +89,10 @@ class Place(Protocol):
 
     def laid_out(
         self, attrs: Mapping[str, Any], fsync: bool, instead: bool
-    ) -> AbstractContextManager[zarr.Group]:
-        """A new root group, results once its attributes are complete, the last thing: all of it or
-        nothing; `attrs` say what they will consist of. `instead`: it then takes the place of the
-        results that are there, so more can be written to it before."""
+    ) -> AbstractContextManager[Place]:
+        """Where files are to be written that will be results once the root is, the last thing: all
+        of them or nothing; `attrs` say what they will consist of. `instead`: they then take the
+        place of the results that are there."""
 
     def put_back(self) -> None:
         """Results that a kill has caught while others took their place are there again."""
@@ -156,11 +162,27 @@ def exists(at: str | Path) -> bool:
 
 
 def schema_of(place: Place) -> int | None:
-    """The schema version of results, None for anything else."""
-    try:
-        return marked(place.get(ROOT))
-    except (OSError, KeyError, BadZipFile):
-        return None
+    """The schema version of results, None for anything else. BadInput for what cannot be read."""
+    found = place.gets((ROOT, MANIFEST))
+    return marked(root_of(found.get(ROOT, b""), found.get(MANIFEST, b"")))
+
+
+def known_by(at: str | Path) -> bytes:
+    """The root of results, whatever their schema, unless that is newer; BadInput for anything
+    else."""
+    place = place_of(at)
+    schema = schema_of(place)
+    if not schema:
+        raise BadInput(f"{place.at} is not a results folder of patchsweep: check the path")
+    if schema > SCHEMA:
+        raise BadInput(another_schema(place, schema))
+    return place.gets([ROOT]).get(ROOT, b"")
+
+
+def another_schema(place: Place, schema: int) -> str:
+    """The line that refuses results of another schema."""
+    mend = "update it" if schema > SCHEMA else "run the sweep again with --overwrite"
+    return f"{place.at} has schema {schema}, this patchsweep reads {SCHEMA}: {mend}"
 
 
 def check_own(at: str | Path) -> None:

@@ -50,7 +50,7 @@ def create_prompts(
 
 def stored_pairs(store: ArrayStore) -> list[Pair]:
     """The prompt pairs of the sweep."""
-    said = store.group_attrs("prompts")
+    said = store.node_attrs("prompts")
     clean, corrupt, align = (
         store.read(f"prompts/{name}").tolist()
         for name in ("clean_tokens", "corrupt_tokens", "align")
