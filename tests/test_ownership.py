@@ -29,10 +29,10 @@ from test_urls import make
 from tiny import arrays, build, rows, save, tokenizer, write_pairs, write_spec
 
 # Names below the results of the sweeps here: groups, arrays, chunks.
-GROUP = r"(head_z|mlp_out|sets|baseline|prompts|completion|choice|edges)"
+GROUP = r"(head_z|mlp_out|sets|baseline|prompts|completion|choice|edges|manifest|summary|records)"
 ARRAY = (
     r"((logit_diff|kl|prob)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
-    r"|position|run|(clean|corrupt)_(tokens|text)|length|align|group|head_z|mlp_out|sets|choice"
+    r"|position|run|second|baseline|estimates|(clean|corrupt)_(tokens|text)|length|align|group|head_z|mlp_out|sets|choice"
     r"|waves_split|(estimates|edges)(_split)?|site_\w+|sender|receiver|(head_z|mlp_out)_(status|stratum))"
 )
 HALF = r"(\.[0-9a-f]{32}\.partial)?"
