@@ -35,6 +35,7 @@ UNDONE = "right, and said not to be done"
 WRONG, RAW = "WRONG FIGURES", "RAW EXCEPTION"
 AGAIN, NOT_AGAIN = "same bits after --resume", "OTHER BITS AFTER --resume"
 HIDDEN = "CHECK IS CLEAN, --resume CHANGES BITS"
+SLOW = {"page": 8, "show": 2}  # readers that only every so many corruptions are tried with
 METRICS = ["logit_diff", "prob"]
 
 
@@ -56,8 +57,8 @@ class Sweep:
 def sweeps(folder: Path) -> Iterator[Sweep]:
     """Sweeps that have, together, every part that results can have."""
     model = ps.wrap(build().double(), tokenizer())
-    pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(3)]
-    of_six = [row for row in rows(40) if len(row["clean"].split()) == 6][:3]
+    pairs = [ps.make_pair(model.tokenizer, **row) for row in rows(2)]
+    of_six = [row for row in rows(40) if len(row["clean"].split()) == 6][:2]
     equal = [ps.make_pair(model.tokenizer, **row) for row in of_six]
     aligned = [ps.make_pair(model.tokenizer, **longer(row)) for row in rows(2, seed=1)]
     weights = draw("b_enc")
@@ -68,7 +69,7 @@ def sweeps(folder: Path) -> Iterator[Sweep]:
         {k: v.astype(np.float32) for k, v in weights.items()}, folder / "dictionary.safetensors"
     )
     sae = {"file": str(folder / "dictionary.safetensors"), "layer": 1, "at": "mlp_out"}
-    common = {"metrics": METRICS, "token_budget": 120}
+    common = {"metrics": METRICS, "token_budget": 400}
     given: dict[str, tuple[list[ps.Pair], dict[str, Any]]] = {
         "prefilter, edges, windows": (
             pairs,
@@ -243,6 +244,14 @@ def seen(path: Path, folder: Path) -> Iterator[tuple[str, Any]]:
     yield "zip", lambda: packed(path, folder)
 
 
+def loaded(path: Path) -> dict[str, dict[str, Any]]:
+    results = ps.open(path)
+    of = {c: results.to_xarray(c).reset_coords() for c in results.components}
+    return {
+        c: {name: ds[name].values for name in [*ds.data_vars, *ds.coords]} for c, ds in of.items()
+    }
+
+
 def shown(path: Path) -> str:
     console = Console(file=io.StringIO(), width=100)
     show(ps.open(path), console)
@@ -306,9 +315,8 @@ def _part_of(found: pd.DataFrame, expected: pd.DataFrame) -> bool:
     """Whether a table has only rows of another."""
     if list(found.columns) != list(expected.columns) or len(found) >= len(expected):
         return False
-    key = ["component", "direction", "source", "sample", "pair", "layer", "unit", "position"]
     whole = {tuple(map(str, row)) for row in expected.itertuples(index=False)}
-    return bool(key) and {tuple(map(str, row)) for row in found.itertuples(index=False)} <= whole
+    return {tuple(map(str, row)) for row in found.itertuples(index=False)} <= whole
 
 
 def outcome(kind: str, read: Callable[[], Any], expected: Any) -> tuple[str, str]:
@@ -340,6 +348,8 @@ def corrupted(
         return
     example = f"{sweep.name}: {key}, {how} (seed {seed})"
     for kind, read in seen(out, work):
+        if kind in SLOW and seed % SLOW[kind]:
+            continue
         ending, said = outcome(kind, read, expected[kind])
         outcomes.add(f"{how}: {kind}", ending, f"{example}: {said}")
     try:

@@ -12,17 +12,18 @@ Layout under the results folder:
 - `edges/<metric>`, where the sweep scores edges: [direction, source, sample, pair, sender,
   receiver], NaN where there is no edge, with the nodes' texts as coordinates; its attribute
   `approximation` says how it was made.
-- `completion/estimates`, `completion/edges` uint8 [source, sample, pair], chunks of one: whose
-  estimates, whose edges' scores are written.
 - `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
-  position]: what becomes of an estimated component's cells (`prefilter.Choice`);
-  `completion/choice` uint8 [1]: whether that is written.
-- `completion/<component>` uint8 [block], one per chunk, chunks of one: no two processes write the
-  same file.
-- `completion/waves_split` uint8 [wave], chunks of one, as long as if every block of the plan were a
-  wave: how often a wave was halved because it ran out of memory (`splitting.py`);
-  `completion/estimates_split`, `completion/edges_split` uint8 [source, sample, pair]: how often the
-  pairs that are estimated together were, counted from this one on.
+  position]: what becomes of an estimated component's cells (`prefilter.Choice`).
+- Records, uint64, one after another, each a chunk, so that no two processes write the same file:
+  `completion/<component>`, one per chunk; `completion/edges`, one per [source, sample, pair];
+  `completion/choice`, one; `records/baseline`, `records/estimates`, one per [source, sample, tile of
+  pairs]. What they say, and of which chunks: `ledger.py`.
+- Marks, uint64 in chunks of one, each a number below 256 with a digest of its place
+  (`digests.sealed`): `completion/estimates` [source, sample, pair], whose estimates are written;
+  `completion/waves_split` [wave], as long as if every block of the plan were a wave: how often a
+  wave was halved because it ran out of memory (`splitting.py`); `completion/estimates_split`,
+  `completion/edges_split` [source, sample, pair]: how often the pairs that are estimated together
+  were, counted from this one on.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
   `site_position`, `site_source`.
@@ -34,24 +35,32 @@ Layout under the results folder:
   `answer_text`, `wrong_text`: one entry per pair.
 - Root attributes: `patchsweep_schema`, `components`, `metrics`, `dtype`, `created`, and those that
   the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
-  pairs_per_block, model, model_fingerprint, versions, device, threads, measured; `prompts`:
+  pairs_per_block, model, model_fingerprint, versions, device, threads; `prompts`:
   the tasks or files that the pairs are from; `appended`: what the results held each time that pairs
-  or metrics were added, their number of `pairs`, their `metrics`, and `when`).
+  or metrics were added, their number of `pairs`, their `metrics`, and `when`), and `written_once`.
+- `manifest`: what is written once, again (`manifest.py`).
+- `summary`, `summary/second`: the attributes that come later (`summary.py`): plan, joint, measured.
 
 Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
 
-A chunk is written to a temporary file and renamed, data before its record: what is marked done
+A chunk is written to a temporary file and renamed, data before its record: what is recorded
 outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it
 outlives a power cut. A zip file of such a folder (`pack`) can be read. At a URL (`bucket.py`) there
-are objects of the same names.
+are objects of the same names. Nothing is read but these files, and of them only Zarr v3 of a few
+kinds (`nodes.py`), through `checked.py`, which gives Zarr what was compared with what should be
+there. Results of schema 2 (without manifest and digests) are read.
 
     place.py        where results lie: folder.py (with files.py), bucket.py
     owned.py        which files they consist of: nothing else is moved or deleted with them
     outside.py      files that are written elsewhere: tables, figures, pages
-    arrays.py       the arrays, laid out empty
+    nodes.py        what metadata may say
+    arrays.py       the arrays, laid out empty; prompts.py: the prompt pairs
+    lay_out.py      what is written once, made and read; manifest.py: that, kept twice
+    summary.py      attributes that change
+    ledger.py       which record speaks of which chunks; books.py: records, read; digests.py
+    checked.py      results as Zarr reads them
     array_store.py  arrays by name: read, written by regions, and the files of their chunks
-    prompts.py      the prompt pairs
-    store.py        the results of a sweep
+    store.py        the results of a sweep; whole.py: deleted, packed
 """
 
 from patchsweep.store.arrays import (

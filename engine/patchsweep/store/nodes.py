@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 ZARR_JSON = "zarr.json"
 # How nodes of Zarr v2 are named: none is read, wherever it lies.
 OF_V2 = frozenset({".zarray", ".zgroup", ".zattrs", ".zmetadata"})
-_DTYPES = frozenset({"bool", "uint8", "int32", "int64", "uint64", "float32", "float64", "string"})
+_DTYPES = ("bool", "uint8", "int32", "int64", "uint64", "float32", "float64", "string")
 _CODECS = ({"bytes", "zstd"}, {"vlen-utf8", "zstd"})
 _GROUP = {"attributes", "zarr_format", "node_type"}
 _ARRAY = _GROUP | {
