@@ -13,7 +13,7 @@ from patchsweep.plan import Plan, make_plan
 from patchsweep.sites import SETS, Site
 from patchsweep.spec import Sweep
 
-CELLS = 16  # per component
+CELLS = 8  # per component
 VARIANT = Variant(0, 0, 0)
 
 

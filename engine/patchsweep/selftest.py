@@ -103,34 +103,33 @@ def _asked(hf_model: PreTrainedModel, probe: Probe, sae: SAE | None) -> Truth:
     plan = probe.plan
     [pair] = plan.pairs
     judge = Judge(hf_model, probe.prompts[0], plan.dimensions.layers, sae)
-    plain = {t: judge.plain(t) for t in {*probe.prompts, pair.clean, pair.corrupt}}
-    tolerance = TOLERANCE[plain[pair.clean].dtype] * max(1.0, _largest(plain[pair.clean][-1]))
-    _check_causal(judge, pair.clean, plain[pair.clean], tolerance)
+    plain = {t: judge.plain(t) for t in {*probe.prompts, pair.clean}}
+    clean = plain[pair.clean]
+    tolerance = TOLERANCE[clean.dtype] * max(1.0, _largest(clean[-1]))
     _check_units(judge, probe)
-    masks = judge.masks(pair.clean)
-    stacked, _ = judge.run([Prompt(pair.clean), Prompt(pair.corrupt)], reads=[-1])
-    alone = torch.stack([plain[pair.clean][-1], plain[pair.corrupt][-1]])
-    judge.stackable = _largest(difference(stacked[:, 0], alone)) <= NOTHING * tolerance
-    count, worst = 0, 0.0
-    for component in probe.components:
-        number, found = _structural(judge, probe, component, alone[0], tolerance)
-        count, worst = count + number, max(worst, found)
+    last = pair.clean[-1]
+    other = (*pair.clean[:-1], next(t for t in (*pair.corrupt, (last + 1) % 2) if t != last))
+    together, masks = judge.watch([pair.clean, pair.corrupt, other])
+    _check_causal(judge, together[0, :-1], together[2, :-1], tolerance)
+    judge.stackable = _largest(difference(together[0], clean)) <= NOTHING * tolerance
+    corrupt = together[1] if judge.stackable else judge.plain(pair.corrupt)
+    alone = torch.stack([clean[-1], corrupt[-1]])
+    asked = [_asked_of(judge, probe, c, alone[0], tolerance) for c in probe.components]
     return Truth(
         probe=probe,
         prompts=torch.stack([plain[t][-1].cpu() for t in probe.prompts]),
         pair=alone.cpu(),
-        cells=_cells(judge, probe).cpu(),
+        cells=torch.cat([cells.cpu() for _, _, cells in asked]),
         masks=masks,
-        structural=count,
-        structural_difference=worst,
+        structural=sum(count for count, _, _ in asked),
+        structural_difference=max(worst for _, worst, _ in asked),
         tolerance=tolerance,
     )
 
 
-def _check_causal(judge: Judge, tokens: tuple[int, ...], logits: Tensor, tolerance: float) -> None:
-    """BadInput if the last token changes what earlier ones compute."""
-    other = (*tokens[:-1], tokens[0] if tokens[0] != tokens[-1] else (tokens[-1] + 1) % 2)
-    apart = _largest(difference(judge.plain(other)[:-1], logits[:-1]))
+def _check_causal(judge: Judge, one: Tensor, other: Tensor, tolerance: float) -> None:
+    """BadInput if the last token changes what earlier ones compute, [position, vocab]."""
+    apart = _largest(difference(one, other))
     if apart > NOTHING * tolerance:
         raise BadInput(
             f"{judge.name} is not causal (a token changes the logits of earlier ones by "
@@ -168,65 +167,64 @@ def _recorded(
     return {layer: seen[component, layer][0] for layer in layers}
 
 
-def _cells(judge: Judge, probe: Probe) -> Tensor:
-    """Logits [cell, vocab] of the probe's cells."""
-    [pair] = probe.plan.pairs
-    found = []
-    for component in probe.components:
-        sites = [s for s in probe.sites if s.component == component]
-        layers = sorted({s.layer or 0 for s in sites})
-        source = _recorded(judge, probe, pair.corrupt, component, layers)
-        edits = [[_edit(s, source[s.layer or 0])] for s in sites]
-        logits, _ = judge.run([Prompt(pair.clean)] * len(sites), edits, reads=[-1])
-        found.append(logits[:, 0])
-    return torch.cat(found)
+def _asked_of(
+    judge: Judge, probe: Probe, component: str, baseline: Tensor, tolerance: float
+) -> tuple[int, float, Tensor]:
+    """Of one component: how many cells the plan calls structural, by how much patching all of them
+    changes the last token's logits, and the logits [cell, vocab] of the probe's cells. BadInput,
+    with the layer, if structural cells change more than nothing."""
+    layouts, [pair] = probe.plan.layouts, probe.plan.pairs
+    structural = ~layouts.layout(component, VARIANT).exists[0]  # [layer, position]
+    layers, units = list(layouts.layers(component)), layouts.units(component)
+    values = len(pair) * units
+    values *= len(pair) if component == "head_pattern" else probe.plan.dimensions.d_head
+    step, worst = max(1, RECORDED // values), 0.0
+    sites = [s for s in probe.sites if s.component == component]
+    patches: dict[Site, Edit] = {}
+    for i in range(0, len(layers), step):
+        some = layers[i : i + step]
+        source = _recorded(judge, probe, pair.corrupt, component, some)
+        patches |= {s: _edit(s, source[s.layer or 0]) for s in sites if (s.layer or 0) in some}
+        edits = []
+        for layer in some:
+            at = torch.from_numpy(np.flatnonzero(structural[layer - layers[0]]))
+            every = torch.arange(units).repeat(len(at)), at.repeat_interleave(units)
+            if len(at):
+                edits.append(_put(component, layer, *every, source[layer]))
+        if edits:
+            apart = _changed(judge, pair.clean, baseline, edits)
+            if apart > NOTHING * tolerance:
+                raise _matters(judge, pair.clean, baseline, edits, tolerance)
+            worst = max(worst, apart)
+    rows = [[patches[s]] for s in sites]
+    cells, _ = judge.run([Prompt(pair.clean)] * len(sites), rows, reads=[-1])
+    return int(structural.sum()) * units, worst, cells[:, 0]
 
 
 def _edit(site: Site, source: Tensor) -> Edit:
     assert isinstance(site.position, int)
     unit, at = torch.tensor([site.unit or 0]), torch.tensor([site.position])
-    return Edit(site.component, site.layer or 0, unit, at, source[at, unit])
+    return _put(site.component, site.layer or 0, unit, at, source)
 
 
-def _structural(
-    judge: Judge, probe: Probe, component: str, baseline: Tensor, tolerance: float
-) -> tuple[int, float]:
-    """How many cells of a component the plan calls structural, and by how much patching all of
-    them changes the last token's logits. BadInput, with the layer, if that is more than nothing."""
-    layouts = probe.plan.layouts
-    [pair] = probe.plan.pairs
-    structural = ~layouts.layout(component, VARIANT).exists[0]  # [layer, position]
-    layers = list(layouts.layers(component))
-    count, worst, units = int(structural.sum()) * layouts.units(component), 0.0, None
-    values = len(pair) * layouts.units(component)
-    values *= len(pair) if component == "head_pattern" else probe.plan.dimensions.d_head
-    step = max(1, RECORDED // values)
-    for i in range(0, len(layers), step):
-        some = layers[i : i + step]
-        source = _recorded(judge, probe, pair.corrupt, component, some)
-        edits = []
-        for layer in some:
-            at = torch.from_numpy(np.flatnonzero(structural[layer - layers[0]]))
-            units = torch.arange(layouts.units(component))
-            position, unit = at.repeat_interleave(len(units)), units.repeat(len(at))
-            value = source[layer][position.to(source[layer].device), unit.to(source[layer].device)]
-            if len(at):
-                edits.append(Edit(component, layer, unit, position, value))
-        if not edits:
-            continue
-        run = partial(_changed, judge, pair.clean, baseline)
-        apart = run(edits)
-        if apart > NOTHING * tolerance:
-            by_layer = {e.layer: run([e]) for e in edits}
-            layer = max(by_layer, key=by_layer.__getitem__)
-            raise BadInput(
-                f"{judge.name} failed its self-test: {component} patched in layer {layer} where "
-                f"its attention windows and the prompts say that nothing can change moves a logit "
-                f"by {by_layer[layer]:.2g} (tolerance {NOTHING * tolerance:.2g}; all layers: "
-                f"{apart:.2g}): neither backend can run this model"
-            )
-        worst = max(worst, apart)
-    return count, worst
+def _put(component: str, layer: int, unit: Tensor, at: Tensor, source: Tensor) -> Edit:
+    """What a source run has there, [position, unit, width], in the same places."""
+    value = source[at.to(source.device), unit.to(source.device)]
+    return Edit(component, layer, unit, at, value)
+
+
+def _matters(
+    judge: Judge, tokens: tuple[int, ...], baseline: Tensor, edits: list[Edit], tolerance: float
+) -> BadInput:
+    """What to say of structural cells that change logits: the layer that changes them most."""
+    by_layer = {e.layer: _changed(judge, tokens, baseline, [e]) for e in edits}
+    layer = max(by_layer, key=by_layer.__getitem__)
+    return BadInput(
+        f"{judge.name} failed its self-test: {edits[0].component} patched in layer {layer} where "
+        f"its attention windows and the prompts say that nothing can change moves a logit by "
+        f"{by_layer[layer]:.2g} (tolerance {NOTHING * tolerance:.2g}): neither backend can run "
+        "this model"
+    )
 
 
 def _changed(judge: Judge, tokens: tuple[int, ...], baseline: Tensor, edits: list[Edit]) -> float:

@@ -88,7 +88,10 @@ def find(hf_model: PreTrainedModel, tokens: Tensor, count: int) -> list[Layer]:
     for each in lists:
         found = [members[m] for m in each]
         if all(s.called == 1 and s.after is not None for s in found) and _chained(found):
-            return [_layer(s) for s in found]
+            layers: list[Layer] = []
+            for one in found:
+                layers.append(_layer(one, layers[-1] if layers else None))
+            return layers
     raise LookupError(f"no list of {count} layers is called one after another")
 
 
@@ -165,8 +168,8 @@ def _followed(seen: _Seen, now: list[_Seen], events: Iterator[int], length: int)
             hook.remove()
 
 
-def _layer(seen: _Seen) -> Layer:
-    attn, mlp = _added(seen)
+def _layer(seen: _Seen, below: Layer | None) -> Layer:
+    attn, mlp = _as_below(seen, below) or _added(seen)
     down = None
     if mlp is not None:
         until = max(order for order, module, _ in seen.returned if module is mlp.module)
@@ -175,6 +178,25 @@ def _layer(seen: _Seen) -> Layer:
     calls = tuple(seen.calls or seen.shown)
     products = seen.products[0] if len(seen.products) == 1 else None
     return Layer(seen.module, attn, mlp, down, calls, products)
+
+
+def _as_below(seen: _Seen, below: Layer | None) -> tuple[Written, Written] | None:
+    """What attention and the MLP add, if the modules of the same names as in the layer below add up
+    to the difference, as most often."""
+    if below is None or below.attn is None or below.mlp is None or below.mlp.beside:
+        return None
+    names = {module: name for name, module in below.module.named_modules()}
+    here = dict(seen.module.named_modules())
+    wanted = [here.get(names.get(w.module, "-")) for w in (below.attn, below.mlp)]
+    assert seen.before is not None and seen.after is not None
+    some = [(o, m, _flat(x)) for o, m, x in seen.returned if m in wanted]
+    if len(some) != 2 or seen.before.shape != seen.after.shape:
+        return None
+    unit = torch.finfo(seen.before.dtype).eps
+    found = _made_of(_flat(seen.after), _flat(seen.before), some, (1, 2), unit)
+    both = {w.module: w for _, w in found or ()}
+    attn, mlp = (both.get(m) for m in wanted if m is not None)
+    return (attn, mlp) if attn is not None and mlp is not None else None
 
 
 # An output of a module, when it was returned, flat in float64.

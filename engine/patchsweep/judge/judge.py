@@ -45,9 +45,9 @@ class Judge:
         self.stackable = True
 
     @torch.no_grad()
-    def masks(self, tokens: Sequence[int]) -> list[Tensor | None]:
-        """Of every layer which keys a query sees in a prompt, [query, key]; None where that is not
-        told."""
+    def watch(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor | None]]:
+        """Logits [row, position, vocab] of prompts of one length together; and of every layer which
+        keys a query sees in the first, [query, key], None where that is not told."""
         found: list[Tensor | None] = [None] * len(self.layers)
         now: list[int] = []
 
@@ -59,8 +59,8 @@ class Judge:
                 enter: Any = partial(lambda i, *_: now.append(i), index)
                 stack.callback(layer.module.register_forward_pre_hook(enter).remove)
             stack.enter_context(watched(self.hf_model, lambda: Blind() if now else None, told))
-            self.logits([tokens])
-        return found
+            logits = self.logits(rows)
+        return logits, found
 
     def heads(self, layer: int) -> dict[str, int]:
         """How many units the heads' components have in a layer, as attention is given them."""
