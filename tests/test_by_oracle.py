@@ -188,7 +188,8 @@ def test_sources_of_more_and_fewer_samples(tmp_path: Path) -> None:
         "source": ["other", {"resample": {"samples": 3, "seed": 1}}],
         "direction": "noise",
     }
-    of = oracle_of(four(), given, layers=2)
+    of = oracle_of(four((5, 5, 5, 5)), given, layers=2)
+    assert len(set(map(tuple, of.resampled()))) == 3
     found = swept(of, tmp_path / "r")
     drawn = np.random.default_rng(5).integers(4, size=(30, 4))
     for source, samples in (("other", 1), ("resample", 3)):
@@ -522,6 +523,7 @@ def test_small_sweeps_of_sets() -> None:
         "b": ["head_q.0.3@-1", "head_k.1.0@1", "head_v.1.1@-2", "attn_out.0"],
         "c": ["embed@1", "resid_pre.1@-1", "head_pattern.1.1@-1", "resid_post.0@-1"],
         "d": ["mlp_out.0@1", "mlp_out.0@2", "head_z.0.0@1", "head_z.0.1@2", "head_k.0.0@2"],
+        "e": ["mlp_out.0@-1", "head_q.0.3@-1", "head_v.0.1@-1"],
     }
     given = {"components": ["mlp_out"], "windows": [2], "sets": sets, "direction": "both"}
     assert check(Case("llama", three(9)[:2], given), 40) > 10

@@ -28,12 +28,12 @@ def swept(hf_model: Any, out: Path, pair: Pair = PAIR, **given: Any) -> ps.Resul
     return ps.sweep(ps.wrap(hf_model, Letters()), [pair], out=out, **settings)
 
 
-@pytest.mark.parametrize("head", [0, 4])
-def test_an_attention_probability_alone(head: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layer", "head"), [(1, 0), (2, 4)])
+def test_an_attention_probability_alone(layer: int, head: int, tmp_path: Path) -> None:
     """Where nothing else is read: keys are patched where only they are seen, patterns where they
     are read, of that head and query alone."""
     hf_model = LLAMA.build(3, 1)
-    metric = {"attention": {"layer": 1, "head": head, "query": 3, "key": 1}}
+    metric = {"attention": {"layer": layer, "head": head, "query": 3, "key": 1}}
     given = {"components": ["head_k", "head_q", "head_pattern", "resid_pre"], "metrics": [metric]}
     found = swept(hf_model, tmp_path / "r", **given)
     [column] = found.metrics
@@ -41,15 +41,15 @@ def test_an_attention_probability_alone(head: int, tmp_path: Path) -> None:
     for component in given["components"]:
         value = found.store.read(f"{component}/{column}")[0, 0, 0, 0]
         status = found.store.read(f"{component}/{column}_status")[0, 0, 0, 0]
-        for layer, unit, position in np.ndindex(value.shape):
+        for at, unit, position in np.ndindex(value.shape):
             own = unit if component in heads.HAS_UNITS else None
-            patch = Patch(component, layer, own, {position: position}, Prompt(CORRUPT))
-            pattern = heads.activation(hf_model, LLAMA, Prompt(CLEAN), [patch], "head_pattern", 1)
-            assert value[layer, unit, position] == pytest.approx(
-                float(pattern[head, 3, 1]), abs=1e-7
+            patch = Patch(component, at, own, {position: position}, Prompt(CORRUPT))
+            pattern = heads.activation(
+                hf_model, LLAMA, Prompt(CLEAN), [patch], "head_pattern", layer
             )
-            assert status[layer, unit, position] in (Status.EXACT, Status.STRUCTURAL)
-            moved += value[layer, unit, position] != value[2, 0, 0]
+            assert value[at, unit, position] == pytest.approx(float(pattern[head, 3, 1]), abs=1e-7)
+            assert status[at, unit, position] in (Status.EXACT, Status.STRUCTURAL)
+            moved += status[at, unit, position] == Status.EXACT
     assert moved > 10
 
 
