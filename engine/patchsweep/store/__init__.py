@@ -16,8 +16,8 @@ Layout under the results folder:
   position]: what becomes of an estimated component's cells (`prefilter.Choice`).
 - Records, uint64, one after another, each a chunk, so that no two processes write the same file:
   `completion/<component>`, one per chunk; `completion/edges`, one per [source, sample, pair];
-  `completion/choice`, one; `records/baseline`, `records/estimates`, one per [source, sample, tile of
-  pairs]. What they say, and of which chunks: `ledger.py`.
+  `completion/choice`, one; `records/baseline`, `records/estimates`, one per [source, sample, tile
+  of pairs]. What they say, and of which chunks: `ledger.py`.
 - Marks, uint64 in chunks of one, each a number below 256 with a digest of its place
   (`digests.sealed`): `completion/estimates` [source, sample, pair], whose estimates are written;
   `completion/waves_split` [wave], as long as if every block of the plan were a wave: how often a
