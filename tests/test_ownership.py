@@ -31,7 +31,7 @@ from tiny import arrays, build, rows, save, tokenizer, write_pairs, write_spec
 # Names below the results of the sweeps here: groups, arrays, chunks.
 GROUP = r"(head_z|mlp_out|sets|baseline|prompts|completion|choice|edges|manifest|summary|records)"
 ARRAY = (
-    r"((logit_diff|kl|prob)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
+    r"((logit_diff(_sum)?|kl|prob)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
     r"|position|run|second|baseline|estimates|(clean|corrupt)_(tokens|text)|length|align|group|head_z|mlp_out|sets|choice"
     r"|waves_split|(estimates|edges)(_split)?|site_\w+|sender|receiver|(head_z|mlp_out)_(status|stratum))"
 )
@@ -318,14 +318,15 @@ def test_files_of_others_are_not_replaced(
     out = tmp_path / "r.zarr"
     assert run(*FEW) == 0
     figures = tmp_path / "figures"
-    assert _status(["plot", str(out), "--out", str(figures)]) == 0
-    assert _status(["plot", str(out), "--out", str(figures)]) == 0
-    for pattern in ("*.png", "*.svg", "report.html"):
+    command = ["plot", str(out), "--out", str(figures), "--format", "png,svg,pdf"]
+    assert _status(command) == 0
+    assert _status(command) == 0
+    for pattern in ("*.png", "*.svg", "*.pdf", "report.html"):
         path = next(figures.glob(pattern))
         made = path.read_bytes()
         path.write_bytes(b"mine")
         capsys.readouterr()
-        assert _status(["plot", str(out), "--out", str(figures)]) == 2
+        assert _status(command) == 2
         assert f"{path} exists and was not made by patchsweep" in capsys.readouterr().err
         assert path.read_bytes() == b"mine"
         path.write_bytes(made)
@@ -428,12 +429,13 @@ def test_all_that_a_sweep_writes_is_of_its_results(tmp_path: Path) -> None:
     ps.sweep(loaded, pairs, out=out, **settings)
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     known = {f"{name}/zarr.json" for name in Store.open(out).arrays()}
+    known |= {"summary/second/zarr.json"}
     assert {k for k in found if k.count("/") == 2 and k.endswith("zarr.json")} == known
     ps.sweep(loaded, pairs, out=out, overwrite=True, **settings)
     assert {p.name for p in tmp_path.iterdir()} == {"r.zarr", ".r.zarr.job"}
 
 
-@pytest.mark.parametrize("when", ["exists", "group", "open"])
+@pytest.mark.parametrize("when", ["exists", "gets"])
 def test_replaced_meanwhile(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -442,7 +444,7 @@ def test_replaced_meanwhile(
     pairs = [ps.make_pair(loaded.tokenizer, **row) for row in rows(2)]
     out, calls = tmp_path / "r.zarr", 0
     ps.sweep(loaded, pairs, out=out, **SMALL)
-    exists, group, opened = Folder.exists, Folder.group, Store.open.__func__
+    exists, gets = Folder.exists, Folder.gets
 
     def gone() -> None:
         nonlocal calls
@@ -454,22 +456,14 @@ def test_replaced_meanwhile(
         gone()
         return found
 
-    def grouped(self: Folder, mode: Any) -> Any:
+    def got(self: Folder, keys: Any) -> Any:
         gone()
-        return group(self, mode)
-
-    def then(cls: Any, *args: Any, **more: Any) -> Store:
-        found = opened(cls, *args, **more)
-        gone()
-        return found
+        return gets(self, keys)
 
     # Not at the first look, which only asks whether something was moved aside.
     looks = iter([exists])
-    first = {"exists": lambda self: next(looks, looked)(self), "group": grouped}
-    if when == "open":
-        monkeypatch.setattr(Store, "open", classmethod(then))
-    else:
-        monkeypatch.setattr(Folder, when, first[when])
+    first = {"exists": lambda self: next(looks, looked)(self), "gets": got}
+    monkeypatch.setattr(Folder, when, first[when])
     with pytest.raises(ps.BadInput, match=r"was just changed by another run: run again"):
         ps.sweep(loaded, pairs, out=out, overwrite=True, **SMALL)
     assert calls

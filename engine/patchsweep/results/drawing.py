@@ -72,7 +72,10 @@ def draw(
 
     layers, columns = heatmap.values.shape
     width = float(np.clip(0.3 * columns + 2.4, 5.5, 22))
-    height = float(np.clip(0.17 * layers + 2.6, 3.8, 14))
+    room = (width - 1.8) / columns / 0.08  # characters that fit beside one another
+    longest = max(map(len, heatmap.columns))
+    below = 0.08 * longest if longest > max(2, room) else 0.2  # inches, of names that stand upright
+    height = float(np.clip(0.17 * layers + 2.4 + below, 3.8, 16))
     axes = ax or _new_axes(figsize or (width, height))
     known = np.abs(heatmap.values[np.isfinite(heatmap.values)])
     limit = vmax or float(known.max(initial=0.0)) or 1.0
@@ -95,12 +98,10 @@ def draw(
     bar.ax.tick_params(labelsize=8)
     axes.set_ylabel(heatmap.axes[0])
     axes.set_yticks(*_ticks(heatmap.rows, height / 0.17), fontsize=8)
-    room = (width - 1.8) / columns / 0.08  # characters that fit beside one another
-    rotated = max(map(len, heatmap.columns)) > max(2, room)
     axes.set_xticks(
         *_ticks(heatmap.columns, (width - 1.8) / 0.16),
         fontsize=8,
-        rotation=90 if rotated else 0,
+        rotation=90 if below > 0.2 else 0,
         parse_math=False,
     )
     axes.set_xlabel(heatmap.axes[1])

@@ -76,6 +76,7 @@ from patchsweep.store.ledger import BASELINES, CHOSEN, EDGES, ESTIMATES, SCORED
 from patchsweep.store.outside import MADE, check_made, check_outside, replacing
 from patchsweep.store.place import (
     beside,
+    changed,
     check_free,
     check_own,
     exists,
@@ -87,7 +88,7 @@ from patchsweep.store.place import (
     put_back,
 )
 from patchsweep.store.prompts import stored_pairs
-from patchsweep.store.store import Store, changed
+from patchsweep.store.store import Store
 from patchsweep.store.whole import pack, remove
 
 __all__ = [

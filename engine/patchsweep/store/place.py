@@ -172,11 +172,18 @@ def known_by(at: str | Path) -> bytes:
     else."""
     place = place_of(at)
     schema = schema_of(place)
+    if schema is None and not place.exists():
+        raise changed(at)
     if not schema:
         raise BadInput(f"{place.at} is not a results folder of patchsweep: check the path")
     if schema > SCHEMA:
         raise BadInput(another_schema(place, schema))
     return place.gets([ROOT]).get(ROOT, b"")
+
+
+def changed(path: str | Path) -> BadInput:
+    """Results are not what they were a moment ago."""
+    return BadInput(f"{path} was just changed by another run: run again")
 
 
 def another_schema(place: Place, schema: int) -> str:

@@ -32,7 +32,7 @@ from patchsweep.store.ledger import (
 )
 from patchsweep.store.manifest import MANIFEST, packed
 from patchsweep.store.nodes import ZARR_JSON, first_of_v2
-from patchsweep.store.place import another_schema, check_free, place_of, schema_of
+from patchsweep.store.place import another_schema, changed, check_free, place_of, schema_of
 
 
 class Store(ArrayStore):
@@ -447,11 +447,6 @@ class Store(ArrayStore):
             sources=tuple(self.read(f"{name}/source").tolist()),
             samples=array.shape[2],
         )
-
-
-def changed(path: str | Path) -> BadInput:
-    """Results are not what they were a moment ago."""
-    return BadInput(f"{path} was just changed by another run: run again")
 
 
 def _of_pairs(source: int, sample: int, pairs: range) -> Region:
