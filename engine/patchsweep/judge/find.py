@@ -214,6 +214,10 @@ def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
     outputs = _distinct(seen)
     found = _made_of(after, before, outputs, (1, 2), unit)
     found = found or _made_of(after, before, outputs, (3,), unit)
+    if torch.equal(after, before):
+        found = []
+    if found is not None and len(found) < 2:
+        found = _with_idle(seen, found)
     if found is None:
         return _before_norms(seen, before, outputs, unit)
     if len(found) == 3:
@@ -224,6 +228,25 @@ def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
     others = [w for _, w in found if w not in attended[:1]]
     # Where no attention was called (a recurrent layer), what comes last is the MLP's.
     return (attended[0] if attended else None), (others[-1] if others else None)
+
+
+def _with_idle(seen: _Seen, found: list[tuple[int, Written]]) -> list[tuple[int, Written]]:
+    """With the modules that add nothing here: outputs of zeros one after another, once attention was
+    called, are of modules within one another, the last is the outermost."""
+    idle: list[tuple[int, nn.Module]] = []
+    going_on = False
+    for order, module, x in seen.returned:
+        zero = _attended(seen, order) and not x.any()
+        if zero and going_on:
+            idle.pop()
+        if zero:
+            idle.append((order, module))
+        going_on = zero
+    ends = idle[:1] + idle[1:][-1:]
+    if found:
+        before = [one for one in idle if one[0] < found[0][0]]
+        ends = before[:1] or idle[-1:]
+    return sorted([*found, *((o, Written(m, 1.0)) for o, m in ends)], key=lambda one: one[0])
 
 
 def _before_norms(
