@@ -460,6 +460,13 @@ def test_small_sweeps_of_every_place() -> None:
     assert check(Case("llama", four((5, 4)), given, layers=2), 60) > 10
 
 
+def test_small_sweeps_of_queries_and_keys() -> None:
+    """Every cell: queries of all positions pass a layer beside the rows, each with its own keys."""
+    given = {"components": ["head_q", "head_k"], "direction": "noise"}
+    pairs = [pair_of(np.random.default_rng(9), 4, 4)]
+    assert check(Case("llama", pairs, given, layers=2), None) > 20
+
+
 def test_small_sweeps_with_windows() -> None:
     """What differs at one token is seen one further in every layer."""
     components = ["resid_pre", "mlp_out", "head_q", "head_k", "head_v", "head_pattern", "head_z"]
@@ -521,12 +528,18 @@ def test_small_sweeps_of_sets() -> None:
     sets = {
         "a": ["head_z.0.1@2", "head_z.1.4@-1", "mlp_out.1@-2", "resid_pre.1@-2"],
         "b": ["head_q.0.3@-1", "head_k.1.0@1", "head_v.1.1@-2", "attn_out.0"],
-        "c": ["embed@1", "resid_pre.1@-1", "head_pattern.1.1@-1", "resid_post.0@-1"],
+        "c": ["embed@1", "embed@3", "resid_pre.1@-1", "head_pattern.1.1@-1", "resid_post.0@-1"],
         "d": ["mlp_out.0@1", "mlp_out.0@2", "head_z.0.0@1", "head_z.0.1@2", "head_k.0.0@2"],
         "e": ["mlp_out.0@-1", "head_q.0.3@-1", "head_v.0.1@-1"],
+        # Three runs of one token: of two it attends, of that between it does not.
+        "f": ["head_q.0.2@-1"],
+        "g": ["mlp_out.0@-1"],
+        "h": ["head_q.0.4@-1"],
     }
-    given = {"components": ["mlp_out"], "windows": [2], "sets": sets, "direction": "both"}
-    assert check(Case("llama", three(9)[:2], given), 40) > 10
+    given: dict[str, Any] = {"components": ["mlp_out"], "windows": [2], "positions": [1, -1]}
+    given |= {"sets": sets, "direction": "both"}
+    pairs = [pair_of(np.random.default_rng(9), 6, 6)]
+    assert check(Case("llama", pairs, given, layers=2), None) > 16
     mixed = {
         "mixed": ["head_z.0.1@2<second", "mlp_out.1@-2", "head_q.1.1@-1<second", "embed@2<second"],
         "undone": ["resid_pre.0<second", "head_z.1.0@-1<other", "mlp_out.1@-1<other"],

@@ -84,7 +84,10 @@ def test_a_vector_of_every_layer(component: str, tmp_path: Path) -> None:
 def test_sites_with_constants_of_their_own(tmp_path: Path) -> None:
     """Zero in a site, and the sweep's own source in another of the same component."""
     hf_model = LLAMA.build(2, 1)
-    sets = {"a": ["head_z.0.1@-1<zero", "head_z.1.2@-1"], "b": ["mlp_out.0@1<other", "embed@2"]}
+    sets = {
+        "a": ["head_z.0.1@-1<zero", "head_z.0.3@-1", "head_z.1.2@-1"],
+        "b": ["mlp_out.0@1<other", "embed@2"],
+    }
     found = swept(hf_model, tmp_path / "r", sets=sets, source=["other", "zero"]).store
     values = found.read("sets/logit")[0, :, 0, 0, 0, 0]
     other, zero = Prompt(CORRUPT), torch.zeros(())
@@ -92,6 +95,7 @@ def test_sites_with_constants_of_their_own(tmp_path: Path) -> None:
         patches = {
             "a": [
                 Patch("head_z", 0, 1, {4: 4}, zero),
+                Patch("head_z", 0, 3, {4: 4}, own),
                 Patch("head_z", 1, 2, {4: 4}, own),
             ],
             "b": [Patch("mlp_out", 0, None, {1: 1}, other), Patch("embed", 0, None, {2: 2}, own)],
