@@ -231,8 +231,8 @@ def _added(seen: _Seen) -> tuple[Written | None, Written | None]:
 
 
 def _with_idle(seen: _Seen, found: list[tuple[int, Written]]) -> list[tuple[int, Written]]:
-    """With the modules that add nothing here: outputs of zeros one after another, once attention was
-    called, are of modules within one another, the last is the outermost."""
+    """With the modules that add nothing here: outputs of zeros one after another, after attention
+    was called, are of modules within one another, the last is the outermost."""
     idle: list[tuple[int, nn.Module]] = []
     going_on = False
     for order, module, x in seen.returned:
