@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def _said(model: Any) -> str:
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter and no model."""
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    with suppress(OSError):  # a name that no folder can have
+        return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    return False
 
 
 def base_of(folder: Path) -> str:

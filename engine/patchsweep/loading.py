@@ -221,7 +221,7 @@ def cache(what: str) -> Path:
 
 def _adapter(name: str) -> Path | None:
     """The folder of this name, if it holds an adapter."""
-    folder = Path(name).expanduser()
+    folder = home(name)
     return folder if name not in PACKAGED and is_adapter(folder) else None
 
 

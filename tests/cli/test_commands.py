@@ -68,15 +68,15 @@ def test_version(command: Command) -> None:
 
 
 def test_verify(command: Command, spec: Path, tmp_path: Path) -> None:
-    out = tmp_path / "r.zarr"
+    out, model = tmp_path / "r.zarr", yaml.safe_load(spec.read_text())["model"]
     assert command("run", spec).status == 0
     refused(command("verify", out), "names the model", "if these results are your own, add --trust")
-    done = command("verify", out, "--cells", "10", "--trust")
+    done = command("verify", out, "--cells", "10", "--trust", "--model", model)
     assert (done.status, done.err) == (0, "")
-    assert done.out.startswith("10 cells again as full forwards through nnsight\n")
+    assert done.out.startswith("10 cells, and ")
     assert done.out.count(" holds") == len(ps.open(out).metrics)
     rewrite(out, "head_z/kl", lambda values: values + 1)
-    done = command("verify", out, "--cells", "10", "--trust")
+    done = command("verify", out, "--cells", "10", "--trust", "--model", model)
     assert done.status == 1
     assert "DOES NOT HOLD" in done.out
     assert done.err == f"patchsweep: {out}: cells differ from full forwards by more than rounding\n"

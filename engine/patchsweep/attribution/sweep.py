@@ -81,9 +81,13 @@ def write_edges(
             forward, plan, pairs, metrics, values, steps, source=source, sample=sample
         )
 
-    for at in _claimed("edges", plan, store.scored(), processes):
+    done = store.scored()
+    for at in _claimed("edges", plan, done, processes):
         for pairs, found in _in_parts(scored, *at, store, SCORED_SPLIT):
-            store.write_edges(*at[:2], pairs, found)
+            for i, pair in enumerate(pairs):
+                if not done[at[0], at[1], pair]:  # what is there keeps its bits
+                    one = {metric: scores[:, i : i + 1] for metric, scores in found.items()}
+                    store.write_edges(*at[:2], range(pair, pair + 1), one)
 
 
 def _claimed(

@@ -70,7 +70,7 @@ def first(value: Any) -> Any:
 @torch.no_grad()
 def find(hf_model: PreTrainedModel, tokens: Tensor, count: int) -> list[Layer]:
     """The `count` decoder layers, watched in a forward of tokens [1, position]. LookupError if no
-    list of that many modules is called one after another."""
+    list of that many modules is called one after another, and where activations are not finite."""
     lists = [m for m in hf_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
     members = {member: _Seen(member) for each in lists for member in each}
     now: list[_Seen] = []
@@ -85,6 +85,9 @@ def find(hf_model: PreTrainedModel, tokens: Tensor, count: int) -> list[Layer]:
         for seen in members.values():
             stack.enter_context(_followed(seen, now, events, tokens.shape[1]))
         hf_model(input_ids=tokens)
+    shown = [x for s in members.values() for x in (s.before, s.after) if x is not None]
+    if not all(bool(x.isfinite().all()) for x in shown):
+        raise LookupError("its activations are not finite")
     for each in lists:
         found = [members[m] for m in each]
         if all(s.called == 1 and s.after is not None for s in found) and _chained(found):
@@ -320,6 +323,7 @@ def _fit(
     weight = 1 / (rounding + 1e-30)
     columns = torch.stack([p * weight for p in parts], 1)
     found = torch.linalg.lstsq(columns, (wanted * weight)[:, None]).solution[:, 0]
-    scales = [1.0 if abs(float(s) - 1) < 64 * unit**0.75 else float(s) for s in found]
+    near = min(64 * unit**0.75, 0.05)
+    scales = [1.0 if abs(float(s) - 1) < near else float(s) for s in found]
     made = sum(s * p for s, p in zip(scales, parts, strict=True))
     return scales, float(((wanted - made).abs() * weight).max()) / unit

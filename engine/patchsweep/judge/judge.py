@@ -36,13 +36,22 @@ class Judge:
         self.device = device_of(hf_model.get_input_embeddings())
         sizes = {hf_model.config.get_text_config().hidden_size, *_head_sizes(hf_model)}
         length = next(n for n in range(5, 64) if n not in sizes)
+        vocab = hf_model.get_input_embeddings().weight.shape[0]
+        # A prompt whose activations are not finite shows nothing: then other tokens do.
         few = (list(tokens) * length)[:length]
-        try:
-            with _quietly():
-                self.layers: list[Layer] = find(hf_model, self._ids([few]), layers)
-        except LookupError as error:
-            raise BadInput(f"{self.name}: {error}: this model cannot be swept") from error
+        tried = [few, list(range(vocab))[:length], list(range(vocab))[-length:]]
+        self.layers = self._found([ids for ids in tried if len(ids) == length], layers)
         self.stackable = True
+
+    def _found(self, tried: Sequence[Sequence[int]], layers: int) -> list[Layer]:
+        """The layers, by the first of some prompts that shows them."""
+        for ids in tried:
+            try:
+                with _quietly():
+                    return find(self.hf_model, self._ids([ids]), layers)
+            except LookupError as error:
+                why = error
+        raise BadInput(f"{self.name}: {why}: this model cannot be swept") from why
 
     @torch.no_grad()
     def watch(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor | None]]:

@@ -91,7 +91,7 @@ class Metric:
             parts = [self.name]
         affixes = {"reduce": "{}", "k": "k{}", "at": "at_{}"}
         parts += [affixes[o].format(v) for o, v in self.options.items() if o in affixes]
-        return re.sub(r"[/\\\x00-\x1f]", "_", "_".join(parts))  # a label may be anything
+        return "_".join(parts)
 
 
 def parse_metric(value: object) -> Metric:
