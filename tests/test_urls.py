@@ -293,6 +293,7 @@ def test_what_cannot_be_reached_is_not_damaged(
             reads = 0
             with pytest.raises(ps.BadInput, match=r"^cannot read .*: Generic S3 error: 503; check"):
                 use()
+    monkeypatch.undo()
     assert at() == before
 
 
