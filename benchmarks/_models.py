@@ -107,7 +107,7 @@ def _from_config(
     own = copy.deepcopy(config)  # a model keeps and changes the one it is given
     with torch.device(device):
         hf_model = AutoModelForCausalLM.from_config(own, dtype=dtype, attn_implementation="sdpa")
-    hf_model.requires_grad_(False)
+    hf_model.eval().requires_grad_(False)
     tokenizer = SimpleNamespace(decode=lambda tokens: " ".join(map(str, tokens)))
     return wrap(hf_model, tokenizer, name)
 
