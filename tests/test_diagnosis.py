@@ -79,12 +79,12 @@ def test_the_noise_floor_is_that_of_the_run_that_is_patched(tmp_path: Path) -> N
     moved = np.ones((2, 2, 2, 3, 2))
     moved[:, :, 1] = -1  # by magnitude: in either layer
     moved[:, :, 0, 0, 0] = np.nan
-    for number, (floor, direction, under) in enumerate(
+    for number, (floor, under) in enumerate(
         (
-            (((2.0, 0.0), (0.0, 0.0)), "noise", 11),
-            (((0.0, 1.0), (0.0, 0.0)), "noise", 11),
-            (((0.0, 0.0), (2.0, 2.0)), "denoise", 22),
-            (((0.0, 0.0), (0.0, 0.875)), "", 0),
+            (((2.0, 0.0), (0.0, 0.0)), 11),
+            (((0.0, 1.0), (0.0, 0.0)), 11),
+            (((0.0, 0.0), (2.0, 2.0)), 22),
+            (((0.0, 0.0), (0.0, 0.875)), 0),
         )
     ):
         folder = tmp_path / str(number)

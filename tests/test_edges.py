@@ -326,7 +326,7 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep(tmp_path / "r")
     found = ps.open(tmp_path / "r")
     assert found.store.scored().tolist() == [[[True, False, False]]]
-    assert "edges of 2 pairs not scored; continue with --resume" in found.warnings()
+    assert found.warnings()[0].endswith("edges of 2 pairs not scored; continue with --resume")
     assert np.isfinite(found.edges("logit_diff", "noise")).any()
     asked.append(range(0))
     sweep(tmp_path / "r", resume=True)

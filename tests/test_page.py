@@ -175,11 +175,12 @@ def outside(results: Results) -> int:
 def test_a_large_grid_keeps_what_is_largest(
     results: Results, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_data, "OVER_PAIRS", 2 * 30 * page_data.NUMBERS * 6)  # aligned twice
-    monkeypatch.setattr(page_data, "OF_PAIRS", 2 * 2 * 30 * 6)
+    monkeypatch.setattr(page_data, "OVER_PAIRS", 2 * 72 * page_data.NUMBERS * 6)  # aligned twice
+    monkeypatch.setattr(page_data, "OF_PAIRS", 2 * 2 * 72 * 6)
     heads, mlp = components(page_data.page_data(results))
-    assert len(mlp["positions"]) * 3 <= 15
-    assert len(heads["units"]) * len(heads["positions"]) * 3 <= 18
+    assert len(mlp["positions"]) * 3 <= 36
+    assert len(heads["units"]) == 2 < heads["all"]["units"]
+    assert len(heads["units"]) * len(heads["positions"]) * 3 <= 48
     best = results.top("head_z", "logit_diff", "denoise").iloc[0]
     number = heads["units"].index(int(best["head"])), heads["positions"].index(str(best.position))
     shape = (3, len(heads["units"]), len(heads["positions"]))

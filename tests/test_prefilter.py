@@ -16,7 +16,7 @@ from patchsweep import attribution, engine, planning
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.prefilter import HIGHEST, NONE, STRATA, Choice, choose, judge
-from patchsweep.report.figures import _figures
+from patchsweep.report.figures import Wanted, _figures
 from patchsweep.sites import Status
 from patchsweep.spec import Prefilter
 from test_estimates import text
@@ -170,7 +170,8 @@ def test_what_is_run_is_what_a_whole_sweep_finds(tmp_path: Path) -> None:
         for s, source in enumerate(("other", "resample")):
             check_kept(found, component, (0, s), "noise", source)
             exact, effect = (
-                x.effect(component, "logit_diff", "noise", source).values for x in both
+                x.effect(component, "logit_diff", "noise", source, align="start").values
+                for x in both
             )
             there = np.isfinite(effect)
             np.testing.assert_allclose(effect[there], exact[there], rtol=0, atol=1e-11)
@@ -276,7 +277,7 @@ def test_figures_of_windows_show_what_was_run(tmp_path: Path) -> None:
     small = {"components": ["mlp_out"], "windows": [2], "positions": [-1], "direction": "noise"}
     for given in ({"estimate": True}, {"prefilter": {"keep": 1, "audit": 1}}):
         found = sweep(tmp_path / "r", **{"prefilter": None, **small, **given}, overwrite=True)
-        for name, figure in _figures(found):
+        for name, figure in _figures(found, Wanted()):
             words = [figure.axes[0].get_title(), *(axes.get_ylabel() for axes in figure.axes)]
             assert ("by attribution patching" in words[0]) == ("window" not in name)
             said = "estimated effect" in " ".join(words)

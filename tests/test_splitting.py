@@ -235,7 +235,8 @@ def test_estimates_and_edges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, na
     assert store.numbers(record).ravel().tolist() == [2, 0, 0, 0, 0]
     expected = Store.open(undisturbed).read(array)
     np.testing.assert_allclose(store.read(array), expected, rtol=1e-9, atol=1e-12)
-    assert not np.array_equal(store.read(array), expected, equal_nan=True)
+    if name == "estimate_pairs":  # the bits tell which split; those of edges here do not
+        assert not np.array_equal(store.read(array), expected, equal_nan=True)
 
     emptied = Store.open(undone(out, again), "r+")
     for each in (done, array):

@@ -262,7 +262,9 @@ def compare(
     base = len(schedule.base_offset)
     lines += [("the baseline of a pair's " + k, truth.pair[i]) for i, k in enumerate(RUNS)]
     found.append(rows[:base])
-    runs = base + np.flatnonzero(schedule.runs.set)
+    # Cells of a run that is itself not finite are not finite on the wavefront, and marked so.
+    sound = truth.pair.isfinite().any(1).numpy()[schedule.runs.base]
+    runs = base + np.flatnonzero(schedule.runs.set & sound)
     cells = schedule.runs.cell[runs - base]
     lines += [(_said(probe.sites[c]), truth.cells[c]) for c in cells]
     found.append(rows[torch.from_numpy(runs)])
