@@ -196,6 +196,8 @@ def _asked_of(
             if apart > NOTHING * tolerance:
                 raise _matters(judge, pair.clean, baseline, edits, tolerance)
             worst = max(worst, apart)
+    if not sites:  # there is no cell that could change anything
+        return int(structural.sum()) * units, worst, baseline[None][:0]
     rows = [[patches[s]] for s in sites]
     cells, _ = judge.run([Prompt(pair.clean)] * len(sites), rows, reads=[-1])
     return int(structural.sum()) * units, worst, cells[:, 0]
