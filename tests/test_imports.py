@@ -6,6 +6,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,7 +28,7 @@ LEVELS = (
         "transfer",
         "writer",
     ),
-    ("adapters", "identity", "prefetch", "paths"),
+    ("adapters", "devices", "identity", "prefetch", "paths"),
     ("limits",),
     ("sites", "stream", "cone", "sae"),
     ("effect", "edges"),
@@ -199,3 +200,38 @@ print(getattr(sys.modules.get("kernels"), "__file__", None))
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert str(ROOT) not in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["show", "{results}"],
+        ["show", "{results}", "--json"],
+        ["plot", "{results}", "--out", "{folder}/figures"],
+        ["export", "{results}", "{folder}/cells.parquet"],
+        ["check", "{results}"],
+        ["tasks", "--help"],
+        ["run", "--help"],
+    ],
+    ids=lambda arguments: " ".join(arguments[::2]),
+)
+def test_results_are_read_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    """Nor transformers: both take seconds, which who reads a few arrays would wait."""
+    results = tmp_path / "results.zarr"
+    with zipfile.ZipFile(ROOT / "tests" / "schema_2.zip") as kept:
+        kept.extractall(results)
+    given = [a.format(results=results, folder=tmp_path) for a in arguments]
+    script = f"""
+import sys
+from patchsweep.cli import main
+sys.argv = ["patchsweep", *{given!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+print("imported:", *{{"torch", "transformers"}} & sys.modules.keys())
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "imported:"

@@ -16,7 +16,7 @@ import patchsweep as ps
 from offloaded import SETTINGS, limit, saved
 from oracle.families import FAMILIES
 from patchsweep import placement, planning
-from patchsweep.loading import memory_limits
+from patchsweep.devices import memory_limits
 from patchsweep.placement import balanced_cut
 from patchsweep.report.show import plan_table
 from patchsweep.spec import parse_spec

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from patchsweep import loading
 from patchsweep.adapters import unwrapped
+from patchsweep.devices import check_placement
 from patchsweep.dimensions import Dimensions, Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
@@ -70,7 +71,7 @@ def load_model(
     places left out are not used), and `offload_folder` keeps weights that cannot be read from the
     model's own files. BadInput says what is missing if it cannot be loaded.
     """
-    loading.check_placement(device, max_memory, offload_folder)
+    check_placement(device, max_memory, offload_folder)
     where: str | dict[str, int | str] = device
     if device == "balanced":
         empty = empty_model(loading.load_config(name, trust_remote_code), dtype)

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from patchsweep.devices import memory_limits
 from patchsweep.dimensions import Offload
 from patchsweep.errors import BadInput
 from patchsweep.forward import layers_of
-from patchsweep.loading import memory_limits
 from patchsweep.prefetch import worthwhile
 
 Place = int | str  # a GPU's number, "cpu" or "disk"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -14,11 +14,13 @@ from rich.text import Text
 
 from patchsweep.effect import known_mean
 from patchsweep.errors import BadInput
-from patchsweep.plan import Plan
 from patchsweep.reader import one_of_each
 from patchsweep.results import Results
 from patchsweep.sites import SETS, Grid, Status, unit_name
 from patchsweep.store import EDGES, RUNS
+
+if TYPE_CHECKING:
+    from patchsweep.plan import Plan
 
 TOP = 10
 NAMED_DETECTIONS = 12
