@@ -28,7 +28,7 @@ def one(value: float, *others: tuple[tuple[int, int, int], float]) -> np.ndarray
 
 def test_small_denominators() -> None:
     [line] = d.small_denominators(np.array([4.0, 0.1, -3.0]))
-    assert "below 5% of the largest in pair 1" in line
+    assert "below 5% of the largest in pair 1, whose" in line
     assert d.small_denominators(np.array([4.0, 0.3])) == []
 
 
@@ -40,6 +40,8 @@ def test_metrics_that_disagree() -> None:
     assert line.startswith("logit_diff and prob disagree (rank correlation ")
     assert "1.2@3" in line.split("of logit_diff alone: ")[1].split(";")[0]
     assert d.disagreement({"logit_diff": a, "prob": a * 2}, EVERY, name) == []
+    # A metric that falls where another rises ranks alike.
+    assert d.disagreement({"logit_diff": a, "kl": -a}, EVERY, name) == []
 
 
 def test_metrics_that_differ_only_below_the_top_agree() -> None:

@@ -19,7 +19,7 @@ from patchsweep.store import Store
 
 EXACT, STRUCTURAL, OUTSIDE = Status.EXACT, Status.STRUCTURAL, Status.OUTSIDE
 WAYS, SOURCES = ("denoise", "noise"), ("other", "resample", "zero")
-SAMPLES = {"other": 1, "resample": 3, "zero": 1}
+SAMPLES = {"other": 2, "resample": 3, "zero": 1}
 PAIRS, LAYERS, UNITS, POSITIONS = 6, 3, 2, 3
 GRID = Grid("head_z", WAYS, PAIRS, LAYERS, UNITS, (0, 1, 2), 4, 2, 2, 0, SOURCES, 3)
 TEMPLATES = ("a", "a", "b", "", "b", "")
