@@ -56,6 +56,10 @@ def test_the_bound_by_hand() -> None:
     assert Stratum(10_000, 300, 0).missed(ALPHA) == 99
     assert Stratum(50, 50, 7).missed(ALPHA) == 0
     assert Stratum(50, 0, 0).missed(ALPHA) == 50
+    # Two strata, three components and five metrics are judged together, each with a thirtieth.
+    both = [Stratum(10_000, 300, 0), Stratum(10_000, 300, 2)]
+    assert Audit(both, 0.1, ALPHA, 3, 5).missed == sum(s.missed(ALPHA / 30) for s in both)
+    assert divided(ALPHA, 2, 3, 5) == pytest.approx(ALPHA / 30)
 
 
 def test_strata_are_quantiles_of_magnitude() -> None:

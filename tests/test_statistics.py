@@ -125,6 +125,7 @@ def test_the_2_sd_rule() -> None:
     effect = np.array([10.0, 0.0, 0.0, 0.0, 0.0])
     assert not beyond_sd(effect).any()
     assert beyond_sd(effect, 1.99).tolist() == [True, False, False, False, False]
+    assert beyond_sd(-effect, 1.99).tolist() == [True, False, False, False, False]
     assert not beyond_sd(np.full(7, 0.1)).any()
     assert not beyond_sd(np.full(3, np.nan)).any()
 
