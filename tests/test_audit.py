@@ -56,6 +56,9 @@ def test_the_bound_by_hand() -> None:
     assert Stratum(10_000, 300, 0).missed(ALPHA) == 99
     assert Stratum(50, 50, 7).missed(ALPHA) == 0
     assert Stratum(50, 0, 0).missed(ALPHA) == 50
+    # Of 1,000 at most 10.2 % exceed theta, and the five that were found are no longer missed.
+    assert upper(5, 100, 0.05) == pytest.approx(0.1023, abs=1e-4)
+    assert Stratum(1000, 100, 5).missed(0.05) == 102 - 5
     # Two strata, three components and five metrics are judged together, each with a thirtieth.
     both = [Stratum(10_000, 300, 0), Stratum(10_000, 300, 2)]
     assert Audit(both, 0.1, ALPHA, 3, 5).missed == sum(s.missed(ALPHA / 30) for s in both)

@@ -14,9 +14,11 @@ from inputs import Letters
 from oracle.families import FAMILIES
 from patchsweep.backends import taken
 from patchsweep.dimensions import Dimensions
+from patchsweep.layout import Features
 from patchsweep.pairs import Pair
-from patchsweep.plan import Plan, make_plan
+from patchsweep.plan import Plan, make_plan, narrowed
 from patchsweep.planning import plan_sweep
+from patchsweep.sites import Status
 from patchsweep.sources import Other, resolve
 from patchsweep.spec import parse_settings
 
@@ -39,6 +41,32 @@ def test_attention_scores_need_memory() -> None:
     rows = max(w.tokens for w in plan.waves) // length
     scores = rows * d.heads * length * length
     assert plan.peak_bytes > 2 * scores * d.bytes_per_value
+
+
+def test_the_largest_wave_needs_memory() -> None:
+    """Whatever smaller ones there are beside it."""
+    plan = planned(LABELLED, components=["mlp_out", "head_z"], source=["other", "b"])
+    largest = max(plan.waves, key=lambda w: w.tokens)
+    assert min(w.tokens for w in plan.waves) < largest.tokens
+    assert replace(plan, units=((largest,),)).peak_bytes == plan.peak_bytes
+
+
+def test_features_need_memory() -> None:
+    """All features of all tokens that the runs start from, before and after the encoder's rule."""
+    pair, width = Pair((5,) * 40, (6,) * 40, (7,), (8,)), 1 << 20
+    given = parse_settings({"components": ["sae_feature"], "positions": [-1], "sae": {"file": "x"}})
+    features = Features(1, "mlp_out", width, small().d_model)
+    plan = make_plan([pair], given, small(), 4000, features)
+    assert plan.peak_bytes > 2 * 2 * 40 * width * small().bytes_per_value
+
+
+def test_a_rank_is_over_the_whole_vocabulary() -> None:
+    """Two logits make a difference; the others take the whole unembedding."""
+    flops = {
+        name: planned(LABELLED[:1], components=["mlp_out"], metrics=[name]).counts()["flops"]
+        for name in ("logit_diff", "rank", "prob")
+    }
+    assert flops["rank"] == flops["prob"] > flops["logit_diff"]
 
 
 def test_which_runs_differ_where() -> None:
@@ -104,6 +132,14 @@ def test_how_many_cells_can_change_anything() -> None:
     assert found["runs"] == (3 + 1) + (3 + 1)
     assert found["structural"] == found["cells"] - found["runs"]
     assert found["estimated"] == 0
+    # Where only one is run, the others are estimated, and as many are structural.
+    grid = plan.grids["mlp_out"]
+    chosen = np.full((grid.layers, grid.units, len(grid.positions)), Status.ESTIMATED, np.uint8)
+    chosen[0, 0, -1] = Status.EXACT
+    kept = narrowed(plan, {("mlp_out", 0, 0): chosen}).counts()
+    assert kept["runs"] == 1
+    assert kept["structural"] == found["structural"]
+    assert kept["estimated"] == found["runs"] - 1
 
 
 def test_two_patches_of_a_token_pass_a_layer_once() -> None:
