@@ -48,6 +48,34 @@ def own_head() -> PreTrainedModel:
     return model
 
 
+def own_last_logit() -> PreTrainedModel:
+    """Of one token alone the unembedding does not say the logit."""
+    model = build()
+    own = model.lm_head.forward
+    last = torch.arange(model.config.vocab_size) == model.config.vocab_size - 1
+    model.lm_head.forward = lambda x: own(x) + last * x[..., :1] ** 2
+    return model
+
+
+def window_of_one_head(size: int) -> PreTrainedModel:
+    """The query heads of the first key-value head see so many keys, the others all."""
+    model = build()
+    groups = model.config.num_key_value_heads
+    first = torch.arange(model.config.num_attention_heads) < (
+        model.config.num_attention_heads // groups
+    )
+    for layer in model.model.layers:
+
+        def forward(hidden: Tensor, own: Any = layer.forward, **kwargs: Any) -> Any:
+            seen = torch.ones((hidden.shape[1],) * 2, dtype=torch.bool).tril()
+            near = seen & ~seen.tril(-size)
+            mask = torch.where(first[:, None, None], near, seen)
+            return own(hidden, **(kwargs | {"attention_mask": mask[None]}))
+
+        layer.forward = forward
+    return model
+
+
 def own_positions() -> PreTrainedModel:
     """It counts positions from 3, unless it is told them."""
     model = build("gpt2")

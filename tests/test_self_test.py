@@ -44,6 +44,7 @@ def true(
 NEITHER: list[tuple[Double, str]] = [
     (doubles.another_tail, r"through nnsight: the baseline of .* has a logit [\d.e+-]+ from"),
     (doubles.own_head, r"through nnsight: the baseline of .* has a logit [\d.e+-]+ from"),
+    (doubles.own_last_logit, r"through nnsight: the baseline of .* has a logit [\d.e+-]+ from"),
     (doubles.two_ways, "is not causal .* neither backend can run it"),
     (partial(doubles.mixing_mlp, 0.01), "patched in layer 2 where .* nothing can change moves"),
 ]
@@ -169,6 +170,30 @@ def test_a_backend_that_lies_about_one_component(
         sweep(
             doubles.build(), tmp_path / "r", components=["resid_post", component], backend=backend
         )
+
+
+@pytest.mark.parametrize("backend", ["auto", "wavefront", "nnsight"])
+def test_a_window_of_some_heads_is_none(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first ones the structural cells are right."""
+    hf_model = doubles.window_of_one_head(4)
+    said = replace(ps.wrap(hf_model, Letters()).dimensions, windows=(4, 4, 4))
+    monkeypatch.setattr(ps.Model, "dimensions", property(lambda _: said))
+    with pytest.raises(ps.BadInput, match=r"head_v patched in layer .* nothing can change moves"):
+        sweep(hf_model, tmp_path / "r", components=["head_v"], backend=backend)
+
+
+def test_windows_that_are_the_models(tmp_path: Path) -> None:
+    hf_model = doubles.build("mistral", sliding_window=4)
+    results = sweep(hf_model, tmp_path / "r", components=["resid_post"], backend="wavefront")
+    true(results, hf_model, FAMILIES["mistral"])
+
+
+def test_what_is_not_finite_is_as_far_as_can_be() -> None:
+    a, b = torch.tensor([1.0, np.nan, np.inf, 3.0]), torch.tensor([np.nan, np.nan, np.inf, 2.5])
+    far = torch.finfo(torch.float32).max
+    assert selftest.difference(a, b).tolist() == [far, 0, 0, 0.5]
 
 
 def test_results_say_what_was_compared(tmp_path: Path) -> None:
