@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from patchsweep.effect import Array
 from patchsweep.errors import BadInput
 from patchsweep.sites import Grid
-from patchsweep.store import RUNS, Store
+from patchsweep.store import RUNS, Store, stored_pairs, texts_of, two_prompts
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,16 @@ class Reader:
 
     @cached_property
     def _has_corrupt_prompt(self) -> bool:
-        """Whether the corrupt run is that of the corrupt prompt; noise is on the clean one's
-        embeddings, and zero, means and vectors are patched into the clean run."""
-        spec = self.attrs.get("spec", {})
-        return spec.get("corrupt", "pairs") == "pairs" and "other" in spec.get("source", ["other"])
+        return two_prompts(self.attrs)
 
     @cached_property
     def _align(self) -> NDArray[Any]:
         return self.store.read("prompts/align")
+
+    def texts(self, component: str) -> dict[str, NDArray[Any]]:
+        """`token` and `label` [pair, position] and `n_pairs` [position] of a component."""
+        positions = self.grid(component).positions
+        return texts_of(stored_pairs(self.store), positions, self.attrs, *self._text.values())
 
     def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
         """Token texts of one prompt at the positions of the grid; None outside, "" for `all`, for
@@ -134,7 +136,7 @@ class Reader:
         at = self.labels[pair].get(position) if isinstance(position, str) else position
         if at is None:
             return None
-        at = at + self.lengths[pair] if at < 0 else at
+        at = at + self._reads[pair] + 1 if at < 0 else at
         if not 0 <= at < self.lengths[pair]:
             return None
         if not self._has_corrupt_prompt:

@@ -145,7 +145,7 @@ class Estimates(Effects):
         total: Any = sum(part.astype(np.float64) for part in parts)
         senders, receivers = (self.store.read(f"{EDGES}/{end}") for end in ("sender", "receiver"))
         mean = total / len(done) if len(done) else np.full((len(senders), len(receivers)), np.nan)
-        said = {"approximation": self.store.node_attrs(f"{EDGES}/{metric}")["approximation"]}
+        said = self.store.node_attrs(f"{EDGES}/{metric}")
         ends = {"sender": senders, "receiver": receivers}
         return xr.DataArray(mean, ends, ("sender", "receiver"), metric, said)
 

@@ -4,6 +4,7 @@ dask, chunk by chunk."""
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,7 +18,7 @@ from patchsweep.effect import Array, change, ratio
 from patchsweep.results.columns import Columns
 from patchsweep.results.effects import Effects
 from patchsweep.sites import DIMENSIONS, MEASURED, SETS, Status
-from patchsweep.store import Store
+from patchsweep.store import Store, described
 
 _COLUMN = "column"
 
@@ -28,16 +29,22 @@ def dataset(results: Effects, component: str, by: str | None, squeeze: bool) -> 
     found: dict[str, xr.Variable] = {}
     for metric in results.metrics:
         name = f"{component}/{metric}"
-        of_effect = f"effect on {metric} (0 = destination, 1 = source)"
         effect = _LazyEffect(store, name, *results.ends(metric, grid))
-        found[metric] = _variable(_Lazy(store, name), store.node_attrs(name))
-        found[f"{metric}_effect"] = _variable(effect, {"long_name": of_effect})
-        found[f"{metric}_status"] = _variable(_Lazy(store, f"{name}_status"), {})
-        if component in store.estimators:
-            name = f"{name}_estimate"
-            found[f"{metric}_estimate"] = _variable(_Lazy(store, name), store.node_attrs(name))
+        arrays: dict[str, BackendArray] = {"": _Lazy(store, name), "_effect": effect}
+        kinds = ("_status", "_estimate") if component in store.estimators else ("_status",)
+        arrays |= {kind: _Lazy(store, f"{name}{kind}") for kind in kinds}
+        for kind, array in arrays.items():
+            said = described.values(results.attrs, metric, kind)
+            if kind == "_estimate":
+                said["approximation"] = store.node_attrs(f"{name}{kind}")["approximation"]
+            found[f"{metric}{kind}"] = xr.Variable(
+                DIMENSIONS, indexing.LazilyIndexedArray(array), said
+            )
     unit_name = store.node_attrs(component).get("unit_name", "")
-    coordinates = {dim: (dim, _plain(store.read(f"{component}/{dim}"))) for dim in DIMENSIONS}
+    coordinates = {
+        dim: (dim, _plain(store.read(f"{component}/{dim}")), described.coordinate(dim, component))
+        for dim in DIMENSIONS
+    }
     ds = xr.Dataset(found, coordinates, {"unit_name": unit_name})
     if find_spec("dask"):
         # Without a token dask would read everything, for a name of its own.
@@ -45,6 +52,8 @@ def dataset(results: Effects, component: str, by: str | None, squeeze: bool) -> 
         ds = ds.chunk(chunks, token=uuid.uuid4().hex)
     if by is not None:
         ds = _by_meaning(results, component, ds, results.columns(component, by))
+    elif component != SETS:
+        ds = ds.assign_coords(_beside(results.texts(component)))
     unit = "" if component == SETS else unit_name
     ds = ds.rename(unit=unit) if unit else ds.isel(unit=0, drop=True)
     if component == SETS:
@@ -79,11 +88,8 @@ def _by_meaning(results: Effects, component: str, ds: xr.Dataset, columns: Colum
                 status = ds[f"{name.removesuffix('_effect')}_status"]
                 found[name] = mean(name, status.isin(MEASURED) & np.isfinite(ds[name]))
         ds = xr.Dataset(found, attrs=ds.attrs).rename({_COLUMN: "position"})
-    return ds.assign_coords(
-        position=list(columns.names),
-        token=(("pair", "position"), tokens),
-        n_pairs=("position", np.sum(there, axis=0)),
-    )
+    beside = _beside({"token": np.array(tokens, object), "n_pairs": np.sum(there, axis=0)})
+    return ds.assign_coords({"position": list(columns.names), **beside})
 
 
 def _statuses(status: xr.DataArray, members: xr.DataArray) -> Any:
@@ -96,8 +102,12 @@ def _statuses(status: xr.DataArray, members: xr.DataArray) -> Any:
     return found.astype(np.uint8).assign_attrs(status.attrs)
 
 
-def _variable(array: BackendArray, attrs: dict[str, Any]) -> xr.Variable:
-    return xr.Variable(DIMENSIONS, indexing.LazilyIndexedArray(array), attrs)
+def _beside(texts: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    """What is at the positions, as coordinates."""
+    return {
+        name: (("pair", "position")[-data.ndim :], data, described.coordinate(name))
+        for name, data in texts.items()
+    }
 
 
 def _plain(coordinate: NDArray[Any]) -> NDArray[Any]:

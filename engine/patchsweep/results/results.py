@@ -40,6 +40,10 @@ class Results(Cells, Intervals, Diagnosed):
         `set`, with the sets' names, in place of the last three. The first three are there where
         they have several entries; all others always, or with `squeeze` where they have several.
 
+        Coordinates beside them, but of "sets": `token` (clean/corrupt where the prompts differ) and
+        `label` [pair, position], `n_pairs` [position], how many pairs' prompts have it. Attributes
+        say what an array is, its `units`, and what statuses mean (`flag_values`, `flag_meanings`).
+
         `by`: labels, end or start: positions are what they mean (see `columns`) instead of what is
         stored: of a segment the mean over its tokens in each pair, `token` [pair, position] their
         text, `n_pairs` [position] how many pairs have it.

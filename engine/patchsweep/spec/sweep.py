@@ -135,6 +135,8 @@ class Sweep(Data):
             "run",
             "component",
             "token",
+            "label",
+            "n_pairs",
             *(f"{c}{kind}" for c in columns for kind in KINDS),
         }
         for column in columns:

@@ -6,7 +6,10 @@ a block is a chunk. It is written once, by one process.
 
 Layout under the results folder:
 
-- `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates.
+- `README.txt`: what the arrays are, for who has only xarray (`readme.py`).
+- `<component>/<metric>`, `<component>/<metric>_status`: `sites.DIMENSIONS`, with 1-D coordinates
+  and, but for sets, `token`, `label` [pair, position] and `n_pairs` [position] (`texts.py`). What
+  an array is its attributes say (`described.py`).
 - `<component>/<metric>_estimate`, where the sweep estimates the component: the same dimensions and
   chunks, without a status; its attribute `approximation` says how it was made.
 - `edges/<metric>`, where the sweep scores edges: [direction, source, sample, pair, sender,
@@ -55,6 +58,7 @@ there. Results of schema 2 (without manifest and digests) are read.
     outside.py      files that are written elsewhere: tables, figures, pages
     nodes.py        what metadata may say
     arrays.py       the arrays, laid out empty; prompts.py: the prompt pairs
+    described.py    what arrays say of themselves; texts.py: what is at positions; readme.py
     lay_out.py      what is written once, made and read; manifest.py: that, kept twice
     summary.py      attributes that change
     ledger.py       which record speaks of which chunks; books.py: records, read; digests.py
@@ -89,6 +93,7 @@ from patchsweep.store.place import (
 )
 from patchsweep.store.prompts import stored_pairs
 from patchsweep.store.store import Store
+from patchsweep.store.texts import texts_of, two_prompts
 from patchsweep.store.whole import pack, remove
 
 __all__ = [
@@ -125,5 +130,7 @@ __all__ = [
     "remove",
     "replacing",
     "stored_pairs",
+    "texts_of",
+    "two_prompts",
     "writing",
 ]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from patchsweep.sites import DIMENSIONS, Grid, unit_name
+from patchsweep.store import described
 from patchsweep.store.ledger import EDGES, SCORED, Ledger
 
 RUNS = ("clean", "corrupt")
@@ -28,6 +30,7 @@ def create_array(
     chunks: tuple[int, ...],
     dtype: Any,
     fill: Any,
+    attributes: Mapping[str, Any] | None = None,
 ) -> zarr.Array[Any]:
     return group.create_array(
         name,
@@ -37,27 +40,41 @@ def create_array(
         fill_value=fill,
         compressors=ZstdCodec(level=3, checksum=True),
         dimension_names=list(dims),
+        attributes=dict(attributes or {}),
         config={"write_empty_chunks": True},
     )
 
 
-def put(group: zarr.Group, name: str, dims: Sequence[str], data: Any) -> None:
+def put(
+    group: zarr.Group,
+    name: str,
+    dims: Sequence[str],
+    data: Any,
+    attributes: Mapping[str, Any] | None = None,
+) -> None:
     """Create and fill a small array in one chunk; strings become Zarr's variable-length strings."""
     data = np.asarray(data)
     text = data.dtype.kind in "UO"
     chunks = tuple(max(1, n) for n in data.shape)
-    array = create_array(
-        group, name, dims, data.shape, chunks, str if text else data.dtype, "" if text else 0
-    )
+    dtype, fill = (str, "") if text else (data.dtype, 0)
+    array = create_array(group, name, dims, data.shape, chunks, dtype, fill, attributes)
     array[...] = data.astype(object) if text else data
 
 
-def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype: str) -> None:
+def create_component(
+    root: zarr.Group,
+    grid: Grid,
+    metrics: Sequence[str],
+    attrs: Mapping[str, Any],
+    texts: Mapping[str, NDArray[Any]],
+) -> None:
+    """`texts`: what `texts_of` has of its positions; sets have none."""
     group = root.create_group(grid.component, attributes={"unit_name": unit_name(grid.component)})
     for metric in metrics:
-        create_array(group, metric, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
-        name = f"{metric}_status"
-        create_array(group, name, DIMENSIONS, grid.shape, grid.chunks, "uint8", 0)
+        for kind, dtype, fill in (("", attrs["dtype"], math.nan), ("_status", "uint8", 0)):
+            said = described.stored(attrs, metric, kind, grid.component)
+            name, cut = f"{metric}{kind}", grid.chunks
+            create_array(group, name, DIMENSIONS, grid.shape, cut, dtype, fill, said)
     coordinates = {
         "direction": grid.directions,
         "source": grid.sources,
@@ -68,7 +85,9 @@ def create_component(root: zarr.Group, grid: Grid, metrics: Sequence[str], dtype
         "position": grid.positions,
     }
     for name, data in coordinates.items():
-        put(group, name, (name,), data)
+        put(group, name, (name,), data, described.coordinate(name, grid.component))
+    for name, data in texts.items():
+        put(group, name, ("pair", "position")[-data.ndim :], data, described.coordinate(name))
 
 
 def create_splits(root: zarr.Group, blocks: int) -> None:
@@ -96,22 +115,23 @@ def create_estimates(
     root: zarr.Group,
     grids: Sequence[Grid],
     metrics: Sequence[str],
-    dtype: str,
-    estimators: Mapping[str, str],
+    attrs: Mapping[str, Any],
 ) -> None:
+    estimators, dtype = attrs.get("estimators", {}), attrs["dtype"]
     if not estimators:
         return
     for grid in (g for g in grids if g.component in estimators):
         how = f"attribution patching ({estimators[grid.component]})"
         for metric in metrics:
             name = f"{grid.component}/{metric}_estimate"
-            array = create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan)
-            array.update_attributes({"approximation": how})
-        for what in ("status", "stratum"):
+            said = described.stored(attrs, metric, "_estimate", grid.component)
+            said["approximation"] = how
+            create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan, said)
+        for what, said in described.CHOICE.items():
             name, cells = f"choice/{grid.component}_{what}", grid.shape[4:]
             dims = ("direction", "source", "layer", "unit", "position")
             shape = (len(grid.directions), len(grid.sources), *cells)
-            create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0)
+            create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0, said)
     for name in (ESTIMATED, ESTIMATED_SPLIT):
         create_marks(root, name, grids[0])
 
@@ -125,11 +145,10 @@ def create_edges(
     root: zarr.Group,
     grid: Grid,
     metrics: Sequence[str],
-    dtype: str,
-    how: str | Mapping[str, Mapping[str, int]],
+    attrs: Mapping[str, Any],
     nodes: tuple[Sequence[str], Sequence[str]],
 ) -> None:
-    group = root.create_group(EDGES)
+    group, how = root.create_group(EDGES), attrs[EDGES]
     coordinates: dict[str, Any] = {
         "direction": grid.directions,
         "source": grid.sources,
@@ -142,15 +161,21 @@ def create_edges(
     text = how if isinstance(how, str) else f"eap_ig, {how['eap_ig']['steps']} steps"
     for metric in metrics:
         chunks = (1, 1, 1, 1, *sizes[4:])
-        array = create_array(group, metric, tuple(coordinates), sizes, chunks, dtype, math.nan)
-        array.update_attributes({"approximation": f"edge attribution patching ({text})"})
+        said = described.values(attrs, metric, "edge")
+        said["approximation"] = f"edge attribution patching ({text})"
+        dims, dtype = tuple(coordinates), attrs["dtype"]
+        create_array(group, metric, dims, sizes, chunks, dtype, math.nan, said)
     for name, data in coordinates.items():
-        put(group, name, (name,), data)
+        put(group, name, (name,), data, described.coordinate(name))
     create_marks(root, SCORED_SPLIT, grid)
 
 
 def create_baseline(
-    root: zarr.Group, grids: Sequence[Grid], metrics: Sequence[str], pairs: int, dtype: str
+    root: zarr.Group,
+    grids: Sequence[Grid],
+    metrics: Sequence[str],
+    pairs: int,
+    attrs: Mapping[str, Any],
 ) -> None:
     group = root.create_group("baseline")
     # The pairs of any block are then whole chunks.
@@ -158,10 +183,10 @@ def create_baseline(
     sources, samples = grids[0].sources, grids[0].samples
     dims = ("run", "source", "sample", "pair")
     for metric in metrics:
-        for name in (metric, f"{metric}_noise_floor"):
+        for name, kind in ((metric, "unpatched"), (f"{metric}_noise_floor", "_noise_floor")):
             shape = (len(RUNS), len(sources), samples, pairs)
-            create_array(group, name, dims, shape, chunks, dtype, math.nan)
-    put(group, "run", ("run",), RUNS)
-    put(group, "source", ("source",), sources)
-    put(group, "sample", ("sample",), np.arange(samples))
-    put(group, "pair", ("pair",), np.arange(pairs))
+            said = described.values(attrs, metric, kind)
+            create_array(group, name, dims, shape, chunks, attrs["dtype"], math.nan, said)
+    coordinates = (RUNS, sources, np.arange(samples), np.arange(pairs))
+    for name, data in zip(dims, coordinates, strict=True):
+        put(group, name, (name,), data, described.coordinate(name))

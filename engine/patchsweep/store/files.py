@@ -17,6 +17,7 @@ from typing import Any, Literal
 from patchsweep.errors import BadInput
 
 ROOT = "zarr.json"
+README = "README.txt"  # and the root attribute `readme` says so: in older results it is the user's
 SCHEMA = 3
 OLDER = 2  # without a manifest, with records that only mark what is done: it is read
 MARK = "patchsweep_schema"  # of results, in the attributes of the root
@@ -97,7 +98,10 @@ def marked(root: bytes) -> int | None:
 def unfinished(attrs: Mapping[str, Any]) -> bytes:
     """The root `zarr.json` of results that are half laid out or half deleted: what they consist of,
     and that they are none yet, or none any more."""
-    said = {MARK: 0, **{key: attrs[key] for key in ("components", "metrics") if key in attrs}}
+    said = {
+        MARK: 0,
+        **{key: attrs[key] for key in ("components", "metrics", "readme") if key in attrs},
+    }
     return json.dumps({"zarr_format": 3, "node_type": "group", "attributes": said}).encode()
 
 

@@ -26,12 +26,14 @@ from patchsweep.store.arrays import (
 )
 from patchsweep.store.books import Books
 from patchsweep.store.damage import Why
-from patchsweep.store.files import MARK, ROOT, SCHEMA
+from patchsweep.store.files import MARK, README, ROOT, SCHEMA
 from patchsweep.store.ledger import EDGES, Ledger, ledgers_of
 from patchsweep.store.manifest import MANIFEST, SEAL, Layout, once_of, seal, unpacked
 from patchsweep.store.nodes import ZARR_JSON, node
 from patchsweep.store.place import Place
-from patchsweep.store.prompts import create_prompts
+from patchsweep.store.prompts import create_prompts, prompt_texts
+from patchsweep.store.readme import readme
+from patchsweep.store.texts import texts_of
 
 
 def made(
@@ -44,23 +46,27 @@ def made(
 ) -> dict[str, bytes]:
     """The files of results that nothing was written to, by name; see `Store.create`."""
     metrics = [metric["name"] for metric in attrs["metrics"]]
-    dtype, estimators = attrs["dtype"], attrs.get("estimators", {})
     held: dict[str, Buffer] = {}
     root = zarr.create_group(MemoryStore(store_dict=held), zarr_format=3)
+    strings = prompt_texts(pairs, token_strings)
     for grid in grids:
-        create_component(root, grid, metrics, dtype)
-    create_estimates(root, grids, metrics, dtype, estimators)
+        texts = {}
+        if grid.component != SETS:
+            texts = texts_of(pairs, grid.positions, attrs, strings["clean"], strings["corrupt"])
+        create_component(root, grid, metrics, attrs, texts)
+    create_estimates(root, grids, metrics, attrs)
     if attrs.get(EDGES):
-        create_edges(root, grids[0], metrics, dtype, attrs[EDGES], nodes)
-    create_baseline(root, grids, metrics, len(pairs), dtype)
+        create_edges(root, grids[0], metrics, attrs, nodes)
+    create_baseline(root, grids, metrics, len(pairs), attrs)
     chunks = sum(math.prod(grid.tiles) for grid in grids)
     create_splits(root, chunks * attrs.get("blocks_per_chunk", 1))
-    create_prompts(root, pairs, token_strings)
+    create_prompts(root, pairs, token_strings, strings)
     for name, column in sites.items():
         put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
     for ledger in _ledgers(chunk_counts(root), attrs).values():
         create_records(root, ledger)
     files = {key: buffer.to_bytes() for key, buffer in held.items()}
+    files[README] = readme(grids, attrs).encode()
     root.update_attributes({**attrs, SEAL: seal(files)})
     return files | {ROOT: held[ROOT].to_bytes()}
 

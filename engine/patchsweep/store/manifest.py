@@ -1,9 +1,9 @@
 """What is written once when results are laid out is kept twice: as files, and in the manifest.
 
 The manifest is the group `manifest`; its attributes hold the contents of all those files: the
-metadata of every group and array, the chunks of coordinates, prompts and sites, and the root, whose
-own attribute `written_once` is a digest of the others. So it says what should be there, and what
-was there; one that is lost can be made of the files again.
+metadata of every group and array, the chunks of coordinates, prompts and sites, README.txt, and the
+root, whose own attribute `written_once` is a digest of the others. So it says what should be there,
+and what was there; one that is lost can be made of the files again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from hashlib import sha256
 from numcodecs.zstd import Zstd
 
 from patchsweep.store.damage import Why
+from patchsweep.store.described import TEXTS
 from patchsweep.store.digests import digest_of_all
-from patchsweep.store.files import ROOT, marked
+from patchsweep.store.files import README, ROOT, marked
 from patchsweep.store.nodes import ZARR_JSON, node
 
 MANIFEST = f"manifest/{ZARR_JSON}"
@@ -74,7 +75,7 @@ def once_of(files: Iterable[str]) -> list[str]:
     """Those of the files of results that are written once, told by their names: the manifest and
     what is filled later are not."""
     listed = {*files}
-    nodes = {key for key in listed if key == ROOT or _is_node(key)}
+    nodes = {key for key in listed if key in (ROOT, README) or _is_node(key)}
     chunks = {key for key in listed if "/c/" in key and _is_coordinate(key.split("/c/")[0])}
     chunks = {key for key in chunks if f"{key.split('/c/')[0]}/{ZARR_JSON}" in nodes}
     return sorted(nodes | chunks)
@@ -90,7 +91,11 @@ def root_of(root: bytes, manifest: bytes) -> bytes:
 
 def _checked(key: str) -> str:
     """A name that stays below the results; ValueError for any other."""
-    if not _is_node(key) and ("/c/" not in key or not _NAME.fullmatch(key) or "/../" in f"/{key}/"):
+    if (
+        key != README
+        and not _is_node(key)
+        and ("/c/" not in key or not _NAME.fullmatch(key) or "/../" in f"/{key}/")
+    ):
         raise ValueError(f"{key!r} is no name of a file of results")
     return key
 
@@ -106,7 +111,7 @@ def _is_node(key: str) -> bool:
 _ONCE = frozenset(
     {
         *("direction", "source", "sample", "pair", "layer", "unit", "position", "run"),
-        *("sender", "receiver"),
+        *("sender", "receiver", *TEXTS),
     }
 )
 

@@ -1,8 +1,8 @@
 """Which files and folders results consist of: nothing else is ever moved or deleted with them.
 
 They are told by their names, from what the root attributes say: the groups and arrays that a sweep
-has of these components and metrics, their `zarr.json` and their chunks; and what a kill leaves of
-one of these half written. Everything else inside is the user's.
+has of these components and metrics, their `zarr.json` and their chunks; README.txt, if they say so;
+and what a kill leaves of one of these half written. Everything else inside is the user's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from patchsweep.sites import DIMENSIONS, SETS, Site
 from patchsweep.store.arrays import RUNS
-from patchsweep.store.files import ROOT
+from patchsweep.store.described import TEXTS
+from patchsweep.store.files import README, ROOT
 from patchsweep.store.ledger import EDGES
 
 _CHUNK = re.compile(r"c(/\d+)*")
@@ -28,15 +29,17 @@ _MARKS |= {"choice", "waves_split"}
 
 @dataclass(frozen=True)
 class Owned:
-    """The arrays of results, by group."""
+    """The arrays of results, by group, and whether README.txt is theirs."""
 
     arrays: Mapping[str, frozenset[str]]
+    readme: bool = False
 
     def file(self, key: str) -> bool:
         """Whether a file, named with slashes from the results on, is of them."""
         if found := _HALF.fullmatch(key):
             half = found["key"]
-            return self._file(half) or (half.endswith("zarr") and self._file(f"{half}.json"))
+            whole = (half, f"{half}.json", f"{half}.txt")
+            return any(map(self._file, whole))
         return self._file(key)
 
     def folder(self, key: str) -> bool:
@@ -55,6 +58,8 @@ class Owned:
 
     def _file(self, key: str) -> bool:
         above, _, name = key.rpartition("/")
+        if key == README:
+            return self.readme
         if name == ROOT:
             return not above or (above.count("/") < 2 and self.folder(above))
         return "/c" in key and key.count("/") >= 2 and self.folder(key)
@@ -68,7 +73,7 @@ def owned(attrs: Mapping[str, Any]) -> Owned:
     if not components:
         return Owned({})
     kinds = ("", "_status", "_estimate")
-    of_cells = {f"{m}{kind}" for m in metrics for kind in kinds} | {*DIMENSIONS}
+    of_cells = {f"{m}{kind}" for m in metrics for kind in kinds} | {*DIMENSIONS, *TEXTS}
     sites = {f"site_{part}" for part in ("set", *Site.__dataclass_fields__)}
     groups: dict[str, set[str]] = {name: {*of_cells} for name in components}
     groups[SETS] = of_cells | sites
@@ -79,7 +84,8 @@ def owned(attrs: Mapping[str, Any]) -> Owned:
     groups["baseline"] |= {"run", *DIMENSIONS[1:4]}
     groups["prompts"] = _PROMPTS
     groups |= {"manifest": set(), "summary": {"second"}, "records": {"baseline", "estimates"}}
-    return Owned({name: frozenset(arrays) for name, arrays in groups.items()})
+    known = {name: frozenset(arrays) for name, arrays in groups.items()}
+    return Owned(known, attrs.get("readme") == README)
 
 
 def not_ours(place: object, key: str) -> str:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 
 from patchsweep.pairs import Pair
 from patchsweep.store.array_store import ArrayStore
 from patchsweep.store.arrays import RUNS, put
 
 
+def prompt_texts(
+    pairs: Sequence[Pair], token_strings: Callable[[int], str]
+) -> dict[str, NDArray[np.object_]]:
+    """The texts of the tokens of the clean and the corrupt prompts, [pair, position] each, empty
+    behind a prompt's end."""
+    width = _width(pairs)
+    found = {}
+    for run in RUNS:
+        rows = [[token_strings(token) for token in getattr(pair, run)] for pair in pairs]
+        padded = [[*row, *[""] * (width - len(row))] for row in rows]
+        found[run] = np.array(padded, dtype=object).reshape(len(pairs), width)
+    return found
+
+
 def create_prompts(
-    root: zarr.Group, pairs: Sequence[Pair], token_strings: Callable[[int], str]
+    root: zarr.Group,
+    pairs: Sequence[Pair],
+    token_strings: Callable[[int], str],
+    strings: Mapping[str, NDArray[np.object_]],
 ) -> None:
+    """The group of the prompts; `strings` are their `prompt_texts`."""
+
     def texts(sets: Sequence[tuple[int, ...]]) -> list[list[str]]:
         return [[token_strings(token) for token in tokens] for tokens in sets]
 
@@ -32,20 +52,23 @@ def create_prompts(
             "continuation": [list(pair.continuation) for pair in pairs],
         },
     )
-    width = max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))
+    width = _width(pairs)
     dims = ("pair", "position")
     for run in RUNS:
         rows = [getattr(pair, run) for pair in pairs]
         tokens = [[*row, *[-1] * (width - len(row))] for row in rows]
-        strings = [[*row, *[""] * (width - len(row))] for row in texts(rows)]
         put(group, f"{run}_tokens", dims, np.array(tokens, dtype=np.int32))
-        put(group, f"{run}_text", dims, np.array(strings, dtype=object))
+        put(group, f"{run}_text", dims, strings[run])
     put(group, "length", ("pair",), np.array([len(pair) for pair in pairs], dtype=np.int32))
     align = [[*pair.alignment.tolist(), *[-1] * (width - len(pair))] for pair in pairs]
     put(group, "align", dims, np.array(align, dtype=np.int32))
     put(group, "group", ("pair",), np.array([pair.group for pair in pairs], dtype=object))
     put(group, "pair", ("pair",), np.arange(len(pairs)))
     put(group, "position", ("position",), np.arange(width))
+
+
+def _width(pairs: Sequence[Pair]) -> int:
+    return max(len(tokens) for pair in pairs for tokens in (pair.clean, pair.corrupt))
 
 
 def stored_pairs(store: ArrayStore) -> list[Pair]:

@@ -18,7 +18,7 @@ from patchsweep.store import summary
 from patchsweep.store.array_store import ArrayStore, Region, number_key
 from patchsweep.store.arrays import ESTIMATED, WAVES_SPLIT
 from patchsweep.store.damage import Damaged, Why, damaged
-from patchsweep.store.files import MARK, OLDER, ROOT, SCHEMA
+from patchsweep.store.files import MARK, OLDER, README, ROOT, SCHEMA
 from patchsweep.store.lay_out import books_of, layout_of, made, older_layout
 from patchsweep.store.ledger import (
     BASELINES,
@@ -78,6 +78,7 @@ class Store(ArrayStore):
                 **attrs,
                 "components": [grid.component for grid in grids],
                 "dtype": dtype,
+                "readme": README,
                 MARK: SCHEMA,
             }
             files = made(grids, pairs, token_strings, known, sites or {}, nodes)
@@ -98,7 +99,8 @@ class Store(ArrayStore):
         mending: bool = False,
     ) -> Store:
         """Open a results folder; BadInput if it is missing, foreign, half-created or newer, and,
-        but for who is `mending` it, if anything that is written once is not as it was."""
+        but for who is `mending` it, if anything that is written once, README.txt apart, is not as
+        it was."""
         place = place_of(path)
         if not place.exists():
             raise BadInput(f"no results at {place.at}: check the path")
@@ -112,9 +114,9 @@ class Store(ArrayStore):
         if mode == "r+":
             place.check_writable()
         layout = layout_of(place) if schema == SCHEMA else older_layout(place)
-        if layout.damaged and not mending:
-            key, why = next(iter(layout.damaged.items()))
-            raise damaged(place.at, key, why)
+        needed = {key: why for key, why in layout.damaged.items() if key != README}
+        if needed and not mending:
+            raise damaged(place.at, *next(iter(needed.items())))
         damage = layout.damaged if mending else None
         return cls(place, layout.files, books_of(place, layout.files), fsync, damage=damage)
 
