@@ -111,7 +111,7 @@ def test_every_damaged_chunk_is_found_and_done_again(out: Path, why: str) -> Non
 def test_what_a_kill_has_left_half_written_goes_away(out: Path) -> None:
     fill(Store.open(out, "r+"))
     half = f"{'0a1b' * 8}.partial"  # as Zarr names it
-    for name in ("zarr", "head_z/logit_diff/zarr", "completion/head_z/c/0"):
+    for name in ("README", "zarr", "head_z/logit_diff/zarr", "completion/head_z/c/0"):
         (out / f"{name}.{half}").touch()
     assert check(out).damages == ()
     assert withdraw(Store.open(out, "r+")) == []

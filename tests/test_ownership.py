@@ -33,11 +33,11 @@ GROUP = r"(head_z|mlp_out|sets|baseline|prompts|completion|choice|edges|manifest
 ARRAY = (
     r"((logit_diff(_sum)?|kl|prob)(_status|_estimate|_noise_floor)?|direction|source|sample|pair|layer|unit"
     r"|position|run|second|baseline|estimates|(clean|corrupt)_(tokens|text)|length|align|group|head_z|mlp_out|sets|choice"
-    r"|waves_split|(estimates|edges)(_split)?|site_\w+|sender|receiver|(head_z|mlp_out)_(status|stratum))"
+    r"|token|label|n_pairs|waves_split|(estimates|edges)(_split)?|site_\w+|sender|receiver|(head_z|mlp_out)_(status|stratum))"
 )
 HALF = r"(\.[0-9a-f]{32}\.partial)?"
 OURS = re.compile(
-    rf"(zarr(\.json|{HALF})|{GROUP}(/zarr(\.json|{HALF}))?"
+    rf"(README(\.txt|{HALF})|zarr(\.json|{HALF})|{GROUP}(/zarr(\.json|{HALF}))?"
     rf"|{GROUP}/{ARRAY}(/(zarr(\.json|{HALF})|c(/\d+)*{HALF}))?)?"
 )
 HIDDEN = r"\.{name}\.[0-9a-f]{{12}}\.(partial|replaced)"

@@ -40,8 +40,9 @@ In sets, position is the name of a set of sites that were patched together.
 Coordinates beside them, but in sets
 ------------------------------------
 token [pair, position]   text of the token, clean/corrupt where the two prompts differ
-label [pair, position]   its labels, such as END; of several tokens at once both are empty
+label [pair, position]   its labels, such as END, joined by ", " where it has several
 n_pairs [position]       pairs whose prompt has the position
+Of positions that are several tokens (all, groups) token and label are empty.
 
 Status
 ------
@@ -53,9 +54,9 @@ effect = (patched - destination) / (source - destination): 0 nothing changed, 1 
 Over pairs it is the sum of the numerators over that of the denominators, never a mean of effects.
 destination   baseline/<metric> of the run that is patched: corrupt for denoise, clean for noise
 source        the same of the other run{without}
-Where the status is {structural}, patched = destination exactly. Statuses {measured} count, others are
-left out of both sums. (patchsweep itself shows no cell whose status is {estimated} in any pair, nor
-one that fewer than half of the pairs have.)
+Where the status is {structural}, patched = destination exactly. Statuses {measured} count, others
+are left out of both sums. (patchsweep itself shows no cell whose status is {estimated} in any
+pair, nor one that fewer than half of the pairs have.)
 
 Example, started in this folder
 -------------------------------
