@@ -425,6 +425,10 @@ def test_results_from_before(model: ps.Model, pairs: list[ps.Pair], out: Path, w
         with pytest.raises(ps.BadInput, match=r"not of the results, e.g. README\.txt: it is left"):
             ps.sweep(model, pairs, out=out, **how)
     assert not ps.check(out).damages
+    manifest = (out / "manifest/zarr.json").read_bytes()
+    (out / "manifest/zarr.json").unlink()
+    ps.sweep(model, pairs, out=out, resume=True, **SETTINGS)
+    assert (out / "manifest/zarr.json").read_bytes() == manifest
     pack(out, out.with_name("t.zip"))
     assert README not in zipfile.ZipFile(out.with_name("t.zip")).namelist()
     assert (out / README).read_text() == "mine"
@@ -432,6 +436,25 @@ def test_results_from_before(model: ps.Model, pairs: list[ps.Pair], out: Path, w
     ps.sweep(model, pairs, out=out, append=True, **more)
     assert example(out)
     assert {*BESIDE} <= set(alone(out, "head_z").coords)
+
+
+def test_results_of_the_schema_before(tmp_path: Path) -> None:
+    """They open, in to_xarray with all that others say; a README.txt in there is the user's."""
+    out = tmp_path / "older.zarr"
+    zipfile.ZipFile(Path(__file__).with_name("schema_2.zip")).extractall(out)
+    (out / README).write_text("mine")
+    results = ps.open(out)
+    ds = results.to_xarray("head_z")
+    assert ds.logit_diff.attrs["units"] == "logits"
+    joined = [
+        ["/".join(dict.fromkeys(two)) if two else "" for two in row]
+        for row in results.tokens_of("head_z", results.columns("head_z", "start"))
+    ]
+    assert ds.token.values.tolist() == joined
+    assert set(ds.label.values.ravel()) == {"", "END"}
+    pack(out, tmp_path / "t.zip")
+    assert README not in zipfile.ZipFile(tmp_path / "t.zip").namelist()
+    assert not results.check().damages
 
 
 def test_in_a_zip_file_and_a_bucket(

@@ -122,8 +122,8 @@ class Reader:
 
     def texts(self, component: str) -> dict[str, NDArray[Any]]:
         """`token` and `label` [pair, position] and `n_pairs` [position] of a component."""
-        positions = self.grid(component).positions
-        return texts_of(stored_pairs(self.store), positions, self.attrs, *self._text.values())
+        positions, pairs = self.grid(component).positions, stored_pairs(self.store)
+        return texts_of(pairs, positions, self.attrs, self._text["clean"], self._text["corrupt"])
 
     def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
         """Token texts of one prompt at the positions of the grid; None outside, "" for `all`, for

@@ -40,7 +40,8 @@ Layout under the results folder:
   the caller gives (spec, estimators, edges, plan_hash, token_budget, blocks_per_chunk,
   pairs_per_block, model, model_fingerprint, versions, device, threads; `prompts`:
   the tasks or files that the pairs are from; `appended`: what the results held each time that pairs
-  or metrics were added, their number of `pairs`, their `metrics`, and `when`), and `written_once`.
+  or metrics were added, their number of `pairs`, their `metrics`, and `when`), `written_once`, and
+  `readme`: the name of README.txt, where it is of the results.
 - `manifest`: what is written once, again (`manifest.py`).
 - `summary`, `summary/second`: the attributes that come later (`summary.py`): plan, joint, measured.
 

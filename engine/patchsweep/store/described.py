@@ -51,7 +51,7 @@ FLAGS = {
 # What becomes of the cells of estimated components.
 CHOICE: dict[str, dict[str, Any]] = {
     "status": {"long_name": "what the values of a cell are to be", **FLAGS},
-    "stratum": {"long_name": "stratum that the audit draws from", "comment": "0: not to be drawn"},
+    "stratum": {"long_name": "stratum that the audit draws from", "comment": "255: of none"},
 }
 
 

@@ -26,7 +26,7 @@ from patchsweep.store.arrays import (
 )
 from patchsweep.store.books import Books
 from patchsweep.store.damage import Why
-from patchsweep.store.files import MARK, README, ROOT, SCHEMA
+from patchsweep.store.files import MARK, README, ROOT, SCHEMA, attributes
 from patchsweep.store.ledger import EDGES, Ledger, ledgers_of
 from patchsweep.store.manifest import MANIFEST, SEAL, Layout, once_of, seal, unpacked
 from patchsweep.store.nodes import ZARR_JSON, node
@@ -107,7 +107,8 @@ def layout_of(place: Place) -> Layout:
         if there.get(ROOT) != files.get(ROOT) and _sealed(there):
             return Layout(there, {MANIFEST: "another version"})
         return Layout(files, _differences(files, there))
-    there = place.gets(once_of(place.files()))
+    said = attributes(place.gets([ROOT]).get(ROOT, b""))
+    there = place.gets(once_of(place.files(), said.get("readme") == README))
     if not _sealed(there):
         raise BadInput(
             f"{place.at} is damaged, {MANIFEST} and others of its files: run with --overwrite"
@@ -117,7 +118,7 @@ def layout_of(place: Place) -> Layout:
 
 def older_layout(place: Place) -> Layout:
     """What there is that is written once, in results without a manifest."""
-    return Layout(place.gets(once_of(place.files())), {})
+    return Layout(place.gets(once_of(place.files(), readme=False)), {})
 
 
 def _ledgers(counts: Mapping[str, tuple[int, ...]], attrs: Mapping[str, Any]) -> dict[str, Ledger]:

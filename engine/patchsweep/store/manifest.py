@@ -71,14 +71,14 @@ def seal(files: Mapping[str, bytes]) -> str:
     return digest_of_all({key: content for key, content in files.items() if key != ROOT})
 
 
-def once_of(files: Iterable[str]) -> list[str]:
+def once_of(files: Iterable[str], readme: bool) -> list[str]:
     """Those of the files of results that are written once, told by their names: the manifest and
-    what is filled later are not."""
+    what is filled later are not. `readme`: README.txt is one of them."""
     listed = {*files}
-    nodes = {key for key in listed if key in (ROOT, README) or _is_node(key)}
+    nodes = {key for key in listed if key == ROOT or _is_node(key)}
     chunks = {key for key in listed if "/c/" in key and _is_coordinate(key.split("/c/")[0])}
     chunks = {key for key in chunks if f"{key.split('/c/')[0]}/{ZARR_JSON}" in nodes}
-    return sorted(nodes | chunks)
+    return sorted(nodes | chunks | ({README} & listed if readme else set()))
 
 
 def root_of(root: bytes, manifest: bytes) -> bytes:

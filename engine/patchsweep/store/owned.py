@@ -38,8 +38,7 @@ class Owned:
         """Whether a file, named with slashes from the results on, is of them."""
         if found := _HALF.fullmatch(key):
             half = found["key"]
-            whole = (half, f"{half}.json", f"{half}.txt")
-            return any(map(self._file, whole))
+            return any(map(self._file, (half, f"{half}.json", f"{half}.txt")))
         return self._file(key)
 
     def folder(self, key: str) -> bool:
