@@ -58,18 +58,21 @@ def own_last_logit() -> PreTrainedModel:
 
 
 def window_of_one_head(size: int) -> PreTrainedModel:
-    """The query heads of the first key-value head see so many keys, the others all."""
+    """Queries see so many keys, but in the first layer those of the last key-value head all."""
     model = build()
-    groups = model.config.num_key_value_heads
-    first = torch.arange(model.config.num_attention_heads) < (
-        model.config.num_attention_heads // groups
-    )
-    for layer in model.model.layers:
+    config = model.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    wide = torch.arange(config.num_attention_heads) >= config.num_attention_heads - group
+    for index, layer in enumerate(model.model.layers):
 
-        def forward(hidden: Tensor, own: Any = layer.forward, **kwargs: Any) -> Any:
+        def forward(
+            hidden: Tensor,
+            own: Any = layer.forward,
+            free: Tensor = wide & (index == 0),
+            **kwargs: Any,
+        ) -> Any:
             seen = torch.ones((hidden.shape[1],) * 2, dtype=torch.bool).tril()
-            near = seen & ~seen.tril(-size)
-            mask = torch.where(first[:, None, None], near, seen)
+            mask = torch.where(free[:, None, None], seen, seen & ~seen.tril(-size))
             return own(hidden, **(kwargs | {"attention_mask": mask[None]}))
 
         layer.forward = forward

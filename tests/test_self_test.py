@@ -18,6 +18,7 @@ import patchsweep as ps
 from inputs import Letters, three
 from oracle.families import FAMILIES, Family
 from patchsweep import backends, interventions, selftest
+from patchsweep.pairs import Pair
 from patchsweep.probe import CELLS
 from patchsweep.sites import Status
 
@@ -176,12 +177,25 @@ def test_a_backend_that_lies_about_one_component(
 def test_a_window_of_some_heads_is_none(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the first ones the structural cells are right."""
-    hf_model = doubles.window_of_one_head(4)
-    said = replace(ps.wrap(hf_model, Letters()).dimensions, windows=(4, 4, 4))
+    """Structural cells of the first ones are right; all tokens differ, so that no others matter."""
+    hf_model = doubles.window_of_one_head(3)
+    said = replace(ps.wrap(hf_model, Letters()).dimensions, windows=(3, 3, 3))
     monkeypatch.setattr(ps.Model, "dimensions", property(lambda _: said))
-    with pytest.raises(ps.BadInput, match=r"head_v patched in layer .* nothing can change moves"):
-        sweep(hf_model, tmp_path / "r", components=["head_v"], backend=backend)
+    pair = Pair(tuple(range(5, 14)), tuple(range(25, 34)), (40,), (41,))
+    given: dict[str, Any] = {"components": ["head_v"], "metrics": ["logit_diff"]}
+    with pytest.raises(ps.BadInput, match=r"head_v patched in layer 0 .* nothing can change moves"):
+        ps.sweep(ps.wrap(hf_model, Letters()), [pair], out=tmp_path / "r", backend=backend, **given)
+
+
+@pytest.mark.parametrize("backend", ["wavefront", "nnsight"])
+def test_where_no_cell_can_change_anything(backend: str, tmp_path: Path) -> None:
+    """Windows so small that what differs never reaches the last token."""
+    hf_model = doubles.build("mistral", sliding_window=2)
+    results = sweep(hf_model, tmp_path / "r", components=["head_v"], backend=backend)
+    test = results.attrs["self_test"]
+    assert test["cells"] == 0 < test["structural"]
+    status = results.store.read("head_v/logit_diff_status")[0, 0, 0, 0]  # the probe is of this pair
+    assert set(np.unique(status)) <= {Status.STRUCTURAL, Status.OUTSIDE}
 
 
 def test_windows_that_are_the_models(tmp_path: Path) -> None:

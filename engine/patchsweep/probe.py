@@ -51,7 +51,8 @@ def make_probe(plan: Plan) -> Probe:
     for name in components:
         mine = [s for s, there in zip(candidates, exists, strict=True) if there]
         sites += [s for s in mine if s.component == name][:CELLS]
-    return Probe(planned(sites), components, tuple(sites), (runs[-1], runs[0]))
+    # Where no cell can change anything, the plan of one of them has the baselines.
+    return Probe(planned(sites or candidates[:1]), components, tuple(sites), (runs[-1], runs[0]))
 
 
 def _pair(pairs: Sequence[Pair], longest: tuple[int, ...]) -> Pair:
