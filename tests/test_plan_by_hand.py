@@ -142,6 +142,25 @@ def test_how_many_cells_can_change_anything() -> None:
     assert kept["estimated"] == found["runs"] - 1
 
 
+def test_which_layers_are_in_a_window() -> None:
+    three = ps.wrap(FAMILIES["llama"].build(3), Letters()).dimensions
+    table = planned(
+        LABELLED, three, components=["mlp_out"], windows=[2], positions=[-1]
+    ).layouts.table
+    assert table is not None
+    assert table.names == ("mlp_out.0-1@-1", "mlp_out.1-2@-1")
+    assert [table.layer[table.set == i].tolist() for i in range(2)] == [[0, 1], [1, 2]]
+
+
+def test_a_site_of_a_set_matters_where_its_layer_says() -> None:
+    """In the last layer nothing reads what the first token's MLP adds."""
+    runs = [
+        planned(LABELLED[1:], sets={"a": [f"mlp_out.{layer}@0"]}).counts()["runs"]
+        for layer in range(2)
+    ]
+    assert runs == [1, 0]
+
+
 def test_two_patches_of_a_token_pass_a_layer_once() -> None:
     """A head's z at one token and another head's at the same one."""
     sets = {"one": ["head_z.0.1@1"], "two": ["head_z.0.1@1", "head_z.0.2@1"]}
@@ -150,3 +169,10 @@ def test_two_patches_of_a_token_pass_a_layer_once() -> None:
         for k, v in sets.items()
     ]
     assert each[0] == each[1] > 0
+    # A patched query attends, whatever else is patched there.
+    sets = {"one": ["head_q.0.1@1"], "two": ["head_q.0.1@1", "head_z.0.2@1"]}
+    query = [
+        make_plan(LABELLED[:1], parse_settings({"sets": {k: v}}), small(), 4000).counts()["flops"]
+        for k, v in sets.items()
+    ]
+    assert query[0] == query[1] > each[0]
