@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchsweep.errors import BadInput
-from patchsweep.forward import layers_of
+from patchsweep.layers import layers_of
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
 

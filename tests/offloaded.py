@@ -15,7 +15,7 @@ from accelerate.hooks import AlignDevicesHook
 import patchsweep as ps
 from oracle.families import FAMILIES, prompts
 from patchsweep import engine
-from patchsweep.forward import layers_of
+from patchsweep.layers import layers_of
 from patchsweep.pairs import Pair
 from patchsweep.prefetch import Prefetch
 from tiny import tokenizer, values

@@ -36,7 +36,7 @@ LEVELS = (
     ("tasks", "loading", "store", "diagnostics"),
     ("spec", "reader", "integrity", "job"),
     ("attention", "sources", "reads", "circuits", "table", "prefilter"),
-    ("forward", "results", "layout"),
+    ("layers", "forward", "results", "layout"),
     ("plan", "placement", "report", "metrics", "values"),
     ("model", "modules", "judge", "probe"),
     ("schedule", "prompts"),

@@ -15,7 +15,8 @@ import patchsweep as ps
 from offloaded import SETTINGS, counted, limit, pairs_of, places, same, saved
 from oracle.families import FAMILIES
 from patchsweep import backends, forward, placement, wave
-from patchsweep.forward import Forward, layers_of
+from patchsweep.forward import Forward
+from patchsweep.layers import layers_of
 from patchsweep.prefetch import Prefetch
 from patchsweep.selftest import SelfTest
 from patchsweep.taps import Editor

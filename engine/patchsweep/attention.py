@@ -1,8 +1,8 @@
 """The attention and mask functions that are registered with transformers.
 
 Attention is the one place of a model that knows rows and prefixes, and where queries, keys, values,
-patterns and z of heads are seen. What a call has to do is said by a LayerCall (one layer of a wave)
-or Stacked (full forwards under the masks that the model itself makes, for the self-test).
+patterns and z of heads are seen. What a call has to do is said by a LayerCall (one layer of a
+wave), Stacked (full forwards under the masks that the model makes) or Shown (only looked at).
 """
 
 from __future__ import annotations
@@ -100,11 +100,27 @@ class Stacked:
     seen: list[tuple[int, int, int | None, int]] = field(default_factory=list)
 
 
-_call: ContextVar[LayerCall | Stacked | None] = ContextVar("patchsweep_call", default=None)
+@dataclass(frozen=True)
+class Shown:
+    """A full forward that only shows what attention is given. Every token attends to itself alone:
+    z is its value, [batch, token, head, d_head]. `see` gets the module that called attention, query
+    and key [batch, head, token, d] and z."""
+
+    see: Callable[[nn.Module, Tensor, Tensor, Tensor], None]
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        with torch._C.DisableTorchFunction():
+            own = value.repeat_interleave(query.shape[1] // value.shape[1], 1)
+            z = own.transpose(1, 2).contiguous()
+        self.see(module, query, key, z)
+        return z
+
+
+_call: ContextVar[LayerCall | Stacked | Shown | None] = ContextVar("patchsweep_call", default=None)
 
 
 @contextmanager
-def attention_call(call: LayerCall | Stacked) -> Iterator[None]:
+def attention_call(call: LayerCall | Stacked | Shown) -> Iterator[None]:
     """Attention computes as `call` says while inside."""
     token = _call.set(call)
     try:
@@ -125,11 +141,23 @@ def attention_is(hf_model: PreTrainedModel, name: str = NAME) -> Iterator[None]:
             finally:
                 hf_model.config._attn_implementation = before
         return
-    hf_model.set_attn_implementation(name)
+    # Parts may have others each, which not all of them can be told to set.
+    each = [(config, config._attn_implementation_internal) for config in _configs(hf_model)]
     try:
+        hf_model.set_attn_implementation(name)
         yield
     finally:
-        hf_model.set_attn_implementation(before)
+        for config, own in each:
+            config._attn_implementation_internal = own
+
+
+def _configs(hf_model: PreTrainedModel) -> list[Any]:
+    """The configs of a model and of its parts."""
+    found = [m.config for m in hf_model.modules() if isinstance(m, PreTrainedModel)]
+    for config in found:
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        found += [part for part in parts if part is not None and part not in found]
+    return list({id(config): config for config in found}.values())
 
 
 @contextmanager
@@ -164,6 +192,8 @@ def _as_method(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, None]:
     """z [batch, head, token, d_head]. Windows are a mask [1, 1, query, key] that the module has."""
+    if isinstance(call := _call.get(), Shown):
+        return call.attend(module, query, key, value).transpose(1, 2), None
     within, window = getattr(module, "bias", None), None
     if isinstance(within, Tensor):
         last = int(within[0, 0, -1].sum())
@@ -175,7 +205,7 @@ def _as_method(
 
 
 def _attention(
-    _: nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -189,6 +219,8 @@ def _attention(
     """z [batch, token, head, d_head], from query, key, value [batch, head, token, d]."""
     call = _call.get()
     assert call is not None, "patchsweep's attention was called outside a sweep"
+    if isinstance(call, Shown):
+        return call.attend(module, query, key, value), None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch._C.DisableTorchFunction():
         query = _tapped(query, call.taps.get("head_q"))
@@ -315,7 +347,7 @@ def _check_mask(mask: Tensor | None, window: int | None) -> None:
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """The model's own mask for full forwards; none for packed calls, whose rows say it all."""
-    if isinstance(_call.get(), Stacked):
+    if isinstance(_call.get(), Stacked | Shown):
         mask: Tensor = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
         return mask
     return None

@@ -20,8 +20,9 @@ import patchsweep_kernels
 from patchsweep import selftest
 from patchsweep.attention import attention_is
 from patchsweep.errors import BadInput, NotOnWavefront
-from patchsweep.forward import Forward, as_it_is, layers_of, take_apart
+from patchsweep.forward import Forward, as_it_is, take_apart
 from patchsweep.job import log
+from patchsweep.layers import layers_of
 from patchsweep.loading import cache
 from patchsweep.memory import out_of_memory
 from patchsweep.model import Model

@@ -20,24 +20,11 @@ from transformers import PreTrainedModel
 
 from patchsweep.attention import LayerCall, Stacked, attention_call
 from patchsweep.errors import BadInput, NotOnWavefront
+from patchsweep.layers import layers_of
 from patchsweep.offload import device_of, hook_of, offloaded, replaced, weights_of
 from patchsweep.prefetch import Prefetch, worthwhile
 from patchsweep.stream import ResidualStream, Tap
 from patchsweep_kernels import Rows
-
-
-def layers_of(hf_model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder layers: the one ModuleList whose length is the config's number of layers."""
-    count = hf_model.config.get_text_config().num_hidden_layers
-    for name, module in hf_model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and "expert" not in name:
-            return module
-    mend = "this family cannot run on the wavefront"
-    lists = {n: len(m) for n, m in hf_model.named_modules() if isinstance(m, nn.ModuleList)}
-    name = max(lists, key=lists.__getitem__, default="")
-    if 0 < lists.get(name, 0) < count:  # some layers were taken out
-        mend = f"{name} has {lists[name]}: set config.num_hidden_layers to {lists[name]}"
-    raise BadInput(f"{type(hf_model).__name__} has no list of {count} decoder layers: {mend}")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ attention, on its own devices; runs are stacked along the batch dimension as seq
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from nnsight import CONFIG, NNsight, TransformersModel  # type: ignore[import-untyped]
+from nnsight.intervention.source import SourceNotAvailable  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from patchsweep.attention import PatternRead
@@ -37,6 +39,7 @@ WHY = {
     "head_q": UNKNOWN,
     "head_k": UNKNOWN,
     "head_v": UNKNOWN,
+    "head_z": "no module takes what attention returns, and it is not called by its usual name",
     "head_pattern": "patterns are seen by the wavefront only",
     "neuron": "its MLP does not end in one linear map",
     "resid_mid": "its attention and MLP read the same residual stream (parallel blocks)",
@@ -145,8 +148,7 @@ class Interventions:
             if place == "pattern":
                 _read_patterns(module.output[1], what.pattern_reads)
             else:
-                x = module.input if spot.side == "input" else first_of(module.output)
-                _tapped(x, spot, what.taps[place])
+                _tapped(_at(module, spot), spot, what.taps[place])
 
 
 @torch.no_grad()
@@ -164,11 +166,16 @@ def open_interventions(
                 f"length (here {length} and {longer} tokens): sweep pairs of one length each"
             )
     paths = {module: name for name, module in forward.hf_model.named_modules()}
+    layers, model = [paths[layer] for layer in forward.layers], _wrapped(forward.hf_model)
+    spots = [
+        {place: spot for place, spot in some.items() if _reached(model.get(path), spot)}
+        for path, some in zip(layers, find_spots(forward, dimensions), strict=True)
+    ]
     return Interventions(
-        spots=find_spots(forward, dimensions),
-        layers=[paths[layer] for layer in forward.layers],
+        spots=spots,
+        layers=layers,
         embedding=paths[forward.hf_model.get_input_embeddings()],
-        model=_wrapped(forward.hf_model),
+        model=model,
         tokens=tokens,
     )
 
@@ -178,6 +185,30 @@ def _wrapped(hf_model: nn.Module) -> NNsight:
         # Of submodules that are called as something of its own; their paths stay.
         warnings.filterwarnings("ignore", "Module '.*' has a submodule named")
         return NNsight(hf_model)
+
+
+def _reached(layer: Any, spot: Spot) -> bool:
+    """Whether nnsight gets at a spot of this layer."""
+    return spot.side != "attention" or _attention_of(layer.get(spot.module)) is not None
+
+
+def _attention_of(module: Any) -> Any:
+    """The call of the attention function in a module's forward, by the name that transformers
+    gives it there; None if there is none."""
+    try:
+        source = module.source
+    except SourceNotAvailable:
+        return None
+    calls = [name for name in source.names if re.fullmatch(r"attention_interface_\d+", name)]
+    # The first is where the function is looked up.
+    return source.node(calls[-1]) if len(calls) > 1 else None
+
+
+def _at(module: Any, spot: Spot) -> Any:
+    """What lies at a spot while its module runs."""
+    if spot.side == "input":
+        return module.input
+    return first_of((_attention_of(module) if spot.side == "attention" else module).output)
 
 
 def called(tokens: Tensor) -> dict[str, Any]:

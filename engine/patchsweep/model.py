@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from patchsweep import loading
 from patchsweep.adapters import unwrapped
 from patchsweep.devices import check_placement
-from patchsweep.dimensions import Dimensions, Offload
+from patchsweep.dimensions import Dimensions, Offload, Sizes, uneven
 from patchsweep.errors import BadInput
-from patchsweep.forward import layers_of
+from patchsweep.exactness import exactly
 from patchsweep.identity import identity
+from patchsweep.layers import Shape, layers_of, matrices, shapes_of
 from patchsweep.offload import device_of, offloaded
 from patchsweep.paths import home
 from patchsweep.placement import device_map, offload
+
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")  # as configs call them
 
 
 @dataclass(frozen=True)
@@ -40,12 +45,15 @@ class Model:
 
     @property
     def dimensions(self) -> Dimensions:
-        return dimensions_of(self.hf_model)
+        """Seen in a forward of a few tokens: in eval mode, and the model is as it was after it."""
+        with exactly(self.hf_model):
+            return dimensions_of(self.hf_model)
 
     @property
     def offload(self) -> Offload:
         """What a wave moves of the weights that are kept off the device."""
-        return offload(self.hf_model, offloaded(self.hf_model), self.device)
+        with exactly(self.hf_model):
+            return offload(self.hf_model, offloaded(self.hf_model), self.device)
 
     @property
     def fingerprint(self) -> str:
@@ -91,37 +99,80 @@ def wrap(hf_model: nn.Module, tokenizer: Any, name: str = "") -> Model:
 
 
 def empty_model(config: PretrainedConfig, dtype: str) -> PreTrainedModel:
-    """A model without its weights: they are on the meta device."""
+    """A model without its weights: they are on the meta device. It can be called there: of the ways
+    to compute experts one asks for no values."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), experts_implementation="batched_mm"
+        )
 
 
 def dimensions_of(hf_model: PreTrainedModel) -> Dimensions:
-    """A model's dimensions; its weights may be on the meta device."""
+    """A model's dimensions, seen in a forward of a few tokens; its weights may be on the meta
+    device. Where a model does not show them, those of its config."""
     config = hf_model.config.get_text_config()
-    if config.is_encoder_decoder or not hasattr(config, "num_attention_heads"):
+    if config.is_encoder_decoder or _named(config, "num_attention_heads") is None:
         raise BadInput(
             f"{type(hf_model).__name__} is no causal language model with attention: "
             "neither backend can run it"
         )
     layers = layers_of(hf_model)
-    heads = config.num_attention_heads
-    d_head = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    shapes = shapes_of(hf_model, [*layers])
+    sizes = [
+        _sizes(config, layer, number, shapes[number] if shapes else None)
+        for number, layer in enumerate(layers)
+    ]
+    neurons = [size.neurons for size in sizes]
     weight = hf_model.get_input_embeddings().weight
     return Dimensions(
         layers=len(layers),
-        heads=heads,
-        kv_heads=_kv_heads(config, layers[0]),
+        heads=max(size.heads for size in sizes),
+        kv_heads=max(size.kv_heads for size in sizes),
         d_model=config.hidden_size,
-        d_head=d_head or config.hidden_size // heads,
+        d_head=max(size.d_head for size in sizes),
         vocab=config.vocab_size,
         windows=windows(config),
         layer_weights=max(_active_weights(layer, config) for layer in layers),
-        widest=max(_widest(layer) for layer in layers),
+        widest=max(max(_widths(*layer.modules())) for layer in layers),
         bytes_per_value=weight.dtype.itemsize,
-        max_positions=_max_positions(hf_model),
-        neurons=_neurons(config, layers[0]),
+        max_positions=max_positions(hf_model),
+        neurons=None if None in neurons else max(n for n in neurons if n is not None),
+        d_qk=max(size.d_qk for size in sizes),
+        uneven=uneven(sizes),
     )
+
+
+def _sizes(config: PretrainedConfig, layer: nn.Module, number: int, shape: Shape | None) -> Sizes:
+    """How large a layer is: what it showed, else what the config says."""
+    neurons = None
+    if not _experts(config):
+        neurons = shape.neurons(config.hidden_size) if shape is not None else None
+        neurons = neurons or _neurons(config, layer, number)
+    if shape is None:
+        heads = config.num_attention_heads
+        d_head = _named(config, "v_head_dim", "head_dim") or config.hidden_size // heads
+        d_qk = _named(config, "qk_head_dim") or d_head
+        return Sizes(heads, _kv_heads(config, layer), d_qk, d_head, neurons)
+    if shape.z is None:  # it has no attention
+        return Sizes(0, 0, 0, 0, neurons)
+    heads, d_head = shape.z.shape[2:]
+    # Some families give attention copies of the heads that they have.
+    copied = shape.different == _named(config, *KV_HEADS)
+    kv_heads = shape.different if copied else shape.kv_heads
+    return Sizes(heads, kv_heads, shape.d_qk, d_head, neurons)
+
+
+def _named(config: PretrainedConfig, *names: str, layer: int | None = None) -> int | None:
+    """The first of these numbers that a config has, for the whole model or a layer."""
+    for name in names:
+        # Of what each layer has its own of, some configs raise errors of their own.
+        with suppress(Exception):
+            value = getattr(config, name, None)
+            if isinstance(value, (list, tuple)) and layer is not None:
+                value = value[layer]
+            if value:
+                return value if isinstance(value, int) else None
+    return None
 
 
 def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
@@ -138,29 +189,25 @@ def windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 def _kv_heads(config: PretrainedConfig, layer: nn.Module) -> int:
     """Physical key-value heads. A config may name a number that its family does not use, so a
-    projection has to have that size; the self-test checks it."""
+    projection has to have that size."""
     heads: int = config.num_attention_heads
-    names = ("num_key_value_heads", "num_kv_heads")
-    named = [1] if getattr(config, "multi_query", False) else []
-    named += [n for n in (getattr(config, name, None) for name in names) if n]
-    d_head = getattr(config, "head_dim", None) or config.hidden_size // heads
-    sizes = {size for p in layer.parameters() for size in p.shape}
-    for kv in named:
+    named: list[int | None] = [1] if getattr(config, "multi_query", False) else []
+    named += [_named(config, name) for name in KV_HEADS]
+    d_head = _named(config, "head_dim") or config.hidden_size // heads
+    sizes = _widths(*layer.modules())
+    for kv in filter(None, named):
         if sizes & {kv * d_head, 2 * kv * d_head, (heads + 2 * kv) * d_head}:
-            return int(kv)
+            return kv
     return heads
 
 
-def _neurons(config: PretrainedConfig, layer: nn.Module) -> int | None:
-    """The width of an MLP's hidden layer, of those that configs name one that a weight has; None
-    where layers have experts."""
-    if _experts(config):
-        return None
+def _neurons(config: PretrainedConfig, layer: nn.Module, number: int) -> int | None:
+    """The width of an MLP's hidden layer: of those that configs name one that a weight has."""
     names = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     attention = [m for m in layer.modules() if "Attention" in type(m).__name__]
-    inside = {p for m in attention for p in m.parameters()}
-    sizes = {size for p in layer.parameters() if p not in inside for size in p.shape}
-    named = [getattr(config, name, None) for name in names]
+    inside = {m for each in attention for m in each.modules()}
+    sizes = _widths(*(m for m in layer.modules() if m not in inside))
+    named = [_named(config, name, layer=number) for name in names]
     return next((n for n in (*named, 4 * config.hidden_size) if n in sizes), None)
 
 
@@ -174,18 +221,18 @@ def _active_weights(layer: nn.Module, config: PretrainedConfig) -> int:
     total = 0.0
     experts = _experts(config)
     share = getattr(config, "num_experts_per_tok", 1) / experts if experts else 1.0
-    for name, p in layer.named_parameters():
-        if p.dim() >= 2:
-            total += p.numel() * (share if ".experts." in name else 1.0)
+    for name, module in layer.named_modules():
+        times = share if ".experts." in f"{name}." else 1.0
+        total += times * sum(math.prod(shape) for shape in matrices(module))
     return round(total)
 
 
-def _widest(layer: nn.Module) -> int:
-    """The largest width of an activation: of experts, of the one that a token is in."""
-    return max(max(p.shape[-2:]) for p in layer.parameters() if p.dim() >= 2)
+def _widths(*modules: nn.Module) -> set[int]:
+    """The sizes of the modules' own matrices: of experts, those of the one that a token is in."""
+    return {size for module in modules for shape in matrices(module) for size in shape[-2:]}
 
 
-def _max_positions(hf_model: PreTrainedModel) -> int | None:
+def max_positions(hf_model: PreTrainedModel) -> int | None:
     """Prompt length that learned position embeddings allow; None without a table."""
     vocab_rows = hf_model.get_input_embeddings()
     for module in hf_model.modules():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from patchsweep.dimensions import Dimensions
 from patchsweep.forward import Forward
+from patchsweep.layers import Shape, shapes_of
 from patchsweep.offload import replaced
 from patchsweep.stream import ResidualStream
 
@@ -38,7 +39,7 @@ ORDER = ("head_q", "head_k", "head_v")
 @dataclass(frozen=True)
 class Spot:
     """Where a layer holds an activation: in what a module (by its path in the layer) takes or
-    returns, [batch, position, ...].
+    returns, or a call of attention in its forward returns, [batch, position, ...].
 
     `order`: spots of a layer are passed in rising order. The tensor there is `scale` times smaller
     than the activation. `units`: heads or neurons that its last axis holds; with `part` only
@@ -47,8 +48,8 @@ class Spot:
     """
 
     module: str
-    side: Literal["input", "output"]
-    order: int
+    side: Literal["input", "output", "attention"]
+    order: float
     units: int = 1
     scale: float = 1.0
     part: tuple[int, int] | None = None
@@ -78,6 +79,7 @@ class _Watched:
     events: int = 0
     returned: list[tuple[str, int, Tensor]] = field(default_factory=list)
     taken: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)  # of what a module takes
     written: dict[str, tuple[Tensor, int]] = field(default_factory=dict)
     mid: str | None = None
     pattern: tuple[str, int] | None = None  # attention probabilities beside the first output
@@ -97,9 +99,11 @@ def find_spots(forward: Forward, dimensions: Dimensions) -> list[dict[str, Spot]
             stack.enter_context(_watching(layer, one))
         tokens = torch.arange(length, device=forward.device) % dimensions.vocab
         forward.hf_model(**plainly(tokens[None]))
+    shapes = shapes_of(forward.hf_model, forward.layers)
     return [
         _spots(layer, one, dimensions, length)
-        for layer, one in zip(forward.layers, watched, strict=True)
+        | _heads(layer, one, dimensions, shapes[number] if shapes else None)
+        for number, (layer, one) in enumerate(zip(forward.layers, watched, strict=True))
     ]
 
 
@@ -140,6 +144,8 @@ def _noting(module: nn.Module, name: str, one: _Watched) -> Iterator[None]:
         one.events += 1
         one.taken.setdefault(name, one.events)
         inputs = [*args, *kwargs.values()]
+        if inputs and isinstance(inputs[0], Tensor):
+            one.widths.setdefault(name, inputs[0].shape[-1])
         if one.mid is None and any(map(one.stream.is_mid, inputs[:1])):
             one.mid = name
         if attention:
@@ -179,12 +185,8 @@ def _spots(layer: nn.Module, one: _Watched, d: Dimensions, length: int) -> dict[
         found = _returning(one, written, until)
         if found is not None:
             spots[place] = found
-    out, down = (names.get(one.stream.linear.get(p)) for p in ("attn_out", "mlp_out"))
-    if out is not None:
-        width = _width(layer.get_submodule(out), d.d_model)
-        if width == d.heads * d.d_head:
-            spots["head_z"] = Spot(out, "input", one.taken[out], d.heads)
-    if down is not None and _width(layer.get_submodule(down), d.d_model) == d.neurons:
+    down = names.get(one.stream.linear.get("mlp_out"))
+    if down is not None and d.neurons is not None and one.widths.get(down) == d.neurons:
         spots["neuron"] = Spot(down, "input", one.taken[down], d.neurons)
     if one.mid is not None and "resid_mid" in one.stream.found:
         spots["resid_mid"] = Spot(one.mid, "input", one.taken[one.mid])
@@ -206,10 +208,24 @@ def _returning(one: _Watched, written: Tensor, until: int) -> Spot | None:
     return None
 
 
-def _width(linear: Any, out: int) -> int:
-    """How wide the input of a linear map onto `out` is, whichever way its weight lies."""
-    rows, columns = linear.weight.shape
-    return int(columns if rows == out else rows)
+def _heads(layer: nn.Module, one: _Watched, d: Dimensions, shape: Shape | None) -> dict[str, Spot]:
+    """Where z is: in what the first module takes that is given it as it is, most often the output
+    projection; where none is (a gate stands before that), in what the call of attention returns.
+    Where that is not seen, in what the output projection takes."""
+    names = {module: name for name, module in layer.named_modules()}
+    out = names.get(one.stream.linear.get("attn_out"))
+    if shape is None:
+        if out is None or one.widths.get(out) != d.heads * d.d_head:
+            return {}
+        return {"head_z": Spot(out, "input", one.taken[out], d.heads)}
+    taking = names.get(shape.takes_z)
+    if taking is not None and taking in one.taken:
+        return {"head_z": Spot(taking, "input", one.taken[taking], d.heads)}
+    calling = names.get(shape.attention)
+    if calling is None or out is None:
+        return {}
+    # Just before the output projection: all of the call's own modules have been called.
+    return {"head_z": Spot(calling, "attention", one.taken[out] - 0.5, d.heads)}
 
 
 def _projections(layer: nn.Module, one: _Watched, d: Dimensions, length: int) -> dict[str, Spot]:

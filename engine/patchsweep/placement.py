@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from patchsweep.devices import memory_limits
 from patchsweep.dimensions import Offload
 from patchsweep.errors import BadInput
-from patchsweep.forward import layers_of
+from patchsweep.layers import layers_of
 from patchsweep.prefetch import worthwhile
 
 Place = int | str  # a GPU's number, "cpu" or "disk"

@@ -62,6 +62,8 @@ def plan_sweep(
         raise BadInput("there are no prompt pairs: give at least one")
     attribution.chosen(settings)
     attribution.check_edges(settings)
+    if settings.edges is not None:
+        dimensions.check_even("edges cannot be estimated", "heads", "kv_heads")
     check_metrics(pairs, settings.metrics)
     for i, pair in enumerate(pairs):
         others = [t for tokens in pair.others.values() for t in tokens]
@@ -75,6 +77,8 @@ def plan_sweep(
     features = None
     if sae is not None:
         d = dimensions
+        if sae.at == "head_z":
+            d.check_even("sae: head_z is not of one width", "heads", "d_head")
         sae.check_width(d.heads * d.d_head if sae.at == "head_z" else d.d_model)
         features = Features(sae.layer, sae.at, sae.features, sae.width)
     if settings.token_budget == "auto":

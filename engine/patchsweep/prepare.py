@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patchsweep.errors import BadInput, NotOnWavefront
 from patchsweep.forward import Forward
+from patchsweep.layers import matrices
 from patchsweep.layout import Layouts
 from patchsweep.means import means
 from patchsweep.metrics import load_function
@@ -29,6 +30,9 @@ DRAWS = "the prompts' own tokens"
 # Mean activations by component, [layer, position or 1, unit, width], of components over prompts, by
 # position or all.
 Averages = Callable[[list[str], Sequence[tuple[int, ...]], str], dict[str, Tensor]]
+
+# Components whose width is one of the sizes of a layer.
+WIDTH_OF = {"head_q": "d_qk", "head_k": "d_qk", "head_v": "d_head", "head_z": "d_head"}
 
 
 def prepare(
@@ -58,6 +62,8 @@ def prepare(
             )
         if isinstance(source.given, Mean):
             prompts = mean_prompts(source.given, plan.pairs, tokenizer)
+            for name in components:
+                _width(forward, layouts, name)  # every layer has that
             take = averages or partial(means, forward, layouts, sae=sae, carry=carry)
             found = take(components, prompts, source.given.by)
             constants |= {(number, name): table for name, table in found.items()}
@@ -97,15 +103,13 @@ def mean_prompts(given: Mean, pairs: Sequence[Pair], tokenizer: Any) -> list[tup
 def _width(forward: Forward, layouts: Layouts, name: str) -> tuple[int, int]:
     """Units of a component, and the width of one."""
     d, units = layouts.dimensions, layouts.units(name)
-    config = forward.hf_model.config.get_text_config()
+    if name in WIDTH_OF:
+        d.check_even(f"{name} has no mean, vector or probe", WIDTH_OF[name])
     wide = {
         "embed": forward.hf_model.get_input_embeddings().weight.shape[1],
-        "head_q": getattr(config, "qk_head_dim", None) or d.d_head,
-        "head_k": getattr(config, "qk_head_dim", None) or d.d_head,
-        "head_v": d.d_head,
-        "head_z": d.d_head,
         "neuron": 1,
         "sae_feature": 1,
+        **{head: getattr(d, size) for head, size in WIDTH_OF.items()},
     }
     return units, wide.get(name, d.d_model)
 
@@ -117,9 +121,8 @@ def check_neurons(forward: Forward, plan: Plan, metrics: Sequence[Metric]) -> No
     if "neuron" not in patched and not any("neuron" in (m.name, m.component) for m in metrics):
         return
     for layer, down in enumerate(forward.down_projections):
-        weight: Any = down.weight
-        sizes = tuple(weight.shape)
-        if layouts.dimensions.neurons not in sizes:
+        sizes = matrices(down)
+        if not any(layouts.dimensions.neurons in shape for shape in sizes):
             raise NotOnWavefront(
                 f"neuron cannot be patched in this model: its config says "
                 f"{layouts.dimensions.neurons} neurons, layer {layer} has weights {sizes}"

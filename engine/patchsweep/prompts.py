@@ -11,7 +11,7 @@ import torch
 from patchsweep import tasks
 from patchsweep.errors import BadInput
 from patchsweep.exactness import exactly
-from patchsweep.model import Model
+from patchsweep.model import Model, max_positions
 from patchsweep.pairs import Pair, read_pairs
 from patchsweep.spec import Prompts
 
@@ -64,7 +64,7 @@ def _correct(model: Model | None, pairs: Iterable[Pair], n: int | None, least: i
 def answers_right(model: Model, pair: Pair) -> bool:
     """Whether in the clean run, where the answer is read, the likeliest answer is above every wrong
     one; where there is none, above every other token. BadInput for a prompt that is too long."""
-    most = model.dimensions.max_positions
+    most = max_positions(model.hf_model)
     if most is not None and len(pair.clean) > most:
         raise BadInput(
             f"prompts: a prompt has {len(pair.clean)} tokens, {model.name} takes {most}: shorten it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -133,5 +133,7 @@ def _head_sizes(hf_model: PreTrainedModel) -> set[int]:
     """Numbers that a count of tokens must not be taken for."""
     config = hf_model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None) or 1
-    found = {heads, getattr(config, "head_dim", None), config.hidden_size // max(1, int(heads))}
+    found = {heads, config.hidden_size // max(1, int(heads))}
+    with suppress(Exception):  # some configs raise where every layer has its own
+        found.add(config.head_dim)
     return {int(n) for n in found if isinstance(n, int)}

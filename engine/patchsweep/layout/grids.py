@@ -29,6 +29,9 @@ from patchsweep.reads import Inner, Reads
 from patchsweep.sites import COMPONENTS, SETS, Direction, Enters, Grid, component
 from patchsweep.sources import Other, Source
 
+# What of a layer's sizes says how many units it has.
+SIZE_OF = {"head": ("heads",), "kv_head": ("kv_heads",), "neuron": ("neurons",)}
+
 
 @dataclass(frozen=True, eq=False)
 class Layouts:
@@ -60,16 +63,18 @@ class Layouts:
         return COMPONENTS[self.place(name)].enters
 
     def units(self, name: str) -> int:
-        """How many units a layer has. BadInput for neurons of experts."""
-        d = self.dimensions
+        """How many units every layer has. BadInput where layers differ, and for neurons of
+        experts."""
+        d, unit = self.dimensions, component(name).unit
         if name == "neuron" and d.neurons is None:
             raise BadInput(
                 "neuron cannot be patched in this model: its MLPs are experts, a token's neurons "
-                "depend on the expert that it is sent to"
+                "depend on the expert that it is sent to, or do not end in one linear map"
             )
+        d.check_even(f"{name} cannot be swept", *SIZE_OF.get(unit, ()))
         features = self.features.features if self.features else 1
         by_unit = {"": 1, "head": d.heads, "kv_head": d.kv_heads, "feature": features}
-        return {**by_unit, "neuron": d.neurons or 1}[component(name).unit]
+        return {**by_unit, "neuron": d.neurons or 1}[unit]
 
     def layers(self, name: str) -> range:
         """The layers that a component has."""

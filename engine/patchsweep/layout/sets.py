@@ -57,6 +57,8 @@ def make_layouts(
 def _check_read(of: Layouts, m: Metric) -> None:
     """BadInput for a layer, head, neuron or feature that is not there."""
     limits = {"layer": of.dimensions.layers, "head": of.dimensions.heads}
+    if m.name == "attention":
+        of.units("head_pattern")
     if m.name == "neuron":
         limits["neuron"] = of.units("neuron")
     if m.name == "sae_feature":
