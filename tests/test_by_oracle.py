@@ -535,6 +535,7 @@ def test_small_sweeps_of_sets() -> None:
         "f": ["head_q.0.2@-1"],
         "g": ["mlp_out.0@-1"],
         "h": ["head_q.0.4@-1"],
+        "several queries": ["head_q.0.1@1", "head_q.0.2@2", "head_q.0.3@2", "head_q.0.3@-1"],
     }
     given: dict[str, Any] = {"components": ["mlp_out"], "windows": [2], "positions": [1, -1]}
     given |= {"sets": sets, "direction": "both"}

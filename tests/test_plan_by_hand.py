@@ -94,6 +94,15 @@ def test_what_there_is_to_restore() -> None:
     assert len(resolve(given, pairs)) == 1
 
 
+def test_samples_draw_other_prompts() -> None:
+    pairs = [Pair((5, i), (6, i), (2,), (3,)) for i in range(7, 15)]
+    given = {"components": ["mlp_out"], "source": {"resample": {"samples": 3}}}
+    [source] = resolve(parse_settings({**given, "direction": "noise"}), pairs)
+    drawn = [[other.tokens for other in row] for row in source.others]
+    assert len(drawn) == 3
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 LABELLED = [
     Pair((5, 6, 7, 8), (5, 9, 7, 8), (2,), (3,), {"S": 1, "END": 3}, others={"b": (5, 6, 9, 8)}),
     Pair((5, 6, 7), (9, 6, 7), (2,), (3,), {"S": 0, "END": 2}, others={"b": (5, 9, 7)}),
