@@ -156,8 +156,9 @@ def test_one_direction_only(tmp_path: Path) -> None:
     moved[0, :, 0, 0, 1] = -1.5
     lines = warnings(tmp_path / "r", {"logit_diff": FAR}, {"logit_diff": moved})
     [line] = about(lines, "matter when noised, not when denoised")
-    one, other = line.split("; ")
+    one, other, advice = line.split("; ")
     assert one.endswith("not when denoised (parts of an AND): 0.1@0")
     assert "matter when denoised, not when noised" in other
     assert "1.2@1" in other
     assert "0.1@0" not in other
+    assert advice == "sweep both directions before leaving them out"

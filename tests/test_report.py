@@ -10,11 +10,14 @@ import pytest
 from matplotlib import image
 from rich.console import Console
 
+import patchsweep as ps
 import patchsweep.results
+from estimates import built
+from inputs import Letters, three
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.report.figures import Wanted, plot
-from patchsweep.report.show import Asked, _effect, show
+from patchsweep.report.show import Asked, _effect, header, show
 from patchsweep.results import Results
 from patchsweep.results.heatmaps import column_names, views
 from patchsweep.sites import Grid, Status, blocks
@@ -110,8 +113,8 @@ def test_show_fits_80_columns_and_says_what_matters(tmp_path: Path) -> None:
     assert "prompts 1 pair of 15 tokens (ioi)" in lines
     assert "head_z 6,480 cells exact, 1,620 structural" in lines
     assert "logit_diff 3 -1 1.0e-06" in lines
-    assert "9.6 10 ' John/ Mary' 2.6 +0.900" in lines
-    assert "9.6 10 ' John/ Mary' -0.6 +0.900" in lines  # noise: 3 − 4 · 0.9
+    assert "9.6 10 ' John/ Mary' 2.600 +0.900" in lines
+    assert "9.6 10 ' John/ Mary' -0.6000 +0.900" in lines  # noise: 3 − 4 · 0.9
     assert "12.3 14 ' to' -3 -0.500" in lines
     assert "12 14 ' to' -3 -0.500" in lines
     assert any(line.startswith("Beyond 2 SD of the mean effect:") for line in lines)
@@ -180,7 +183,33 @@ def test_a_picture_has_the_largest_with_its_sign(tmp_path: Path) -> None:
     assert np.isnan(by_head.values[2, 3])
     assert by_position.values[1, [3, 4]].tolist() == [0.1, -0.7]
     assert np.isnan(by_position.values[1, 5]) and np.isnan(by_position.values[2, 6])
-    assert "1.2@4 -0.70, 1.2@3 +0.10" in by_head.note
+    assert "1.2@4\N{NO-BREAK SPACE}-0.70, 1.2@3\N{NO-BREAK SPACE}+0.10" in by_head.note
+
+
+def test_what_is_in_too_few_pairs_has_no_marks(tmp_path: Path) -> None:
+    """Also where their interval excludes 0."""
+    results = make(tmp_path / "r.zarr", [*SEVERAL, SEVERAL[-1]])
+
+    def marked(min_pairs: int) -> set[int]:
+        figure = results.plot("mlp_out", align="start", min_pairs=min_pairs)
+        dots = np.concatenate([of.get_offsets() for of in figure.axes[0].collections])
+        return set(dots[:, 0].astype(int).tolist())
+
+    assert marked(2) - marked(3) == {15}  # two of four pairs are that long
+
+
+def test_heads_that_share_keys_and_values_are_spoken_of_once(tmp_path: Path) -> None:
+    def said(family: str, *components: str) -> dict[str, str]:
+        model = ps.wrap(built(family)[0], Letters())
+        out = tmp_path / "-".join([family, *components])
+        return header(ps.sweep(model, three()[:1], components=components, out=out))
+
+    assert said("llama", "head_k", "head_v")["shared"] == (
+        "3 query heads share every key and value head: a patch of head_k or head_v reaches all 3"
+    )
+    assert said("llama", "head_v")["shared"].endswith("a patch of head_v reaches all 3")
+    assert "shared" not in said("llama", "head_q")
+    assert "shared" not in said("gpt2", "head_k")
 
 
 def test_positions_are_named_by_tokens_that_all_pairs_share(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "pairs_per_block": plan.pairs_per_block,
         "model": model.name if full else short(model.name),
         "weights": model.weights,
+        "heads": plan.dimensions.heads,
         "model_class": type(model.hf_model).__name__,
         "model_fingerprint": fingerprint,
         "model_dtype": str(model.hf_model.dtype).removeprefix("torch."),

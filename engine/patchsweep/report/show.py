@@ -210,7 +210,18 @@ def header(results: Results) -> dict[str, str]:
         rows[component] = ", ".join(
             [text, *(f"{counts[s]:,} {s.name.lower().replace('_', ' ')}" for s in others)]
         )
-    return rows
+    return rows | _shared_heads(results)
+
+
+def _shared_heads(results: Results) -> dict[str, str]:
+    """That query heads share key and value heads, where they do."""
+    names = [c for c in results.components if unit_name(c) == "kv_head"]
+    each = results.attrs.get("heads", 0) // results.grid(names[0]).units if names else 0
+    if each < 2:
+        return {}
+    what = " or ".join(names)
+    text = f"{each} query heads share every key and value head: a patch of {what} reaches all {each}"
+    return {"shared": text}
 
 
 def _sources(grid: Grid) -> str:
@@ -365,7 +376,7 @@ def _flat(value: Any) -> str:
         return ", ".join(_flat(part) for part in value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
-    return _number(value) if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _effect(value: float) -> Text:
@@ -379,7 +390,10 @@ def _effect(value: float) -> Text:
 def _number(value: float) -> str:
     if np.isnan(value):
         return "–"
-    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    if 1e4 <= abs(value) < 1e9:
+        return f"{value:,.0f}"
+    whole = value == round(value) if np.isfinite(value) else True
+    return f"{value:.4g}" if whole else f"{value:#.4g}".rstrip(".")
 
 
 def _table(*columns: str) -> Table:

@@ -59,8 +59,8 @@ CAUSES = {
     "disagree": "report both",
     "never": "leave it out, or add a continuous metric",
     "joint": "patch them as sets to tell",
-    "and or": "",
-    "negative": "",
+    "and or": "sweep both directions before leaving them out",
+    "negative": "without them the performance recovered looks better than it is",
     "rounding": "do not read them",
 }
 AT_MOST = 3  # things that a line says of one cause

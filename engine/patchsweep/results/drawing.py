@@ -89,7 +89,7 @@ def draw(
         interpolation="nearest",
     )
     keys = _without_value(axes, heatmap)
-    if sure is not None and sure.any():
+    if sure is not None and (sure := sure & np.isfinite(heatmap.values)).any():
         keys.append(_marks(axes, sure, np.abs(heatmap.values) > DARK * limit))
     estimated = component in results.only_estimated and not heatmap.view.startswith("window")
     what = f"{'estimated effect' if estimated else 'effect'} on {metric}"

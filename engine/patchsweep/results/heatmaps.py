@@ -108,11 +108,11 @@ def _reduced(
 
 
 def _best(effect: Array, name: Any, most: int = 4) -> str:
-    """The cells of largest effect, each with its effect."""
+    """The cells of largest effect, each with its effect, on one line with it."""
     size = np.where(np.isfinite(effect), np.abs(effect), 0.0)
     order = np.argsort(-size, axis=None, kind="stable")[:most]
     cells = [tuple(map(int, np.unravel_index(i, size.shape))) for i in order]
-    return ", ".join(f"{name(cell)} {effect[cell]:+.2f}" for cell in cells if size[cell]) or "none"
+    return ", ".join(f"{name(cell)}\N{NO-BREAK SPACE}{effect[cell]:+.2f}" for cell in cells if size[cell]) or "none"
 
 
 def window(
