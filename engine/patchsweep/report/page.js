@@ -91,7 +91,7 @@ function picture() {
 }
 
 const scaleText = () => way().scale[metric()];
-const chosenPairs = () => (pair() < 0 ? (data.pairs === 1 ? "1 pair" : `${data.pairs} pairs`)
+const chosenPairs = () => (pair() < 0 ? (data.pairs === 1 ? "n = 1 pair" : `n = ${data.pairs} pairs`)
   : `pair ${pair()} of ${data.pairs}`);
 
 function drawMap() {
@@ -104,7 +104,7 @@ function drawMap() {
       ? m.status : m.statuses[pair()])[cell]].endsWith("structural") && value === 0;
     return { fill: idle ? "url(#idle)" : data.colours[Math.round(middle + (middle * value) / limit)] };
   };
-  const room = Math.max(320, Math.min(560, $("panels").clientWidth - 640)); // beside the numbers
+  const room = Math.max(320, Math.min(560, $("panels").clientWidth - 790)); // beside the numbers
   const w = Math.max(7, Math.min(30, room / p.columns.length));
   const h = Math.max(7, Math.min(p.rows.length < 8 ? 40 : 18, 520 / p.rows.length));
   const long = Math.max(...p.columns.map((x) => String(x).length)), turned = long * 7 > w;
@@ -142,7 +142,7 @@ function drawMap() {
   const window = $("view").value.startsWith("window"); // which are run, all of them
   const estimated = $("shown").value === "estimate" && pair() < 0 && !window;
   $("caption").textContent = `${estimated ? "Estimated effect" : "Effect"} of ${c.name} on `
-    + `${metric()} (${scaleText()}); ${way().name}, n = ${chosenPairs()}, ${what}`
+    + `${metric()} (${scaleText()}); ${way().name}, ${chosenPairs()}, ${what}`
     + (known.length === all.flat().length ? "" : c.estimator && !estimated
       ? "; grey: not run, only estimated" : "; grey: no value, or in too few pairs")
     + (svg.querySelector('[fill="url(#idle)"]') ? "; hatched: cannot differ, not run" : "");
@@ -228,7 +228,7 @@ function tell({ i, w }) { // the numbers of a cell, or of a window
   if (i !== undefined) {
     const how = component().estimator, estimate = how ? ["estimate"] : [];
     $("hover").replaceChildren(element("h3", {}, cellHead(+i)), element("p", { class: "note" },
-      `${way().name}, n = ${chosenPairs()}${how ? `, estimate by ${how}` : ""}`),
+      `${way().name}, ${chosenPairs()}${how ? `, estimate by ${how}` : ""}`),
     table(["metric", "status", "patched", "effect", "95 % interval", ...estimate],
       data.metrics.map((name) => metricRow(name, +i)), 2));
   } else if (w !== undefined) {

@@ -220,8 +220,8 @@ def _shared_heads(results: Results) -> dict[str, str]:
     if each < 2:
         return {}
     what = " or ".join(names)
-    text = f"{each} query heads share every key and value head: a patch of {what} reaches all {each}"
-    return {"shared": text}
+    reached = f"a patch of {what} reaches all {each}"
+    return {"shared": f"{each} query heads share every key and value head: {reached}"}
 
 
 def _sources(grid: Grid) -> str:

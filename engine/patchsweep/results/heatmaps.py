@@ -112,7 +112,8 @@ def _best(effect: Array, name: Any, most: int = 4) -> str:
     size = np.where(np.isfinite(effect), np.abs(effect), 0.0)
     order = np.argsort(-size, axis=None, kind="stable")[:most]
     cells = [tuple(map(int, np.unravel_index(i, size.shape))) for i in order]
-    return ", ".join(f"{name(cell)}\N{NO-BREAK SPACE}{effect[cell]:+.2f}" for cell in cells if size[cell]) or "none"
+    said = [f"{name(c)}\N{NO-BREAK SPACE}{effect[c]:+.2f}" for c in cells if size[c]]
+    return ", ".join(said) or "none"
 
 
 def window(
