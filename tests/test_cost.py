@@ -22,7 +22,7 @@ from patchsweep.attention import attention_is
 from patchsweep.backends import taken, through_nnsight
 from patchsweep.forward import Forward, take_apart
 from patchsweep.pairs import Pair
-from patchsweep.plan import Plan, narrowed
+from patchsweep.plan import Chosen, Plan, narrowed
 from patchsweep.planning import plan_sweep
 from patchsweep.prepare import prepare
 from patchsweep.sae import SAE
@@ -108,7 +108,7 @@ def counting(forward: Forward, monkeypatch: pytest.MonkeyPatch) -> Iterator[Coun
 
 @pytest.mark.parametrize("component", COMPONENTS)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral"])
-@pytest.mark.parametrize("more", ["", "all", "sets", "inner", "chosen"])
+@pytest.mark.parametrize("more", ["", "all", "sets", "inner", "chosen", "by column"])
 def test_runs_and_flops(
     component: str, name: str, more: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,8 +136,8 @@ def test_runs_and_flops(
     model = ps.wrap(hf_model, Letters())
     parsed = parse_settings({**settings, "token_budget": 2000})
     plan = plan_sweep(model.dimensions, pairs, parsed, model.device)
-    if more == "chosen":
-        plan = some_of(plan, component)
+    if more in ("chosen", "by column"):
+        plan = some_of(plan, component, by_column=more == "by column")
     runs = flops = 0
     with attention_is(hf_model), torch.no_grad():
         forward = take_apart(hf_model, 7, 6)
@@ -159,12 +159,23 @@ def test_runs_and_flops(
     assert flops == plan.counts()["flops"]
 
 
-def some_of(plan: Plan, component: str) -> Plan:
+def some_of(plan: Plan, component: str, by_column: bool) -> Plan:
     """A third of the cells, at random, the others left to estimates."""
     rng, shape = np.random.default_rng(0), plan.grids[component].shape[4:]
     kinds = [Status.EXACT, Status.AUDITED, Status.ESTIMATED, Status.ESTIMATED, Status.NOT_FINITE]
+    # Two columns that share a token: the last one of either pair, and all from the third on.
+    slots = np.arange(7)
+    members = np.array([[slots == n, (slots > 1) & (slots <= n)] for n in (6, 5)])
+    if by_column:
+        shape = (*shape[:2], members.shape[1])
     return narrowed(
-        plan, {(component, d, 0): rng.choice(kinds, shape).astype(np.uint8) for d in range(2)}
+        plan,
+        {
+            (component, d, 0): Chosen(
+                rng.choice(kinds, shape).astype(np.uint8), members if by_column else None
+            )
+            for d in range(2)
+        },
     )
 
 

@@ -12,6 +12,7 @@ import patchsweep as ps
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair, make_pair
 from patchsweep.results.columns import aligned, meaning
+from patchsweep.sites import RUN, Status
 from patchsweep.tasks.known_circuits import KNOWN, circuit_pairs, known_circuits
 
 MODEL, TOKENIZER = known_circuits()
@@ -76,6 +77,30 @@ def test_one_longer_pair_changes_no_detection(tmp_path: Path) -> None:
         table = results.detections("head_z", "logit_diff")
         found.append(set(zip(table.layer, table["head"], table.position, strict=True)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("circuit", "direction"), [("or", "denoise"), ("negative", "noise")])
+def test_a_prefilter_chooses_by_label(circuit: str, direction: str, tmp_path: Path) -> None:
+    """What it keeps is run in every pair that has it: effects are those of a whole sweep."""
+    given = {"components": ["head_z"], "direction": direction, "metrics": ["logit_diff", "prob"]}
+    whole, found = (
+        ps.sweep(WRAPPED, uneven(circuit), out=tmp_path / str(of), prefilter=of, **given)
+        for of in (None, {"keep": 3, "audit": 2})
+    )
+    assert found.columns("head_z").align == "labels"
+    chosen = found.store.read("choice/head_z_status")[0, 0]
+    assert (chosen == Status.EXACT).sum() == 3
+    effects = [r.effect("head_z", "logit_diff", min_pairs=1) for r in (whole, found)]
+    run = np.isin(chosen, RUN)
+    assert run.sum() > 3
+    for kind in (lambda e: e.values, lambda e: e.n_pairs.values):
+        exact, kept = (kind(effect)[run] for effect in effects)
+        np.testing.assert_allclose(kept, exact, rtol=0, atol=EXACT)
+    best = [r.top("head_z", "logit_diff", n=1) for r in (whole, found)]
+    assert best[0].equals(best[1]) and best[1].position[0] == "END"
+    assert abs(best[1].effect[0]) > 0.1
+    theta = found.audit("head_z", "logit_diff").theta
+    assert theta == pytest.approx(abs(effects[0].values[chosen == Status.EXACT]).max())
 
 
 @pytest.fixture(scope="module")

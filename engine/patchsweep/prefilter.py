@@ -1,10 +1,11 @@
 """Which cells are run after all have been estimated, and what a sample says of the others. Pure.
 
-A cell stands for all pairs: it is run in every pair or in none, so that its effect over pairs is
-that of all of them. By its score, the size of its estimated effect over pairs, the highest are
-*kept*; of the rest some are drawn and run as well, the *audit*. Both are run in one go: the draw
-follows from the scores and the seed alone, and theta from the kept cells alone, so neither depends
-on what was drawn.
+A cell stands for all pairs, at a column of positions that mean the same in each
+(`results.columns`): it is run in every pair that has the column or in none, so that its effect over
+pairs is that of all of them. By its score, the size of its estimated effect over pairs, the highest
+are *kept*; of the rest some are drawn and run as well, the *audit*. Both are run in one go: the
+draw follows from the scores and the seed alone, and theta from the kept cells alone, so neither
+depends on what was drawn.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Map = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """What becomes of cells [layer, unit, position]: their status where they are not structural
+    """What becomes of cells [layer, unit, column]: their status where they are not structural
     (EXACT, AUDITED, ESTIMATED; NOT_FINITE if only estimated, without success), and the stratum of
     those that were not kept (NONE of all others)."""
 
@@ -39,7 +40,7 @@ class Choice:
 
 
 def choose(scores: Array, possible: Map, given: Prefilter | None) -> Choice:
-    """Choose by scores [metric, layer, unit, position] among the `possible` cells; none without a
+    """Choose by scores [metric, layer, unit, column] among the `possible` cells; none without a
     prefilter.
 
     A cell ranks by the metric that ranks it highest. A score that is infinite, its estimate not
@@ -90,7 +91,7 @@ class Verdict:
 def judge(
     effect: Array, chosen: Choice, given: Prefilter, components: int, metrics: int
 ) -> Verdict | None:
-    """What the cells that were run say, by their effects [layer, unit, position], of so many
+    """What the cells that were run say, by their effects [layer, unit, column], of so many
     components (with every direction and source) and metrics judged together; None where nothing
     was kept that has an effect. One that is not finite exceeds any theta."""
     size = np.where(np.isfinite(effect), np.abs(effect), np.inf)

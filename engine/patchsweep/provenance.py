@@ -42,6 +42,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
         "spec": spec,
         "prompts": list(dict.fromkeys(p.origin for p in plan.pairs if p.origin)),
         "estimators": attribution.chosen(settings),
+        "chosen_columns": attribution.chosen_columns(plan, settings),
         "edges": spec["edges"],
         "plan_hash": plan.hash,
         "token_budget": plan.token_budget,

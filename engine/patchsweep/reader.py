@@ -66,6 +66,12 @@ class Reader:
         return () if prefiltered else tuple(self.store.estimators)
 
     @property
+    def chosen_by_index(self) -> tuple[str, ...]:
+        """The components whose cells a prefilter chose by index: in results of earlier versions."""
+        by_meaning = {*self.attrs.get("chosen_columns", {}), *self.only_estimated}
+        return tuple(c for c in self.store.estimators if c not in by_meaning)
+
+    @property
     def asked_by_index(self) -> bool:
         """Whether the sweep was asked for some indices from the start, over all pairs."""
         positions = self.attrs.get("spec", {}).get("positions", "each")

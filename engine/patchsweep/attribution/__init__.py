@@ -28,6 +28,7 @@ from patchsweep.attribution.estimators import (
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.attribution.sweep import (
     chosen_cells,
+    chosen_columns,
     expected,
     tried,
     write_edges,
@@ -46,6 +47,7 @@ __all__ = [
     "check_weights",
     "chosen",
     "chosen_cells",
+    "chosen_columns",
     "estimate_pairs",
     "expected",
     "pair_ranges",

@@ -19,9 +19,10 @@ from patchsweep.errors import BadInput
 from patchsweep.forward import Forward
 from patchsweep.layout import Variant
 from patchsweep.memory import MEND, OutOfMemory, within_memory
-from patchsweep.plan import Plan, narrowed
+from patchsweep.plan import Chosen, Plan, narrowed
 from patchsweep.prefilter import Bytes, Map, choose
 from patchsweep.results import Results
+from patchsweep.results.columns import Columns, columns_of
 from patchsweep.spec import Sweep
 from patchsweep.store import ESTIMATED_SPLIT, SCORED_SPLIT, Store
 from patchsweep.values import Values
@@ -145,43 +146,77 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
     """The plan with only those cells of estimated components that the prefilter chooses. Chosen
     once, by what was estimated; then as the results say."""
     ways = [(d, s) for d in range(len(plan.directions)) for s in range(len(plan.sources))]
+    results = Results(store)
+    columns = {
+        name: results.columns(name, None if settings.prefilter else "start")
+        for name in store.estimators
+    }
     if not store.chosen():
-        results, choices = Results(store), dict[str, dict[str, Bytes]]()
-        for name in store.estimators:
-            cells = plan.grids[name].shape[4:]
-            status, stratum = np.zeros(
-                (2, len(plan.directions), len(plan.sources), *cells), np.uint8
-            )
+        choices = dict[str, dict[str, Bytes]]()
+        for name, of in columns.items():
+            status, stratum = np.zeros((2, *store.shape(f"choice/{name}_status")), np.uint8)
             for d, s in ways:
                 at = plan.directions[d], plan.sources[s].name
                 scores = [
-                    results.estimated_effect(name, m, *at, align="start", min_pairs=1).values
+                    results.estimated_effect(name, m, *at, align=of.align, min_pairs=1).values
                     for m in store.metrics
                 ]
-                found = choose(np.stack(scores), possible(plan, name, d, s), settings.prefilter)
+                there = possible(plan, name, d, s, of)
+                found = choose(np.stack(scores), there, settings.prefilter)
                 status[d, s], stratum[d, s] = found.status, found.stratum
             choices[name] = {"status": status, "stratum": stratum}
         store.write_choice(choices)
-    stored = {name: store.read(f"choice/{name}_status") for name in store.estimators}
-    return narrowed(plan, {(name, d, s): stored[name][d, s] for name in stored for d, s in ways})
+    stored = {name: store.read(f"choice/{name}_status") for name in columns}
+    return narrowed(
+        plan,
+        {
+            (name, d, s): Chosen(stored[name][d, s], of.members)
+            for name, of in columns.items()
+            for d, s in ways
+        },
+    )
 
 
 def expected(plan: Plan, settings: Sweep) -> Plan:
     """The plan with as many cells as the prefilter will choose, drawn at random: before anything
     is estimated. All cells where a threshold says how many."""
     given, rng = settings.prefilter, np.random.default_rng(0)
-    choice: dict[tuple[str, int, int], Bytes] = {}
+    choice: dict[tuple[str, int, int], Chosen] = {}
     for name in chosen(settings):
+        of = columns(plan, settings, name)
         for d in range(len(plan.directions)):
             for s in range(len(plan.sources)):
-                some = rng.random((1, *plan.grids[name].shape[4:]))
+                there = possible(plan, name, d, s, of)
+                some = rng.random((1, *there.shape))
                 scores = some if given and not isinstance(given.keep, dict) else some + np.inf
-                choice[name, d, s] = choose(scores, possible(plan, name, d, s), given).status
+                choice[name, d, s] = Chosen(choose(scores, there, given).status, of.members)
     return narrowed(plan, choice) if choice else plan
 
 
-def possible(plan: Plan, name: str, direction: int, source: int) -> Map:
-    """[layer, unit, entry]: where a patch can change what is read, in any pair and sample."""
+def columns(plan: Plan, settings: Sweep, name: str) -> Columns:
+    """What a component's positions are over pairs where a prefilter chooses: as effects are shown;
+    by index where all are only estimated."""
+    pairs = plan.pairs
+    return columns_of(
+        plan.grids[name].positions,
+        [len(pair) for pair in pairs],
+        [len(pair) - max(1, len(pair.continuation)) for pair in pairs],
+        [pair.labels for pair in pairs],
+        None if settings.prefilter else "start",
+    )
+
+
+def chosen_columns(plan: Plan, settings: Sweep) -> dict[str, int]:
+    """How many columns the prefilter chooses among, by component."""
+    names = chosen(settings) if settings.prefilter else ()
+    return {name: len(columns(plan, settings, name).names) for name in names}
+
+
+def possible(plan: Plan, name: str, direction: int, source: int, of: Columns) -> Map:
+    """[layer, unit, column]: where a patch can change what is read, in any pair and sample."""
     samples = [Variant(direction, source, n) for n in range(plan.layouts.samples)]
-    exists = np.any([plan.layouts.layout(name, v).exists.any(0) for v in samples], axis=0)
-    return np.broadcast_to(exists[:, None], plan.grids[name].shape[4:])
+    exists = np.any([plan.layouts.layout(name, v).exists for v in samples], axis=0)
+    if of.members is not None:
+        exists = np.any(exists[:, :, None] & of.members[:, None], axis=3)
+    shape = (exists.shape[1], plan.grids[name].units, exists.shape[2])
+    return np.broadcast_to(exists.any(0)[:, None], shape)

@@ -15,6 +15,7 @@ and the token budget; where only chosen cells are run, of these as well.
 
 from patchsweep.plan.costs import (
     Choice,
+    Chosen,
     Ints,
     entries_of,
     null_start,
@@ -28,6 +29,7 @@ __all__ = [
     "SCORES_ELEMENTS",
     "BudgetTooSmall",
     "Choice",
+    "Chosen",
     "Cut",
     "Ints",
     "Plan",

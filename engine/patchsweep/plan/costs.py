@@ -10,12 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.layout import OWN, Layout, Layouts, Variant
-from patchsweep.sites import RUN, Block
+from patchsweep.sites import RUN, Block, Status
 
 Ints = NDArray[np.int64]
-# Which cells of a component are run, and as what, where not all are: by component, direction and
-# source (their numbers), sites.Status [layer, unit, entry]. A cell is run in every pair or in none.
-Choice = Mapping[tuple[str, int, int], NDArray[np.uint8]]
+Map = NDArray[np.bool_]
 PARTS = 1 << 12  # that are kept
 
 
@@ -32,6 +30,41 @@ def variants(layouts: Layouts) -> list[Variant]:
         for s in range(len(layouts.sources))
         for n in range(layouts.samples)
     ]
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which cells of a component are run, and as what, where not all are: `status` [layer, unit,
+    column] (sites.Status), in every pair that has the column or in none. `members` [pair, column,
+    entry]: what a column is in every pair; None where columns are the entries."""
+
+    status: NDArray[np.uint8]
+    members: Map | None = None
+
+    def of(self, pairs: range, units: range, entries: range) -> NDArray[np.uint8]:
+        """What cells are to be, [pair, layer, unit, entry], one pair for all where these are alike.
+        An entry of several columns is what is most of: run if it is in any."""
+        status = self.status[:, units.start : units.stop]
+        if self.members is None:
+            return status[None, :, :, entries.start : entries.stop]
+        members = self.members[pairs.start : pairs.stop, :, entries.start : entries.stop]
+        found = np.full((len(members), *status.shape[:2], members.shape[2]), LEAST[0], np.uint8)
+        for code in LEAST[1:]:
+            at = (status == code).astype(np.float32)
+            found[(at[None] @ members[:, None].astype(np.float32)) > 0] = code
+        return found
+
+    def number(self, units: range) -> Ints:
+        """How many of these units are run, [pair, layer, entry], pairs as in `of`."""
+        count, _, entries = self.members.shape if self.members is not None else (1, 0, 0)
+        entries = entries or self.status.shape[2]
+        parts = (self.of(range(i, i + 1), units, range(entries)) for i in range(count))
+        return np.concatenate([np.isin(part, RUN).sum(2) for part in parts])
+
+
+# Of cells that are not structural, by component, direction and source (their numbers).
+Choice = Mapping[tuple[str, int, int], Chosen]
+LEAST = (Status.ESTIMATED, Status.NOT_FINITE, Status.AUDITED, Status.EXACT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,8 +129,7 @@ class Costs:
             return self._part(self.of(name, variant), b.pairs, b.positions, len(b.units))
         key = (name, variant, b.units)
         if key not in self._of_units:
-            number = np.isin(chosen[:, b.units.start : b.units.stop], RUN).sum(1)
-            layout = self.layouts.layout(name, variant)
+            layout, number = self.layouts.layout(name, variant), chosen.number(b.units)
             self._of_units[key] = _cost(name, layout, self.layouts, variant, number)
         return self._part(self._of_units[key], b.pairs, b.positions, 1)
 
@@ -120,14 +152,14 @@ def _cost(
     variant: Variant,
     number: Ints | None = None,
 ) -> Cost:
-    """Cost of one unit's runs, or of as many units as `number` [layer, entry] says."""
+    """Cost of one unit's runs, or of as many units as `number` [pair, layer, entry] says."""
     d = layouts.dimensions
     runs: Ints = layout.exists.astype(np.int64)
     extra = layout.extra
     if number is not None:
         layers = layouts.layers(name)
-        by_call = np.zeros(extra.shape[1:], np.int64)
-        by_call[layers.start : layers.stop] = number  # tokens are added in their runs' own layers
+        by_call = np.zeros((len(number), *extra.shape[1:]), np.int64)
+        by_call[:, layers.start : layers.stop] = number  # added in their runs' own layers
         runs, extra = runs * number, extra * by_call
     lengths: Ints = np.zeros(len(layouts.pairs), np.int64)
     if layouts.exists_at_all(variant):

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +30,7 @@ from patchsweep.reads import (
     whole_vocabulary,
 )
 from patchsweep.sae import TILE as FEATURES_TILE
-from patchsweep.sites import RUN, SETS, Block, Direction, Grid
+from patchsweep.sites import SETS, Block, Direction, Grid
 from patchsweep.sources import Source, resolve
 from patchsweep.spec import Sweep
 
@@ -82,11 +81,14 @@ class Plan:
         """The layout that a block is a part of."""
         return self.layouts.layout(block.component, self.variant(block))
 
-    def chosen(self, block: Block) -> NDArray[np.uint8] | None:
-        """What the cells [layer, unit, entry] of a block are to be if they are not structural; None
-        if all are run."""
+    def chosen(self, block: Block, pairs: range | None = None) -> NDArray[np.uint8] | None:
+        """What the cells [pair, layer, unit, entry] of a block are to be if they are not
+        structural, in its pairs or in some of them, one for all where these are alike; None if all
+        are run."""
         found = self.choice.get((block.component, block.direction, block.source))
-        return None if found is None else _of_block(found, block)
+        if found is None:
+            return None
+        return found.of(pairs or block.pairs, block.units, block.positions)
 
     def counts(self) -> dict[str, int]:
         """Totals: cells, structural ones, those only estimated, runs, blocks, waves, tokens of the
@@ -100,7 +102,7 @@ class Plan:
                 cells += int(layout.inside.sum()) * grid.layers * grid.units
                 possible += int(layout.exists.sum()) * grid.units
                 chosen = self.choice.get((name, variant.direction, variant.source))
-                number = grid.units if chosen is None else np.isin(chosen, RUN).sum(1)
+                number = grid.units if chosen is None else chosen.number(range(grid.units))
                 runs += int((layout.exists * number).sum())
             disk += int(np.prod(grid.shape)) * self.metric_count * (value + 1)
         return {
@@ -195,12 +197,6 @@ class Plan:
             "waves": [[(b.component, b.index) for b in w.blocks] for w in self.waves],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _of_block(by_cell: NDArray[Any], b: Block) -> NDArray[Any]:
-    """A block's part of an array [layer, unit, entry]."""
-    units, entries = (slice(r.start, r.stop) for r in (b.units, b.positions))
-    return by_cell[:, units, entries]
 
 
 def make_plan(

@@ -357,7 +357,7 @@ def print_warnings(console: Console, results: Results) -> None:
 # Attributes that are shown above, or not as text.
 ELSEWHERE = {"model", "spec", "dtype", "backend", "backend_reason", "estimators", "edges"}
 ELSEWHERE |= {"weights", "prompts", "doubts", "joint", "metrics", "components"}
-ELSEWHERE |= {"patchsweep_schema", "written_once"}
+ELSEWHERE |= {"patchsweep_schema", "written_once", "chosen_columns"}
 
 
 def provenance(results: Results) -> dict[str, str]:

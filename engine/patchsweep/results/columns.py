@@ -92,6 +92,20 @@ def meaning(lengths: Sequence[int], labels: Sequence[Mapping[str, int]]) -> str:
     return "start" if len(set(lengths)) == 1 else "end"
 
 
+def columns_of(
+    positions: Sequence[int | str],
+    lengths: Sequence[int],
+    reads: Sequence[int],
+    labels: Sequence[Mapping[str, int]],
+    align: str | None = None,
+) -> Columns:
+    """The columns of a grid's positions over pairs: as they were asked for, or if these are all
+    positions by what they mean, or as `align` says. BadInput as for `aligned`."""
+    if tuple(positions) != tuple(range(max(lengths))):
+        return as_given(tuple(positions))  # type: ignore[arg-type]
+    return aligned(align or meaning(lengths, labels), lengths, reads, labels)
+
+
 def aligned(
     align: str, lengths: Sequence[int], reads: Sequence[int], labels: Sequence[Mapping[str, int]]
 ) -> Columns:

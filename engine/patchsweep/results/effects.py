@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from patchsweep.effect import Array, change, ratio
 from patchsweep.reader import Reader, one_of
-from patchsweep.results.columns import Columns, aligned, as_given, meaning, pairs_of
+from patchsweep.results.columns import Columns, as_given, columns_of, pairs_of
 from patchsweep.sites import MEASURED, RUN, SETS, Grid, Status, unit_name
 
 AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
@@ -47,14 +47,12 @@ class Effects(Reader):
         """What positions are shown as over pairs (`results.columns`). `align`: labels, end or
         start; if left out, start for pairs of one length whose labels lie at the same index, else
         labels where pairs share some, else end. Positions that the sweep was asked for by name or
-        index stay as they are, and so do the cells that a prefilter chose by index."""
-        grid = self.grid(component)
-        if component == SETS or grid.positions != tuple(range(max(self.lengths))):
-            return as_given(grid.positions)
-        if align is None:
-            chosen = component in self.store.estimators and component not in self.only_estimated
-            align = "start" if chosen else meaning(self.lengths, self.labels)
-        return aligned(align, self.lengths, self._reads, self.labels)
+        index stay as they are."""
+        positions = self.grid(component).positions
+        if component == SETS:
+            return as_given(positions)
+        align = align or ("start" if component in self.chosen_by_index else None)
+        return columns_of(positions, self.lengths, self._reads, self.labels, align)
 
     def effect(
         self,

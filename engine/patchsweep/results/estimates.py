@@ -102,9 +102,9 @@ class Estimates(Effects):
         chosen = [
             self.store.read(f"choice/{component}_{name}", (d, s)) for name in ("status", "stratum")
         ]
-        by_index = self.columns(component, "start")
+        columns = self.columns(component)
         return judge(
-            self.over_pairs(component, metric, direction, source, by_index, 1).effect,
+            self.over_pairs(component, metric, direction, source, columns, 1).effect,
             Choice(*chosen),
             Prefilter(**given),
             components=len(estimated) * len(grid.directions) * len(grid.sources),

@@ -142,8 +142,8 @@ def _of_block(
     exists = layout.exists[pair][:, entries]
     shape = (len(block.pairs), exists.shape[0], len(block.units), exists.shape[1])
     run = np.broadcast_to(exists[:, None], shape[1:])
-    if (chosen := plan.chosen(block)) is not None:
-        run = run & np.isin(chosen, RUN)
+    if (chosen := plan.chosen(block, range(pair, pair + 1))) is not None:
+        run = run & np.isin(chosen[0], RUN)
     layer, entry, unit = np.nonzero(run.swapaxes(1, 2))
     inside = pair - block.pairs.start
     said = {

@@ -16,7 +16,8 @@ Layout under the results folder:
   receiver], NaN where there is no edge, with the nodes' texts as coordinates; its attribute
   `approximation` says how it was made.
 - `choice/<component>_status`, `choice/<component>_stratum` uint8 [direction, source, layer, unit,
-  position]: what becomes of an estimated component's cells (`prefilter.Choice`).
+  column]: what becomes of an estimated component's cells (`prefilter.Choice`) at what its positions
+  mean over pairs, by index in results without the root attribute `chosen_columns`.
 - Records, uint64, one after another, each a chunk, so that no two processes write the same file:
   `completion/<component>`, one per chunk; `completion/edges`, one per [source, sample, pair];
   `completion/choice`, one; `records/baseline`, `records/estimates`, one per [source, sample, tile

@@ -128,8 +128,10 @@ def create_estimates(
             said["approximation"] = how
             create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan, said)
         for what, said in described.CHOICE.items():
-            name, cells = f"choice/{grid.component}_{what}", grid.shape[4:]
-            dims = ("direction", "source", "layer", "unit", "position")
+            name = f"choice/{grid.component}_{what}"
+            count = attrs.get("chosen_columns", {}).get(grid.component, len(grid.positions))
+            cells = (*grid.shape[4:6], count)
+            dims = ("direction", "source", "layer", "unit", "column")
             shape = (len(grid.directions), len(grid.sources), *cells)
             create_array(root, name, dims, shape, (1, 1, *cells), "uint8", 0, said)
     for name in (ESTIMATED, ESTIMATED_SPLIT):

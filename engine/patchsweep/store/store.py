@@ -368,7 +368,7 @@ class Store(ArrayStore):
 
     def write_choice(self, choices: Mapping[str, Mapping[str, NDArray[np.uint8]]]) -> None:
         """Write what becomes of the cells of all estimated components: by component `status` and
-        `stratum`, [direction, source, layer, unit, position]. BadInput if the disk refuses."""
+        `stratum`, [direction, source, layer, unit, column]. BadInput if the disk refuses."""
         named = {
             f"choice/{component}_{name}": array
             for component, arrays in choices.items()
