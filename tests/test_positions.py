@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,25 @@ def test_a_prefilter_chooses_by_label(circuit: str, direction: str, tmp_path: Pa
     assert abs(best[1].effect[0]) > 0.1
     theta = found.audit("head_z", "logit_diff").theta
     assert theta == pytest.approx(abs(effects[0].values[chosen == Status.EXACT]).max())
+
+
+def test_a_label_on_the_token_of_another_is_run_with_it(tmp_path: Path) -> None:
+    """In two pairs NEXT is END: kept as END, it is run there although NEXT is not kept."""
+    pairs = [
+        replace(pair, labels={**pair.labels, "NEXT": pair.labels["WORD"] + 1})
+        for pair in uneven("or")
+    ]
+    assert sum(pair.labels["NEXT"] == pair.labels["END"] for pair in pairs) == 2
+    settings = {"components": ["head_z"], "prefilter": {"keep": 2, "audit": 1}}
+    found = ps.sweep(WRAPPED, pairs, out=tmp_path / "r.zarr", **settings)
+    chosen = found.store.read("choice/head_z_status")[0, 0]
+    kept = {found.columns("head_z").names[c] for c in np.nonzero(chosen == Status.EXACT)[2]}
+    assert kept == {"END"}
+    at = np.argwhere(chosen == Status.EXACT)[0]
+    status = found.store.read("head_z/logit_diff_status")[0, 0, 0]
+    run = {i for i, pair in enumerate(pairs) if status[(i, *at[:2], pair.labels["END"])] in RUN}
+    assert run == set(range(len(pairs)))
+    assert np.isfinite(found.effect("head_z", "logit_diff").sel(position="END")).sum() >= 2
 
 
 @pytest.fixture(scope="module")
