@@ -16,7 +16,7 @@ from patchsweep.backends import taken
 from patchsweep.dimensions import Dimensions
 from patchsweep.layout import Features
 from patchsweep.pairs import Pair
-from patchsweep.plan import Plan, make_plan, narrowed
+from patchsweep.plan import Chosen, Plan, make_plan, narrowed
 from patchsweep.planning import plan_sweep
 from patchsweep.sites import Status
 from patchsweep.sources import Other, resolve
@@ -145,7 +145,7 @@ def test_how_many_cells_can_change_anything() -> None:
     grid = plan.grids["mlp_out"]
     chosen = np.full((grid.layers, grid.units, len(grid.positions)), Status.ESTIMATED, np.uint8)
     chosen[0, 0, -1] = Status.EXACT
-    kept = narrowed(plan, {("mlp_out", 0, 0): chosen}).counts()
+    kept = narrowed(plan, {("mlp_out", 0, 0): Chosen(chosen)}).counts()
     assert kept["runs"] == 1
     assert kept["structural"] == found["structural"]
     assert kept["estimated"] == found["runs"] - 1
