@@ -102,6 +102,8 @@ def test_a_prefilter_chooses_by_label(circuit: str, direction: str, tmp_path: Pa
     assert abs(best[1].effect[0]) > 0.1
     theta = found.audit("head_z", "logit_diff").theta
     assert theta == pytest.approx(abs(effects[0].values[chosen == Status.EXACT]).max())
+    del found.store._root["chosen_columns"]  # as of results that were chosen by index
+    assert found.columns("head_z").align == "start"
 
 
 def test_a_label_on_the_token_of_another_is_run_with_it(tmp_path: Path) -> None:
