@@ -4,9 +4,12 @@ file of the user's is touched."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -16,18 +19,24 @@ import pandas as pd
 import patchsweep as ps
 from attack.table import Outcomes, Until
 from cli.commands import child
+from patchsweep.cli import _status
 from patchsweep.store import put_back, stored_pairs
 from tiny import arrays, build, rows, save, write_pairs, write_spec
 
-RIGHT = "right arrays"
+# What a kill left behind, before it was gone on with to the right arrays.
+LEFT = BEFORE, HALFWAY, WHOLE = "as before", "halfway", "whole"
 FEW = ["--set", "prompts.n=3"]
 KINDS = ("run", "append", "overwrite", "export")
+PRELOADED = [
+    *("patchsweep.cli", "patchsweep.engine", "patchsweep.report.show", "patchsweep.table"),
+    *("tokenizers", "transformers.models.llama.modeling_llama"),
+]
 
 
 def attack(folder: Path, seed: int, until: Until) -> Outcomes:
     """Kill until it is enough."""
     work = _Work(folder, random.Random(seed))
-    found = Outcomes((RIGHT,))
+    found = Outcomes(LEFT)
     while True:
         for kind in KINDS:
             ending, after = work.killed(kind)
@@ -42,97 +51,103 @@ class _Work:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self._rng = rng
         self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["patchsweep.engine", "patchsweep.report.show"])
+        self._context.set_forkserver_preload(PRELOADED)
         write_pairs(folder / "pairs.jsonl", rows(5))
         model = save(folder / "model", build(2))
         settings = {"components": ["mlp_out"], "metrics": ["kl"], "direction": "denoise"}
-        self._spec = str(write_spec(folder, model, **settings, token_budget=40, out=None))
-        self._folder = folder
-        self._few, self._whole, self._appended = (
-            folder / f"{name}.zarr" for name in ("few", "whole", "appended")
-        )
-
-        def run(out: Path, *more: str) -> float:
-            began = time.monotonic()
-            assert self._ended(["run", self._spec, "--out", str(out), *more]) == 0
-            return time.monotonic() - began
-
-        run(self._few, *FEW)
-        shutil.copytree(self._few, self._appended)
-        took = run(self._whole)
-        self._seconds = {"run": took, "overwrite": took, "export": took / 2}
-        self._seconds["append"] = run(self._appended, "--append")
-        self._arrays = {
-            kind: arrays(out)
-            for kind, out in (
-                ("few", self._few),
-                ("run", self._whole),
-                ("append", self._appended),
-                ("overwrite", self._whole),
-                ("export", self._few),
-            )
-        }
-
-    def killed(self, kind: str) -> tuple[str, float]:
-        """How it ended, and after how many seconds it was killed."""
-        out = self._folder / "r.zarr"
-        for left in self._folder.glob("*r.zarr*"):
-            shutil.rmtree(left)
-        if kind != "run":
-            shutil.copytree(self._few, out)
-        theirs = [out.with_name(".r.zarr.replaced"), out.with_name(".r.zarr.job")]
-        for path in theirs:
-            path.mkdir()
-            (path / "mine.txt").write_text("mine")
-        after = self._rng.uniform(0, 1.2 * self._seconds[kind])
-        table = self._folder / "t.parquet"
-        table.unlink(missing_ok=True)
-        run = ["run", self._spec, "--out", str(out)]
-        command = {
+        spec = str(write_spec(folder, model, **settings, token_budget=40, out=None))
+        self._few, self._out = folder / "few.zarr", folder / "r.zarr"
+        self._table = folder / "t.parquet"
+        run = ["run", spec, "--out", str(self._out)]
+        self._commands = {
             "run": run,
             "append": [*run, "--append"],
             "overwrite": [*run, "--overwrite"],
-            "export": ["export", str(out), str(table)],
-        }[kind]
-        self._ended(command, after)
-        ending = self._judged(kind, out, run, command, table)
+            "export": ["export", str(self._out), str(self._table)],
+        }
+        assert _done(["run", spec, "--out", str(self._few), *FEW])
+        self._before, self._after = arrays(self._few), {}
+        self._seconds: dict[str, float] = {}
+        for kind in KINDS:
+            self._start(kind)
+            self._seconds[kind] = self._ended(kind, 600) or 0
+            self._after[kind] = arrays(self._out)
+
+    def killed(self, kind: str) -> tuple[str, float]:
+        """How it ended, and after how many seconds it was killed."""
+        while True:  # until it is killed, and has not ended before
+            theirs = self._start(kind)
+            after = self._rng.uniform(0, self._seconds[kind])
+            took = self._ended(kind, after)
+            if took is None:
+                break
+            self._seconds[kind] = took
+        ending = self._judged(kind)
         if any((path / "mine.txt").read_text() != "mine" for path in theirs):
             ending = "a user's file is gone"
         return ending, after
 
-    def _judged(self, kind: str, out: Path, run: list[str], command: list[str], table: Path) -> str:
-        put_back(out)
-        if kind == "export":
-            if table.exists() and len(pd.read_parquet(table)) != len(ps.open(out).to_frame()):
-                return "half a table"
-            if self._ended([*command, "--overwrite"]) or not table.exists():
-                return "cannot go on"
-        elif out.exists():
-            if self._ended(["check", str(out)]):
-                return "damaged"
-            before = len(stored_pairs(ps.open(out).store)) == 3
-            if before and arrays(out) != self._arrays["few"]:
-                return "what was there has changed"
-            again = command if before else [*run, "--resume"]
-            if self._ended(again):
-                return "cannot go on"
-        elif kind == "run":
-            if self._ended([*run, "--resume"]):
-                return "cannot go on"
-        elif kind == "append":
-            return "results are gone"
-        elif self._ended(command):
-            return "cannot go on"
-        return RIGHT if arrays(out) == self._arrays[kind] else "wrong arrays"
+    def _start(self, kind: str) -> list[Path]:
+        """Make what there is before a command; folders of a user's beside it."""
+        for left in self._out.parent.glob("*r.zarr*"):
+            shutil.rmtree(left)
+        self._table.unlink(missing_ok=True)
+        if kind != "run":
+            shutil.copytree(self._few, self._out)
+        theirs = [self._out.with_name(f".r.zarr.{name}") for name in ("replaced", "job")]
+        for path in theirs:
+            path.mkdir()
+            (path / "mine.txt").write_text("mine")
+        return theirs
 
-    def _ended(self, arguments: list[str], after: float | None = None) -> int | None:
-        """The status of a command; killed after so many seconds, if it has not ended."""
-        streams = self._folder / "out", self._folder / "err"
-        process = self._context.Process(target=child, args=(arguments, *streams))
+    def _judged(self, kind: str) -> str:
+        put_back(self._out)
+        left = self._left(kind)
+        if left in LEFT and not (left == WHOLE or self._goes_on(kind, left)):
+            return "cannot go on"
+        if left in LEFT and arrays(self._out) != self._after[kind]:
+            return "wrong arrays"
+        return left
+
+    def _left(self, kind: str) -> str:
+        """What a kill left behind."""
+        if kind == "export":
+            if not self._table.exists():
+                return BEFORE
+            whole = len(pd.read_parquet(self._table)) == len(ps.open(self._out).to_frame())
+            return WHOLE if whole else "half a table"
+        if not self._out.exists():  # what an overwrite was to replace may be gone
+            return "results are gone" if kind == "append" else BEFORE
+        found = ps.check(self._out)
+        if found.damages:
+            return "damaged"
+        if len(stored_pairs(ps.open(self._out).store)) == 3:
+            return BEFORE if arrays(self._out) == self._before else "what was there has changed"
+        return WHOLE if found.done == found.blocks else HALFWAY
+
+    def _goes_on(self, kind: str, left: str) -> bool:
+        command = self._commands[kind]
+        if kind == "export":
+            return _done(command) and self._left(kind) == WHOLE
+        return _done(command if left == BEFORE else [*self._commands["run"], "--resume"])
+
+    def _ended(self, kind: str, after: float) -> float | None:
+        """Kill a command after so many seconds: None; if it ended before, how many it took."""
+        streams = self._out.with_name("out"), self._out.with_name("err")
+        process = self._context.Process(target=child, args=(self._commands[kind], *streams))
+        began = time.monotonic()
         process.start()
-        process.join(600 if after is None else after)
+        process.join(after)
+        took = time.monotonic() - began
         if process.exitcode is None:
             process.kill()
             process.join()
-        status: int | None = process.exitcode
-        return status
+        if process.exitcode == -signal.SIGKILL:
+            return None
+        assert process.exitcode == 0, streams[1].read_text()
+        return took
+
+
+def _done(arguments: list[str]) -> bool:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return _status(arguments) == 0
