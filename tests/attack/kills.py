@@ -4,33 +4,52 @@ file of the user's is touched."""
 
 from __future__ import annotations
 
-import contextlib
-import io
 import multiprocessing
+import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 
 import patchsweep as ps
 from attack.table import Outcomes, Until
-from cli.commands import child
-from patchsweep.cli import _status
 from patchsweep.store import put_back, stored_pairs
-from tiny import arrays, build, rows, save, write_pairs, write_spec
+from tiny import arrays, build, pairs_of, rows, tokenizer
 
-# What a kill left behind, before it was gone on with to the right arrays.
+# What a kill left behind, before what goes on ended with the right arrays.
 LEFT = BEFORE, HALFWAY, WHOLE = "as before", "halfway", "whole"
-FEW = ["--set", "prompts.n=3"]
-KINDS = ("run", "append", "overwrite", "export")
-PRELOADED = [
-    *("patchsweep.cli", "patchsweep.engine", "patchsweep.report.show", "patchsweep.table"),
-    *("tokenizers", "transformers.models.llama.modeling_llama"),
-]
+MODEL = ps.wrap(build(2), tokenizer())
+PAIRS = pairs_of(MODEL, rows(5))
+FEW = 3
+
+
+def sweep(out: Path, pairs: list[ps.Pair] = PAIRS, **how: bool) -> None:
+    settings: dict[str, Any] = {"components": ["mlp_out"], "metrics": ["kl"], "token_budget": 40}
+    ps.sweep(MODEL, pairs, out=out, direction="denoise", **settings, **how)
+
+
+def export(out: Path) -> None:
+    ps.open(out).export(out.with_name("t.parquet"), overwrite=True)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "run": sweep,
+    "append": lambda out: sweep(out, append=True),
+    "overwrite": lambda out: sweep(out, overwrite=True),
+    "export": export,
+}
+
+
+def _child(kind: str, out: Path) -> None:
+    os.dup2(os.open(out.with_name("said"), os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)
+    KINDS[kind](out)
 
 
 def attack(folder: Path, seed: int, until: Until) -> Outcomes:
@@ -51,23 +70,12 @@ class _Work:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self._rng = rng
         self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
-        write_pairs(folder / "pairs.jsonl", rows(5))
-        model = save(folder / "model", build(2))
-        settings = {"components": ["mlp_out"], "metrics": ["kl"], "direction": "denoise"}
-        spec = str(write_spec(folder, model, **settings, token_budget=40, out=None))
+        self._context.set_forkserver_preload([__name__])  # the model too
         self._few, self._out = folder / "few.zarr", folder / "r.zarr"
         self._table = folder / "t.parquet"
-        run = ["run", spec, "--out", str(self._out)]
-        self._commands = {
-            "run": run,
-            "append": [*run, "--append"],
-            "overwrite": [*run, "--overwrite"],
-            "export": ["export", str(self._out), str(self._table)],
-        }
-        assert _done(["run", spec, "--out", str(self._few), *FEW])
-        self._before, self._after = arrays(self._few), {}
-        self._seconds: dict[str, float] = {}
+        sweep(self._few, PAIRS[:FEW])
+        self._before, self._after = arrays(self._few), dict[str, Any]()
+        self._seconds = dict[str, float]()
         for kind in KINDS:
             self._start(kind)
             self._seconds[kind] = self._ended(kind, 600) or 0
@@ -100,41 +108,9 @@ class _Work:
             (path / "mine.txt").write_text("mine")
         return theirs
 
-    def _judged(self, kind: str) -> str:
-        put_back(self._out)
-        left = self._left(kind)
-        if left in LEFT and not (left == WHOLE or self._goes_on(kind, left)):
-            return "cannot go on"
-        if left in LEFT and arrays(self._out) != self._after[kind]:
-            return "wrong arrays"
-        return left
-
-    def _left(self, kind: str) -> str:
-        """What a kill left behind."""
-        if kind == "export":
-            if not self._table.exists():
-                return BEFORE
-            whole = len(pd.read_parquet(self._table)) == len(ps.open(self._out).to_frame())
-            return WHOLE if whole else "half a table"
-        if not self._out.exists():  # what an overwrite was to replace may be gone
-            return "results are gone" if kind == "append" else BEFORE
-        found = ps.check(self._out)
-        if found.damages:
-            return "damaged"
-        if len(stored_pairs(ps.open(self._out).store)) == 3:
-            return BEFORE if arrays(self._out) == self._before else "what was there has changed"
-        return WHOLE if found.done == found.blocks else HALFWAY
-
-    def _goes_on(self, kind: str, left: str) -> bool:
-        command = self._commands[kind]
-        if kind == "export":
-            return _done(command) and self._left(kind) == WHOLE
-        return _done(command if left == BEFORE else [*self._commands["run"], "--resume"])
-
     def _ended(self, kind: str, after: float) -> float | None:
-        """Kill a command after so many seconds: None; if it ended before, how many it took."""
-        streams = self._out.with_name("out"), self._out.with_name("err")
-        process = self._context.Process(target=child, args=(self._commands[kind], *streams))
+        """Kill it after so many seconds: None; if it ended before, how many it took."""
+        process = self._context.Process(target=_child, args=(kind, self._out))
         began = time.monotonic()
         process.start()
         process.join(after)
@@ -144,10 +120,33 @@ class _Work:
             process.join()
         if process.exitcode == -signal.SIGKILL:
             return None
-        assert process.exitcode == 0, streams[1].read_text()
+        assert process.exitcode == 0, self._out.with_name("said").read_text()
         return took
 
+    def _judged(self, kind: str) -> str:
+        put_back(self._out)
+        left = self._left(kind)
+        if left not in LEFT:
+            return left
+        if left == BEFORE:
+            KINDS[kind](self._out)
+        elif left == HALFWAY:
+            sweep(self._out, resume=True)
+        right = self._left(kind) == WHOLE and arrays(self._out) == self._after[kind]
+        return left if right else "wrong arrays"
 
-def _done(arguments: list[str]) -> bool:
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        return _status(arguments) == 0
+    def _left(self, kind: str) -> str:
+        """What is there now."""
+        if kind == "export":
+            if not self._table.exists():
+                return BEFORE
+            whole = pd.read_parquet(self._table).equals(ps.open(self._out).to_frame())
+            return WHOLE if whole else "half a table"
+        if not self._out.exists():  # what an overwrite was to replace may be gone
+            return "results are gone" if kind == "append" else BEFORE
+        found = ps.check(self._out)
+        if found.damages:
+            return "damaged"
+        if len(stored_pairs(ps.open(self._out).store)) == FEW:
+            return BEFORE if arrays(self._out) == self._before else "what was there has changed"
+        return WHOLE if found.done == found.blocks else HALFWAY
