@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 import patchsweep as ps
-from attack import fuzz, kills
+from attack import corrupt, fuzz, kills
 from patchsweep.cli import _status
 from patchsweep.errors import BadInput, one_line
 from patchsweep.limits import PAIRS, SAMPLES
@@ -380,4 +380,18 @@ def test_some_kills(tmp_path: Path) -> None:
 def test_many_kills(tmp_path: Path) -> None:
     tries = iter(range(60))
     found = kills.attack(tmp_path, 1, lambda: next(tries, None) is None)
+    assert found.holds, str(found)
+
+
+def test_some_corruptions(tmp_path: Path) -> None:
+    tries = iter(range(24))
+    found = corrupt.attack(tmp_path, 0, lambda: next(tries, None) is None)
+    assert found.holds, str(found)
+    assert {what.split(":")[0] for what in found.counts} == {*corrupt.CORRUPTIONS}
+
+
+@pytest.mark.slow
+def test_every_corruption(tmp_path: Path) -> None:
+    """Of every file, in every way."""
+    found = corrupt.attack(tmp_path, 0, lambda: False)
     assert found.holds, str(found)

@@ -15,7 +15,7 @@ import patchsweep as ps
 from patchsweep.integrity import check, refuse_missing, withdraw
 from patchsweep.pairs import Pair
 from patchsweep.sites import Grid, blocks
-from patchsweep.store import Store, job_folder
+from patchsweep.store import WAVES_SPLIT, Store, job_folder
 from patchsweep.store.folder import Folder
 from tiny import arrays, build, rows, tokenizer
 
@@ -169,6 +169,48 @@ def test_what_changes_is_kept_twice(out: Path, why: str) -> None:
             _ = Store.open(out).attrs
         withdraw(Store.open(out, "r+", mending=True))
     assert "measured" not in Store.open(out).attrs
+
+
+@pytest.mark.parametrize("schema", [0, 1, 2, 4, 33])
+def test_a_root_of_another_schema_is_damage(out: Path, schema: int) -> None:
+    """The manifest knows better."""
+    fill(Store.open(out, "r+"))
+    root, said = out / "zarr.json", f'"patchsweep_schema": {schema}'.encode()
+    right = root.read_bytes()
+    root.write_bytes(right.replace(b'"patchsweep_schema": 3', said))
+    with pytest.raises(ps.BadInput, match=r"cannot read .*zarr.json: .*patchsweep check"):
+        ps.open(out)
+    assert [d.key for d in ps.check(out).damages] == ["zarr.json"]
+    withdraw(Store.open(out, "r+", mending=True))
+    assert root.read_bytes() == right
+
+
+def test_what_other_results_say_is_damage(out: Path, tmp_path: Path) -> None:
+    """Whole as it is, and of the same change."""
+    attrs = {"spec": {"n": 2}, "sources": [{"normalised": True}]}
+    other = Store.create(tmp_path / "other", [GRID], ["logit_diff"], PAIRS, str, attrs, "float32")
+    Store.open(out, "r+").set_attrs(measured={"seconds": 1})
+    other.set_attrs(measured={"seconds": 2})
+    whole = files(out)
+    for name in ("summary/zarr.json", "summary/second/zarr.json"):
+        (out / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        assert Store.open(out).attrs["measured"] == {"seconds": 1}
+        assert [d.key for d in ps.check(out).damages] == [name]
+        withdraw(Store.open(out, "r+", mending=True))
+        assert files(out) == whole
+
+
+def test_files_of_others_beside_small_numbers(out: Path) -> None:
+    store = Store.open(out, "r+")
+    store.write_split(WAVES_SPLIT, (1,), 2)
+    chunks = out / WAVES_SPLIT / "c"
+    for name in ("1 copy", "01", "notes.txt", "99999", "1.5", "²"):
+        (chunks / name).write_bytes((chunks / "1").read_bytes())
+    (chunks / "0").mkdir()
+    (chunks / "0" / "1").write_bytes(b"")
+    found = Store.open(out)
+    assert found.splits().tolist() == [0, 2, *[0] * (len(found.splits()) - 2)]
+    assert not ps.check(out).damages
 
 
 def files(out: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
 from patchsweep.sites import Block, Grid, blocks
 from patchsweep.store import Damaged, Store, job_folder, locked, pack, put_back, remove
+from patchsweep.store.manifest import MANIFEST, packed, unpacked
 
 HEADS = Grid("head_z", ("denoise", "noise"), 3, 2, 3, (0, 1, 2, 3, 4), 2, 2, 2)
 MLP = Grid("mlp_out", ("denoise", "noise"), 3, 2, 1, ("S2", "END"), 3, 1, 2)
@@ -196,9 +197,11 @@ def test_open_refuses_what_is_not_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("schema", "mend"), [(4, "update it"), (1, "--overwrite")])
 def test_open_refuses_another_schema(tmp_path: Path, schema: int, mend: str) -> None:
     make(tmp_path / "r.zarr")
-    root = tmp_path / "r.zarr" / "zarr.json"
-    said = f'"patchsweep_schema": {schema}'
-    root.write_text(root.read_text().replace('"patchsweep_schema": 3', said))
+    root, manifest = (tmp_path / "r.zarr" / name for name in ("zarr.json", MANIFEST))
+    said = f'"patchsweep_schema": {schema}'.encode()
+    of_another = root.read_bytes().replace(b'"patchsweep_schema": 3', said)
+    root.write_bytes(of_another)
+    manifest.write_bytes(packed({**unpacked(manifest.read_bytes()), "zarr.json": of_another}))
     with pytest.raises(BadInput, match=f"schema {schema}, this patchsweep reads 3: .*{mend}"):
         Store.open(tmp_path / "r.zarr")
 

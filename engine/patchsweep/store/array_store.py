@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Container, Iterable, Iterator, Mapping
+from operator import lt
 from typing import Any
 
 import numpy as np
@@ -108,13 +109,16 @@ class ArrayStore:
 
     def written(self, name: str) -> Iterator[Region]:
         """The regions of those chunks of an array that are there, where they are few of many."""
-        start = f"{name}/c/"
+        array = self._array(name)
+        sizes = array.chunks
+        counts = [-(-n // size) for n, size in zip(array.shape, sizes, strict=True)]
         for file in self._place.files():
-            if file.startswith(start):
-                chunks = zip(
-                    file.removeprefix(start).split("/"), self._array(name).chunks, strict=True
-                )
-                yield tuple(slice(int(i) * n, (int(i) + 1) * n) for i, n in chunks)
+            parts = file.removeprefix(f"{name}/c/").split("/")
+            if not all(part.isdecimal() for part in parts) or len(parts) != len(counts):
+                continue
+            at = [*map(int, parts)]
+            if number_key(name, at) == file and all(map(lt, at, counts)):  # else it is not ours
+                yield tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, sizes, strict=True))
 
     def has(self, key: str) -> bool:
         """Whether a file is there."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
-from numcodecs.zstd import Zstd
 
-from patchsweep.store.damage import Why, damaged, why_of
+from patchsweep.store.damage import Why, damaged, decoded, why_of
 from patchsweep.store.digests import Digests, digest
 from patchsweep.store.ledger import Ledger, Record
 from patchsweep.store.place import Place
@@ -92,7 +91,7 @@ class Books:
 def _decoded(content: bytes, ledger: Ledger) -> Digests | None:
     """What a record's file says; None if it is damaged."""
     try:
-        row = np.frombuffer(Zstd().decode(content), "<u8")
-    except (RuntimeError, ValueError):
+        row = np.frombuffer(decoded(content), "<u8")
+    except ValueError:
         return None
     return row.astype(np.uint64) if row.shape == (ledger.length,) else None

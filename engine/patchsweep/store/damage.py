@@ -28,10 +28,19 @@ def damaged(at: object, key: str, why: Why) -> Damaged:
     return error
 
 
+def decoded(frame: bytes) -> bytes:
+    """What Zstd packed; ValueError for anything else, and for a frame that claims a size that no
+    memory has."""
+    try:
+        return bytes(Zstd().decode(frame))
+    except (RuntimeError, MemoryError, SystemError) as error:
+        raise ValueError(str(error)) from error
+
+
 def why_of(chunk: bytes) -> Why:
     """Zstd tells a cut or overwritten frame from one whose content has changed, or is elsewhere."""
     try:
-        Zstd().decode(chunk)
-    except (RuntimeError, ValueError) as error:
+        decoded(chunk)
+    except ValueError as error:
         return "truncated" if "invalid input" in str(error) else "checksum"
     return "checksum"

@@ -18,10 +18,10 @@ from hashlib import sha256
 
 from numcodecs.zstd import Zstd
 
-from patchsweep.store.damage import Why
+from patchsweep.store.damage import Why, decoded
 from patchsweep.store.described import TEXTS
 from patchsweep.store.digests import digest_of_all
-from patchsweep.store.files import README, ROOT, marked
+from patchsweep.store.files import MARK, README, ROOT, SCHEMA, attributes, marked
 from patchsweep.store.nodes import ZARR_JSON, node
 
 MANIFEST = f"manifest/{ZARR_JSON}"
@@ -54,12 +54,12 @@ def unpacked(manifest: bytes) -> dict[str, bytes]:
     """The files of a manifest; ValueError for one that is not as it was written."""
     try:
         said = node(manifest)["attributes"]
-        content = Zstd().decode(b64decode(said["files"], validate=True))
+        content = decoded(b64decode(said["files"], validate=True))
         files = {
             _checked(key): b64decode(text, validate=True)
             for key, text in json.loads(content).items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError("the manifest cannot be read") from error
     if {*said} != {"sha256", "files"} or sha256(content).hexdigest() != said["sha256"]:
         raise ValueError("the manifest is not as it was written")
@@ -82,8 +82,11 @@ def once_of(files: Iterable[str], readme: bool) -> list[str]:
 
 
 def root_of(root: bytes, manifest: bytes) -> bytes:
-    """The root of results; where it is lost or damaged, what their manifest has of it."""
-    if marked(root) is None and manifest:
+    """The root of results; where it is lost or damaged, what their manifest has of it. Not of
+    results that are half laid out or half deleted, whose root says nothing more."""
+    said = attributes(root)
+    half = said.get(MARK) == 0 and SEAL not in said
+    if marked(root) != SCHEMA and manifest and not half:
         with suppress(ValueError):
             return unpacked(manifest).get(ROOT, root)
     return root

@@ -139,7 +139,7 @@ class Store(ArrayStore):
     def _said(self) -> dict[str, Any]:
         if not self.vouched:
             return {}
-        said, _, bad = summary.read(self._place)
+        said, _, bad = summary.read(self._place, self._once[ROOT])
         if self.damage is None and len(bad) == len(summary.COPIES):
             raise damaged(self.path, *bad.popitem())
         return said
@@ -147,8 +147,8 @@ class Store(ArrayStore):
     def set_attrs(self, **attrs: Any) -> None:
         """Add attributes to those of the root, or say others. One process only."""
         with self._place.changing(self._then):
-            said, number, _ = summary.read(self._place)
-            summary.write(self._place, said | attrs, number + 1)
+            said, number, _ = summary.read(self._place, self._once[ROOT])
+            summary.write(self._place, self._once[ROOT], said | attrs, number + 1)
             self._said = said | attrs
             if self._fsync:
                 self._place.settle(summary.COPIES)
@@ -179,7 +179,7 @@ class Store(ArrayStore):
 
     def damaged_once(self) -> dict[str, Why]:
         """What is kept twice and of which one is not as it was written, by name."""
-        changed = summary.read(self._place)[2] if self.vouched else {}
+        changed = summary.read(self._place, self._once[ROOT])[2] if self.vouched else {}
         return {**(self.damage or {}), **changed}
 
     def restore(self) -> None:
@@ -188,9 +188,9 @@ class Store(ArrayStore):
             for key in sorted(self.damage or (), key=lambda key: key == ROOT):
                 content = packed(self._once) if key == MANIFEST else self._once[key]
                 self._place.put(key, content)
-            said, number, bad = summary.read(self._place)
+            said, number, bad = summary.read(self._place, self._once[ROOT])
             if bad:
-                summary.write(self._place, said, max(1, number))
+                summary.write(self._place, self._once[ROOT], said, max(1, number))
         self.damage = None
 
     @cached_property

@@ -1,8 +1,8 @@
 """What a sweep says of itself while it runs: attributes that change, kept twice.
 
-`summary` and `summary/second` are groups with the same attributes, each with a digest and the
-number of the change. The second is written after the first: of two that differ the one with the
-higher number counts, and of one that is damaged the other.
+`summary` and `summary/second` are groups with the same attributes, each with a digest, the number
+of the change, and a digest of the root of these results. The second is written after the first: of
+two that differ the one with the higher number counts, and of one that is damaged the other.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from hashlib import sha256
 from typing import Any
 
 from patchsweep.store.damage import Why
+from patchsweep.store.digests import digest
+from patchsweep.store.files import ROOT
 from patchsweep.store.nodes import ZARR_JSON, node
 from patchsweep.store.place import Place
 
 COPIES = (f"summary/{ZARR_JSON}", f"summary/second/{ZARR_JSON}")
 
 
-def read(place: Place) -> tuple[dict[str, Any], int, dict[str, Why]]:
+def read(place: Place, root: bytes) -> tuple[dict[str, Any], int, dict[str, Why]]:
     """The attributes, how often they were changed, and what is wrong with a copy, by name; no
     attributes if both are damaged."""
     there = place.gets(COPIES)
@@ -27,7 +29,7 @@ def read(place: Place) -> tuple[dict[str, Any], int, dict[str, Why]]:
     bad: dict[str, Why] = {}
     for key in COPIES:
         try:
-            good[key] = _opened(there[key])
+            good[key] = _opened(there[key], root)
         except KeyError:
             bad[key] = "missing"
         except ValueError:
@@ -41,21 +43,24 @@ def read(place: Place) -> tuple[dict[str, Any], int, dict[str, Why]]:
     return said, number, bad
 
 
-def write(place: Place, said: Mapping[str, Any], number: int) -> None:
+def write(place: Place, root: bytes, said: Mapping[str, Any], number: int) -> None:
     """Write both, as the change of this number."""
     content = json.dumps(said)
-    attributes = {"said": content, "change": number, "sha256": _digest(content, number)}
+    sha256, of = _digest(content, number), digest(ROOT, root)
+    attributes = {"said": content, "change": number, "sha256": sha256, "of": of}
     group = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
     for key in COPIES:
         place.put(key, json.dumps(group).encode())
 
 
-def _opened(content: bytes) -> tuple[int, dict[str, Any]]:
-    """The number and the attributes of one copy; ValueError if it is not as it was written."""
+def _opened(content: bytes, root: bytes) -> tuple[int, dict[str, Any]]:
+    """The number and the attributes of one copy; ValueError if it is not as it was written, or of
+    other results."""
     try:
         said = node(content)["attributes"]
         text, number = said["said"], said["change"]
-        if len(said) != 3 or said["sha256"] != _digest(text, number):
+        of = said.pop("of", digest(ROOT, root))  # results made before it was said lack it
+        if len(said) != 3 or said["sha256"] != _digest(text, number) or of != digest(ROOT, root):
             raise ValueError("not as it was written")
         return int(number), dict(json.loads(text))
     except (KeyError, TypeError, AttributeError) as error:
