@@ -108,7 +108,10 @@ class ArrayStore:
         return [f"{name}/{encode(at)}" for at in itertools.product(*tiles)]
 
     def written(self, name: str) -> Iterator[Region]:
-        """The regions of those chunks of an array that are there, where they are few of many."""
+        """The regions of those chunks of an array that are there, where they are few of many; none
+        of an array that is not there."""
+        if f"{name}/{ZARR_JSON}" not in self._once:
+            return
         array = self._array(name)
         sizes = array.chunks
         counts = [-(-n // size) for n, size in zip(array.shape, sizes, strict=True)]
