@@ -65,9 +65,10 @@ def made(
         put(root[SETS], f"site_{name}", ("site",), column)  # type: ignore[arg-type]
     for ledger in _ledgers(chunk_counts(root), attrs).values():
         create_records(root, ledger)
+    root.update_attributes({**attrs, SEAL: ""})
     files = {key: buffer.to_bytes() for key, buffer in held.items()}
     files[README] = readme(grids, attrs).encode()
-    root.update_attributes({**attrs, SEAL: seal(files)})
+    root.update_attributes({SEAL: seal(files)})
     return files | {ROOT: held[ROOT].to_bytes()}
 
 
@@ -102,18 +103,20 @@ def layout_of(place: Place) -> Layout:
             files = unpacked(content[MANIFEST])
         except ValueError:
             files = None
-    if files is not None:
-        there = place.gets(files)
-        if there.get(ROOT) != files.get(ROOT) and _sealed(there):
-            return Layout(there, {MANIFEST: "another version"})
+    there = place.gets(files or ())
+    if files and there.get(ROOT) == files.get(ROOT):
         return Layout(files, _differences(files, there))
     said = attributes(place.gets([ROOT]).get(ROOT, b""))
-    there = place.gets(once_of(place.files(), said.get("readme") == README))
-    if not _sealed(there):
-        raise BadInput(
-            f"{place.at} is damaged, {MANIFEST} and others of its files: run with --overwrite"
-        )
-    return Layout(there, {MANIFEST: "checksum" if content else "missing"})
+    names = once_of(place.files(), said.get("readme") == README)
+    for found in (there, place.gets(names)):
+        if _sealed(found):
+            why: Why = "another version" if files else "checksum" if content else "missing"
+            return Layout(found, {MANIFEST: why})
+    if files:
+        return Layout(files, _differences(files, there))
+    raise BadInput(
+        f"{place.at} is damaged, {MANIFEST} and others of its files: run with --overwrite"
+    )
 
 
 def older_layout(place: Place) -> Layout:

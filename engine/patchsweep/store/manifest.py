@@ -2,8 +2,8 @@
 
 The manifest is the group `manifest`; its attributes hold the contents of all those files: the
 metadata of every group and array, the chunks of coordinates, prompts and sites, README.txt, and the
-root, whose own attribute `written_once` is a digest of the others. So it says what should be there,
-and what was there; one that is lost can be made of the files again.
+root, whose own attribute `written_once` is a digest of all of them. So it says what should be
+there, and what was there; one that is lost can be made of the files again.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def unpacked(manifest: bytes) -> dict[str, bytes]:
 
 
 def seal(files: Mapping[str, bytes]) -> str:
-    """The digest of all files but the root."""
-    return digest_of_all({key: content for key, content in files.items() if key != ROOT})
+    """The digest of all files; of the root without the place where it says that digest."""
+    root = files[ROOT]
+    said = str(attributes(root).get(SEAL, "")).encode()
+    return digest_of_all({**files, ROOT: root.replace(said, b"") if said else root})
 
 
 def once_of(files: Iterable[str], readme: bool) -> list[str]:
