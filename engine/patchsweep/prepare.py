@@ -121,10 +121,10 @@ def check_neurons(forward: Forward, plan: Plan, metrics: Sequence[Metric]) -> No
     if "neuron" not in patched and not any("neuron" in (m.name, m.component) for m in metrics):
         return
     for layer, down in enumerate(forward.down_projections):
-        sizes = matrices(down)
+        sizes = [size for module in down.modules() for size in matrices(module)]  # with adapters'
         if not any(layouts.dimensions.neurons in shape for shape in sizes):
             raise NotOnWavefront(
-                f"neuron cannot be patched in this model: its config says "
+                f"neuron cannot be patched in this model: it shows "
                 f"{layouts.dimensions.neurons} neurons, layer {layer} has weights {sizes}"
             )
 
