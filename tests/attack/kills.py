@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 import patchsweep as ps
@@ -80,6 +79,7 @@ class _Work:
             self._start(kind)
             self._seconds[kind] = self._ended(kind, 600) or 0
             self._after[kind] = arrays(self._out)
+        self._exported = self._table.read_bytes()
 
     def killed(self, kind: str) -> tuple[str, float]:
         """How it ended, and after how many seconds it was killed."""
@@ -140,8 +140,7 @@ class _Work:
         if kind == "export":
             if not self._table.exists():
                 return BEFORE
-            whole = pd.read_parquet(self._table).equals(ps.open(self._out).to_frame())
-            return WHOLE if whole else "half a table"
+            return WHOLE if self._table.read_bytes() == self._exported else "half a table"
         if not self._out.exists():  # what an overwrite was to replace may be gone
             return "results are gone" if kind == "append" else BEFORE
         found = ps.check(self._out)
