@@ -161,4 +161,4 @@ def test_one_direction_only(tmp_path: Path) -> None:
     assert "matter when denoised, not when noised" in other
     assert "1.2@1" in other
     assert "0.1@0" not in other
-    assert advice == "sweep both directions before leaving them out"
+    assert advice == "do not judge them by one direction alone"

@@ -369,7 +369,8 @@ def test_warnings_name_what_is_wrong(tmp_path: Path) -> None:
         "head_z: 2 of 8 blocks not done; continue with --resume",
         "head_z: logit_diff is not finite in 1 cell; try dtype: float32, half precision overflows",
         "2 pairs: intervals over them are wide; 20 or more are usual",
-        "head_z: matter when denoised, not when noised (parts of an OR, or backed up): 1.0@-1",
+        "head_z: matter when denoised, not when noised (parts of an OR, or backed up): 1.0@-1; "
+        "do not judge them by one direction alone",
     ]
     small = make(tmp_path / "b.zarr", clean=(4.0, 1.1))  # 0.1 against 4
     assert small.complete

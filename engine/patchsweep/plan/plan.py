@@ -188,7 +188,7 @@ class Plan:
         said = {
             "pairs": [_said(p) for p in self.pairs],
             "sources": [_said_of(s) for s in self.sources],
-            "dimensions": asdict(self.dimensions),
+            "dimensions": _said_of_sizes(self.dimensions),
             "features": self.layouts.features and asdict(self.layouts.features),
             "grids": [asdict(g) for g in self.grids.values()],
             "members": _digest(self.layouts.positions.members),
@@ -260,6 +260,13 @@ def stored_bytes(dimensions: Dimensions) -> int:
 def _said(pair: Pair) -> dict[str, object]:
     said = {k: v for k, v in vars(pair).items() if k != "origin"}
     return {k: dict(v) if k in ("labels", "others") else v for k, v in said.items()}
+
+
+def _said_of_sizes(dimensions: Dimensions) -> dict[str, object]:
+    """Without what says nothing more: so older plans have the same hash."""
+    d = dimensions
+    usual = {"d_qk": d.d_head, "uneven": ()}
+    return {k: v for k, v in asdict(d).items() if k not in usual or v != usual[k]}
 
 
 def _said_of(source: Source) -> dict[str, object]:

@@ -59,7 +59,7 @@ CAUSES = {
     "disagree": "report both",
     "never": "leave it out, or add a continuous metric",
     "joint": "patch them as sets to tell",
-    "and or": "sweep both directions before leaving them out",
+    "and or": "do not judge them by one direction alone",
     "negative": "without them the performance recovered looks better than it is",
     "rounding": "do not read them",
 }
