@@ -18,6 +18,7 @@ import torch
 
 import patchsweep as ps
 from attack.table import Outcomes, Until
+from patchsweep import engine
 from patchsweep.store import put_back, stored_pairs
 from tiny import arrays, build, pairs_of, rows, tokenizer
 
@@ -30,7 +31,7 @@ FEW = 3
 
 def sweep(out: Path, pairs: list[ps.Pair] = PAIRS, **how: bool) -> None:
     settings: dict[str, Any] = {"components": ["mlp_out"], "metrics": ["kl"], "token_budget": 40}
-    ps.sweep(MODEL, pairs, out=out, direction="denoise", **settings, **how)
+    engine.sweep(MODEL, pairs, out=out, direction="denoise", **settings, **how)
 
 
 def export(out: Path) -> None:
@@ -69,7 +70,8 @@ class _Work:
     def __init__(self, folder: Path, rng: random.Random) -> None:
         self._rng = rng
         self._context: Any = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])  # the model too
+        # A child begins with the sweep, not with imports.
+        self._context.set_forkserver_preload([__name__, "pyarrow.parquet"])
         self._few, self._out = folder / "few.zarr", folder / "r.zarr"
         self._table = folder / "t.parquet"
         sweep(self._few, PAIRS[:FEW])
