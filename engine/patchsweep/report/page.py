@@ -30,10 +30,11 @@ TABLE_BYTES = 950_000
 def page(results: Results) -> str:
     """The HTML: warnings, summary, provenance; effects to look at; what else was found."""
     grid = results.grid(results.components[0])
-    title = heatmaps.heading(results)
+    title, weights = heatmaps.heading(results), str(results.attrs.get("weights", ""))
     return _filled(
         "page.html",
         title=escape(f"{title}, {heatmaps.counted(grid.pairs)}"),
+        weights=f'<p class="lead">{escape(weights)}</p>' if weights else "",
         before=_before(results),
         effects=_effects(results) if set(results.components) - {SETS} else "",
         table=_download(results),
