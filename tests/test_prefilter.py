@@ -311,6 +311,17 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         sweep(tmp_path / "r", {**given, "seed": 1}, **few, resume=True)
 
 
+def test_lost_estimates_are_made_again_and_nothing_else(tmp_path: Path) -> None:
+    """Baselines keep the noise floor that their wave has found."""
+    given, few = {"keep": "20%", "audit": 4}, {"components": ["head_z"]}
+    floor = sweep(tmp_path / "r", given, **few).noise_floor("logit_diff")
+    assert np.isfinite(floor).any()
+    before = arrays(tmp_path / "r")
+    (tmp_path / "r/completion/estimates/c/0/0/0").unlink()
+    sweep(tmp_path / "r", given, **few, resume=True)
+    assert arrays(tmp_path / "r") == before
+
+
 def test_what_it_will_take(tmp_path: Path) -> None:
     """As many runs as planned before anything was estimated, give or take where pairs differ."""
     pairs = three()[:1]

@@ -60,8 +60,9 @@ def write_estimates(
 
     for at in _claimed("estimates", plan, store.estimated(), processes):
         for pairs, found in _in_parts(estimated, *at, store, ESTIMATED_SPLIT):
-            unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
-            store.write_baseline(*at[:2], pairs, found.baseline, unknown)
+            if not store.has_baseline(*at[:2], pairs):  # else with the noise floor of its wave
+                unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
+                store.write_baseline(*at[:2], pairs, found.baseline, unknown)
             store.write_estimates(*at[:2], pairs, found.values)
 
 
