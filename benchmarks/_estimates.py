@@ -17,20 +17,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._machine import timed
 from patchsweep import attribution
-from patchsweep.attention import attention_is
 from patchsweep.attribution import estimators
-from patchsweep.engine import sweep
-from patchsweep.exactness import deterministic
-from patchsweep.forward import Forward, take_apart
-from patchsweep.model import Model
+from patchsweep.device.exactness import deterministic
+from patchsweep.engine.loop import sweep
+from patchsweep.engine.planning import plan_sweep
+from patchsweep.engine.prepare import prepare
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
+from patchsweep.passes.attention import attention_is
+from patchsweep.passes.forward import Forward, take_apart
+from patchsweep.passes.values import Values
 from patchsweep.plan import Plan
-from patchsweep.planning import plan_sweep
-from patchsweep.prepare import prepare
 from patchsweep.results import Results
 from patchsweep.sites import Status
 from patchsweep.spec import Sweep, parse_settings
-from patchsweep.values import Values
 
 METRIC = "logit_diff"
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from patchsweep.results import UNSIGNED, Results
 from patchsweep.sites import Status
-from patchsweep.statistics import agreement
+from patchsweep.statistics.uncertainty import agreement
 
 Floats = NDArray[np.float64]
 # Of the largest true effects, and of the largest estimates that are kept; in percent of the cells.

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from patchsweep.errors import BadInput
-from patchsweep.layers import layers_of
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
+from patchsweep.passes.layers import layers_of
 
 Cells = NDArray[np.int64]  # [cell, (layer, head, position)]
 

@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 from benchmarks._full import Cells, FullForwards
 from benchmarks._machine import matmul_rate, synchronize, timed
 from benchmarks._models import first_difference
-from patchsweep import selftest
-from patchsweep.attention import attention_is
-from patchsweep.engine import sweep
+from patchsweep.backends import selftest
+from patchsweep.backends.probe import make_probe
+from patchsweep.device.exactness import deterministic
+from patchsweep.engine.loop import sweep
+from patchsweep.engine.planning import plan_sweep
 from patchsweep.errors import BadInput
-from patchsweep.exactness import deterministic
-from patchsweep.forward import Forward, take_apart
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
+from patchsweep.passes.attention import attention_is
+from patchsweep.passes.forward import Forward, take_apart
+from patchsweep.passes.values import Values
+from patchsweep.passes.wave import WaveResult, run_wave, wavefront
 from patchsweep.plan import Plan, Wave
-from patchsweep.planning import plan_sweep
-from patchsweep.probe import make_probe
 from patchsweep.spec import Sweep, parse_settings
-from patchsweep.values import Values
-from patchsweep.wave import WaveResult, run_wave, wavefront
 
 SETTINGS: dict[str, Any] = {
     "components": ["head_z"],

@@ -19,13 +19,13 @@ import torch
 from benchmarks._full import last_logits
 from benchmarks._measure import all_waves, settings
 from benchmarks._models import REAL, load, middle_pairs, sentence_pairs
-from patchsweep.attention import attention_is
+from patchsweep.device.exactness import deterministic
+from patchsweep.engine.planning import plan_sweep
 from patchsweep.errors import BadInput
-from patchsweep.exactness import deterministic
-from patchsweep.forward import take_apart
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
-from patchsweep.planning import plan_sweep
+from patchsweep.passes.attention import attention_is
+from patchsweep.passes.forward import take_apart
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from patchsweep.errors import BadInput
-from patchsweep.model import Model, load_model, wrap
+from patchsweep.model.model import Model, load_model, wrap
 from patchsweep.pairs import Pair, encode, make_pair
 
 REAL: Final = "smollm2-135m"

@@ -22,7 +22,7 @@ from benchmarks._faithful import RECALLS, Kept, Score, kept_by, score
 from benchmarks._machine import Clocks, timed
 from benchmarks._models import REAL, first_difference, load, middle_pairs
 from patchsweep.attribution import DEFAULT
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
 from patchsweep.tasks import find
 

@@ -22,8 +22,8 @@ from benchmarks._full import Cells, output_projections, record_z
 from benchmarks._machine import Clocks, timed
 from benchmarks._measure import METRIC, SETTINGS
 from benchmarks._models import REAL, sentence_pairs
-from patchsweep.engine import sweep
-from patchsweep.model import Model, load_model
+from patchsweep.engine.loop import sweep
+from patchsweep.model.model import Model, load_model
 from patchsweep.pairs import Pair
 
 OUT = Path("benchmarks/results/backends.json")

@@ -26,7 +26,7 @@ from benchmarks._measure import (
 )
 from benchmarks._memory import in_fresh_process
 from benchmarks._models import REAL, load, middle_pairs, rounded, sentence_pairs
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 from patchsweep.pairs import Pair
 
 OUT = Path("benchmarks/results/cpu_sweep.json")

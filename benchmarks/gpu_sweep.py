@@ -27,7 +27,7 @@ from benchmarks._measure import (
 )
 from benchmarks._memory import measure_memory
 from benchmarks._models import REAL, load, middle_pairs, rounded
-from patchsweep.model import Model
+from patchsweep.model.model import Model
 
 OUT = Path("benchmarks/results/gpu_sweep.json")
 Name = Literal["smollm2-135m", "gpt2-small", "llama-1b", "llama-7b"]

@@ -26,11 +26,11 @@ from benchmarks import _report as report
 from benchmarks._machine import Clocks
 from benchmarks._models import REAL, SHAPES
 from patchsweep import results as results_of
-from patchsweep.model import dimensions_of, empty_model
+from patchsweep.engine.planning import MOST_TOKENS
+from patchsweep.model.model import dimensions_of, empty_model
 from patchsweep.pairs import Pair
 from patchsweep.plan import Cut, Plan, make_plan
 from patchsweep.plan.chunks import chunked
-from patchsweep.planning import MOST_TOKENS
 from patchsweep.sites import blocks
 from patchsweep.spec import parse_settings
 from patchsweep.store import Store

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from patchsweep import backends
+from patchsweep.backends import choice as backends
 
 # Examples drawn from a fixed seed and never judged by the clock: the same result on every run.
 by_the_clock = [HealthCheck.too_slow]

@@ -5,22 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache
+from io import StringIO
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 import patchsweep as ps
 from inputs import Letters
 from oracle import gradients, heads
 from oracle.families import FAMILIES, Family
 from patchsweep import attribution
-from patchsweep.attention import attention_is
 from patchsweep.attribution import Estimates
-from patchsweep.forward import take_apart
+from patchsweep.engine.planning import load_autoencoder, plan_sweep
+from patchsweep.engine.prepare import prepare
 from patchsweep.pairs import Pair
-from patchsweep.planning import load_autoencoder, plan_sweep
-from patchsweep.prepare import prepare
+from patchsweep.passes.attention import attention_is
+from patchsweep.passes.forward import take_apart
+from patchsweep.report import show
 from patchsweep.spec import parse_settings
 
 EXACT = 1e-9
@@ -125,3 +128,10 @@ def linear_model() -> Any:
         layer.attn.c_attn.weight[:, :48] = 0
         layer.attn.c_attn.bias[:48] = 0
     return hf_model
+
+
+def text(results: Any) -> str:
+    """What `show` prints, at 80 columns."""
+    console = Console(file=StringIO(), width=80)
+    show(results, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]

@@ -14,10 +14,10 @@ from accelerate.hooks import AlignDevicesHook
 
 import patchsweep as ps
 from oracle.families import FAMILIES, prompts
-from patchsweep import engine
-from patchsweep.layers import layers_of
+from patchsweep.device.prefetch import Prefetch
+from patchsweep.engine import loop as engine
 from patchsweep.pairs import Pair
-from patchsweep.prefetch import Prefetch
+from patchsweep.passes.layers import layers_of
 from tiny import tokenizer, values
 
 METRICS: list[Any] = [

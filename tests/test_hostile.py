@@ -22,11 +22,11 @@ import patchsweep as ps
 from attack import corrupt, fuzz, kills
 from patchsweep.cli import _status
 from patchsweep.errors import BadInput, one_line
-from patchsweep.limits import PAIRS, SAMPLES
+from patchsweep.inputs.limits import PAIRS, SAMPLES
 from patchsweep.plan import plan
 from patchsweep.reproduce.experiment import Table
+from patchsweep.results.table import csv_text, no_formula
 from patchsweep.spec import load_spec, parse_settings, parse_spec
-from patchsweep.table import csv_text, no_formula
 from tiny import build, rows, save, tokenizer, write_pairs, write_spec
 
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -196,7 +196,7 @@ def test_too_large_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     refused(
         lambda: ps.sweep(loaded, pairs, token_budget=60, **settings), "at most 1 can be planned"
     )
-    monkeypatch.setattr("patchsweep.sources.RUNS", 5)
+    monkeypatch.setattr("patchsweep.plan.sources.RUNS", 5)
     noise = {"gaussian": {"sigma": [1, 2], "samples": 1}}
     refused(lambda: ps.sweep(loaded, pairs, corrupt=noise, **settings), "6 pairs x samples, over")
 

@@ -4,63 +4,52 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "engine" / "patchsweep"
 
-# A module imports from its own level and from those above it in this list; never further down.
-LEVELS = (
-    (
-        "errors",
-        "digests",
-        "dimensions",
-        "distributed",
-        "exactness",
-        "families",
-        "memory",
-        "offload",
-        "transfer",
-        "writer",
-    ),
-    ("adapters", "devices", "identity", "prefetch", "paths"),
-    ("limits",),
-    ("sites", "stream", "cone", "sae"),
-    ("effect", "edges"),
-    ("pairs", "statistics", "audit"),
-    ("tasks", "loading", "store", "diagnostics"),
-    ("spec", "reader", "integrity", "job"),
-    ("attention", "sources", "reads", "circuits", "table", "prefilter"),
-    ("layers", "forward", "results", "layout"),
-    ("plan", "placement", "report", "metrics", "values"),
-    ("model", "modules", "judge", "probe"),
-    ("schedule", "prompts"),
-    ("taps", "stacked"),
-    ("wave", "interventions"),
-    ("means", "selftest", "attribution", "splitting", "doubts"),
-    ("prepare", "backends"),
-    ("append", "assembly", "planning", "provenance"),
-    ("joint", "output"),
-    ("engine",),
-    ("demo", "verification", "reproduce"),
-    ("commands",),
-    ("cli",),
-    ("__main__",),
+# A room (a package, or a file of the top level) imports from those below it in this list, and from
+# nothing else of patchsweep. What computes is above, what a question and its results are below.
+ROOMS = (
+    "__main__",
+    "cli",
+    "commands",
+    "demo",
+    "reproduce",
+    "engine",
+    "attribution",
+    "backends",
+    "judge",
+    "model",
+    "passes",
+    "processes",
+    "report",
+    "results",
+    "prefilter",
+    "plan",
+    "spec",
+    "store",
+    "tasks",
+    "sae",
+    "pairs",
+    "statistics",
+    "sites",
+    "device",
+    "inputs",
+    "errors",
 )
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-KEEPERS = (
-    "patchsweep.store",
-    "patchsweep.writer",
-    "patchsweep.integrity",
-)  # what they know is on disk
+KEEPS = "patchsweep.store"  # what it knows is on disk
 COMPUTES = {"torch", "patchsweep_kernels"} | {
-    f"patchsweep.{name}"
-    for name in ("model", "attention", "wave", "metrics", "sources", "engine", "commands")
+    f"patchsweep.{room}" for room in ROOMS[: ROOMS.index("plan") + 1]
 }
 
 Imports = Mapping[str, set[str]]
@@ -98,18 +87,54 @@ def imports(package: Path) -> dict[str, set[str]]:
     return found
 
 
+def room(module: str) -> str:
+    """The top level's own name where it is no room: the package's `__init__`."""
+    return module.split(".")[1] if "." in module else module
+
+
 def backward(graph: Imports) -> list[str]:
-    """Imports from a higher to a lower level of LEVELS; a subpackage has the level of its name."""
+    """Imports from a room to one that is not below it in ROOMS; a new room has no place there."""
+    found = []
+    for name, targets in graph.items():
+        for target in sorted(t for t in targets if t.startswith("patchsweep.")):
+            here, there = room(name), room(target)
+            if here not in (there, "patchsweep") and ROOMS.index(here) >= ROOMS.index(there):
+                found.append(f"{name} imports {target}")
+    return found
 
-    def level(module: str) -> int | None:
-        return LEVEL.get(module.split(".")[1]) if module.startswith("patchsweep.") else None
 
-    return [
-        f"{name} imports {target}"
-        for name, targets in graph.items()
-        for target in sorted(targets)
-        if (low := level(name)) is not None and (high := level(target)) is not None and high > low
-    ]
+def given(package: Path) -> dict[str, set[str]]:
+    """Dotted name of every package -> what its `__all__` holds."""
+    found = {}
+    for name, file in modules(package).items():
+        if file.name == "__init__.py":
+            assigned = [n for n in ast.parse(file.read_text("utf-8")).body if _is_all(n)]
+            found[name] = {s for n in assigned for s in ast.literal_eval(n.value)}
+    return found
+
+
+def _is_all(node: ast.stmt) -> TypeGuard[ast.Assign]:
+    return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+
+
+def past(package: Path) -> list[str]:
+    """What a room takes from another that the other does not give: names that are not in the
+    `__all__` of a package, files that are not there either."""
+    files, gives, found = modules(package), given(package), []
+    for name, file in files.items():
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or not node.module or "." not in node.module:
+                continue
+            base = node.module
+            if base.split(".")[0] != package.name or room(base) == room(name):
+                continue
+            if base in gives:  # a package
+                short = {alias.name for alias in node.names} - gives[base]
+                found += [f"{name} takes {base}.{n}" for n in sorted(short)]
+            parent, _, leaf = base.rpartition(".")
+            if parent != package.name and base not in gives and leaf not in gives[parent]:
+                found.append(f"{name} takes {base}")
+    return found
 
 
 def reach(graph: Imports, name: str) -> set[str]:
@@ -135,7 +160,7 @@ def cycle(graph: Imports) -> list[str]:
 
 @pytest.fixture(scope="module")
 def engine() -> Imports:
-    return imports(ROOT / "engine" / "patchsweep")
+    return imports(PACKAGE)
 
 
 def test_imports_run_one_way(engine: Imports) -> None:
@@ -146,11 +171,30 @@ def test_no_cycles(engine: Imports) -> None:
     assert cycle(engine) == []
 
 
+def test_rooms_take_what_is_given() -> None:
+    assert past(PACKAGE) == []
+
+
 def test_what_keeps_results_does_not_compute(engine: Imports) -> None:
-    keepers = [name for name in KEEPERS if name in engine]
-    assert "patchsweep.store" in keepers
-    for name in keepers:
-        assert reach(engine, name) & COMPUTES == set(), name
+    assert reach(engine, KEEPS) & COMPUTES == set()
+
+
+def test_rooms_say_what_they_hold(engine: Imports) -> None:
+    """Each package's docstring: every file of it, and which rooms it imports."""
+    for name in given(PACKAGE):
+        if name == "patchsweep":
+            continue
+        folder = PACKAGE.parent / name.replace(".", "/")
+        doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text("utf-8"))) or ""
+        files = {f.name for f in folder.glob("*.py")} - {"__init__.py"}
+        assert files - set(re.findall(r"\w+\.py", doc)) == set(), name
+        if name.count(".") > 1:
+            continue
+        under = [t for module, ts in engine.items() if room(module) == room(name) for t in ts]
+        rooms = {room(t) for t in under if t.startswith("patchsweep.")} - {room(name)}
+        said = re.search(r"^Imports ((?:\w+,? ?\n?)+)\.$", doc, re.MULTILINE)
+        assert said, name
+        assert set(re.findall(r"\w+", said[1])) == rooms, name
 
 
 def test_kernels_import_torch_only() -> None:
@@ -163,18 +207,35 @@ def test_kernels_import_torch_only() -> None:
 
 def test_the_checks_see_a_violation(tmp_path: Path) -> None:
     package = tmp_path / "patchsweep"
-    (package / "report").mkdir(parents=True)
+    for name in ("store", "passes", "report"):
+        (package / name).mkdir(parents=True)
     (package / "__init__.py").write_text("from patchsweep.cli import main\n")
     (package / "cli.py").write_text("def main() -> None: ...\n")
-    (package / "store.py").write_text("from patchsweep import pairs\n")
-    (package / "pairs.py").write_text("def later():\n    from .wave import run\n")
-    (package / "wave.py").write_text("import torch.nn\nfrom .report.page import page\n")
+    (package / "store" / "__init__.py").write_text("from patchsweep.store.files import put\n")
+    (package / "store" / "files.py").write_text("def put():\n    from patchsweep import passes\n")
+    (package / "passes" / "__init__.py").write_text(
+        "from patchsweep.report import page\n__all__ = ['wave']\n"
+    )
+    (package / "passes" / "wave.py").write_text("import torch.nn\n")
     (package / "report" / "__init__.py").write_text("")
-    (package / "report" / "page.py").write_text("from .. import pairs\n")
+    (package / "report" / "page.py").write_text(
+        "from patchsweep.store.files import put\nfrom patchsweep.passes.wave import run\n"
+    )
     graph = imports(package)
-    assert backward(graph) == ["patchsweep.pairs imports patchsweep.wave"]
-    assert reach(graph, "patchsweep.store") & COMPUTES == {"torch", "patchsweep.wave"}
-    assert set(cycle(graph)) == {"patchsweep.pairs", "patchsweep.wave", "patchsweep.report.page"}
+    assert backward(graph) == [
+        "patchsweep.report.page imports patchsweep.passes.wave",
+        "patchsweep.store.files imports patchsweep.passes",
+    ]
+    assert past(package) == [
+        "patchsweep.passes takes patchsweep.report.page",
+        "patchsweep.report.page takes patchsweep.store.files",
+    ]
+    assert reach(graph, KEEPS) & COMPUTES == {"torch", "patchsweep.passes"}
+    assert set(cycle(graph)) == {
+        "patchsweep.passes",
+        "patchsweep.report.page",
+        "patchsweep.store.files",
+    }
 
 
 @pytest.mark.parametrize("folder", ["engine", "kernels"])

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from patchsweep import tasks
-    from patchsweep.engine import run, sweep
+    from patchsweep.engine import run, sweep, verify
     from patchsweep.errors import BadInput
-    from patchsweep.integrity import check
-    from patchsweep.metrics import Context
     from patchsweep.model import Model, load_model, wrap
     from patchsweep.pairs import Pair, make_pair, read_pairs
+    from patchsweep.passes import Context
     from patchsweep.results import Results, open
     from patchsweep.sites import Site, parse_site
     from patchsweep.spec import Spec, load_spec
-    from patchsweep.verification import verify
+    from patchsweep.store import check
 
 __all__ = [
     "BadInput",
@@ -42,13 +41,13 @@ __all__ = [
 
 _HOME = {
     "BadInput": "errors",
-    "Context": "metrics",
+    "Context": "passes",
     "Model": "model",
     "Pair": "pairs",
     "Results": "results",
     "Site": "sites",
     "Spec": "spec",
-    "check": "integrity",
+    "check": "store",
     "load_model": "model",
     "load_spec": "spec",
     "make_pair": "pairs",
@@ -57,7 +56,7 @@ _HOME = {
     "read_pairs": "pairs",
     "run": "engine",
     "sweep": "engine",
-    "verify": "verification",
+    "verify": "engine",
     "wrap": "model",
 }
 

@@ -15,7 +15,7 @@ from cyclopts import CycloptsError
 
 from patchsweep.commands import TRACEBACK, DoesNotHold, app
 from patchsweep.errors import BadInput, Lost, has_secrets, one_line
-from patchsweep.paths import SECRETS
+from patchsweep.inputs import SECRETS
 
 INTERRUPTED = (130, 143)
 
@@ -114,7 +114,7 @@ def _say(what: object, status: int) -> int:
     """Say why the command ends, unless another process of it has ended before; the exit status."""
     mine = True
     if _several():
-        from patchsweep.distributed import end
+        from patchsweep.processes import end
 
         status, mine = end(status)
     if mine:

@@ -90,9 +90,9 @@ def run(
     overwrite
         Replace results that are there.
     """
-    from patchsweep.distributed import launched, restarted
     from patchsweep.engine import run as run_spec
-    from patchsweep.report.show import show as print_results
+    from patchsweep.processes import launched, restarted
+    from patchsweep.report import show as print_results
 
     processes = launched()
     flags = {"--resume": resume, "--append": append, "--overwrite": overwrite}
@@ -121,8 +121,8 @@ def plan(spec: Path, /, *, overrides: Overrides = None) -> None:
     overrides
         key.key=value, in place of what the spec says; may be given several times.
     """
-    from patchsweep.planning import plan_spec
-    from patchsweep.report.show import plan_table
+    from patchsweep.engine import plan_spec
+    from patchsweep.report import plan_table
 
     _console().print(plan_table(plan_spec(_spec(spec, overrides, None))))
 
@@ -160,15 +160,16 @@ def show(
     json
         Print everything as JSON instead.
     """
-    from patchsweep.report import show as report
+    from patchsweep.report import Asked, as_json
+    from patchsweep.report import show as print_results
     from patchsweep.results import open as open_results
 
     found = open_results(results)
-    asked = report.Asked(component, metric, top, align, provenance)
+    asked = Asked(component, metric, top, align, provenance)
     if json:
-        print(dumps(report.as_json(found, asked), ensure_ascii=False, indent=1))
+        print(dumps(as_json(found, asked), ensure_ascii=False, indent=1))
     else:
-        report.show(found, _console(), asked)
+        print_results(found, _console(), asked)
 
 
 @app.command
@@ -201,8 +202,8 @@ def verify(
         Load the model and import the functions that the results name. For results of your own:
         without it only packaged models are loaded, and no function is imported.
     """
-    from patchsweep.report.show import comparison_table
-    from patchsweep.verification import verify as verify_results
+    from patchsweep.engine import verify as verify_results
+    from patchsweep.report import comparison_table
 
     found = verify_results(results, cells, model, seed, trust=trust)
     console = _console()
@@ -229,7 +230,7 @@ def check(results: str, /) -> None:
     results
         A results folder, or a URL: s3://..., gs://..., az://..., file://...
     """
-    from patchsweep.integrity import check as check_results
+    from patchsweep.store import check as check_results
 
     found = check_results(results)
     for damage in found.damages:
@@ -276,9 +277,8 @@ def plot(
     align
         What a position is over prompts of unequal length: labels, end or start.
     """
-    from patchsweep.report.figures import Wanted
-    from patchsweep.report.figures import plot as draw
-    from patchsweep.report.page import write_page
+    from patchsweep.report import Wanted, write_page
+    from patchsweep.report import plot as draw
     from patchsweep.results import open as open_results
     from patchsweep.store import beside
 
@@ -377,7 +377,7 @@ def tasks() -> None:
 
     Example: patchsweep tasks
     """
-    from patchsweep.loading import load_tokenizer
+    from patchsweep.model import load_tokenizer
     from patchsweep.tasks import TASKS
 
     tokenizer = load_tokenizer("smollm2-135m")
@@ -405,7 +405,7 @@ def models() -> None:
 
     Example: patchsweep models
     """
-    from patchsweep.families import FAMILIES, HOW
+    from patchsweep.report import FAMILIES, HOW
 
     table = Table(box=None, pad_edge=False)
     for heading in ("family", "backend", "blocks", "checked to", "particular"):

@@ -10,14 +10,10 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from patchsweep.engine import carry_out
-from patchsweep.loading import weights
-from patchsweep.model import Model, load_model
+from patchsweep.engine import build_pairs, carry_out
+from patchsweep.model import Model, load_model, weights
 from patchsweep.pairs import Pair
-from patchsweep.prompts import build_pairs
-from patchsweep.report.figures import plot
-from patchsweep.report.page import write_page
-from patchsweep.report.show import print_pairs, print_warnings, top_table
+from patchsweep.report import plot, print_pairs, print_warnings, top_table, write_page
 from patchsweep.results import Results
 from patchsweep.sites import Status
 from patchsweep.spec import parse_spec

@@ -21,7 +21,7 @@ import patchsweep as ps
 from attack._everything import Sweep, files, sweeps
 from attack.table import Outcomes, Until
 from patchsweep.report.page import write_page
-from patchsweep.report.show import show
+from patchsweep.report.terminal import show
 from patchsweep.sites import Status
 from patchsweep.store import pack
 from patchsweep.store.damage import decoded

@@ -18,7 +18,7 @@ import torch
 
 import patchsweep as ps
 from attack.table import Outcomes, Until
-from patchsweep import engine
+from patchsweep.engine import loop as engine
 from patchsweep.store import put_back, stored_pairs
 from tiny import arrays, build, pairs_of, rows, tokenizer
 

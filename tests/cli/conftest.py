@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cli.commands import Command, Done, child
-from processes import PATIENCE
+from started import PATIENCE
 from tiny import rows, save, write_pairs, write_spec
 
 
@@ -17,7 +17,7 @@ from tiny import rows, save, write_pairs, write_spec
 def context() -> Any:
     """Processes of their own that need not import torch again."""
     made = multiprocessing.get_context("forkserver")
-    made.set_forkserver_preload(["patchsweep.engine", "patchsweep.report.show", "cli.commands"])
+    made.set_forkserver_preload(["patchsweep.engine", "patchsweep.report.terminal", "cli.commands"])
     return made
 
 

@@ -15,9 +15,9 @@ import yaml
 import patchsweep as ps
 from cli.commands import Command, listing, refused
 from patchsweep.cli import _status, app
-from patchsweep.families import FAMILIES
+from patchsweep.report.families import FAMILIES
 from patchsweep.sites import Status
-from processes import PATIENCE
+from started import PATIENCE
 from tiny import BROKEN, arrays, broken, rewrite, rows, save, values, write_pairs, write_spec
 
 COMMANDS = ("demo", "run", "plan", "show", "plot", "export", "tasks", "models", "verify", "check")

@@ -11,6 +11,8 @@ running it.
     ends.py         what heads write to the residual stream, gradients as each receiver reads it
     eap.py          scores of all edges
     sweep.py        the estimates and edges of a sweep, and which cells are run after them
+
+Imports device, errors, passes, plan, prefilter, processes, results, sae, sites, spec, store.
 """
 
 from patchsweep.attribution.eap import score_edges

@@ -12,9 +12,9 @@ from patchsweep.attribution.estimators import THROUGH_PATTERNS
 from patchsweep.attribution.gradients import Observed, Place
 from patchsweep.attribution.patterns import How, log_pattern, scores, weigh
 from patchsweep.attribution.runs import Frames, Passes
-from patchsweep.layout import Layouts
+from patchsweep.passes import Values
+from patchsweep.plan.layout import Layouts
 from patchsweep.sae import SAE
-from patchsweep.values import Values
 
 FIXED = ("atp_qk", "atp_star")  # estimators that compute patterns again
 

@@ -17,13 +17,10 @@ from patchsweep.attribution.ends import heads_read, mlp_reads, written
 from patchsweep.attribution.estimators import check
 from patchsweep.attribution.gradients import Inputs, Observed, Place, follow, frozen, observe
 from patchsweep.attribution.runs import Frames, passes_of
-from patchsweep.dimensions import Dimensions
-from patchsweep.edges import Node, receivers, senders, upstream
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward
-from patchsweep.plan import Plan
+from patchsweep.passes import Forward, Values
+from patchsweep.plan import Dimensions, Node, Plan, receivers, senders, upstream
 from patchsweep.spec import Metric
-from patchsweep.values import Values
 
 INPUT: Place = ("resid_pre", 0)
 READ = ("head_q", "head_k", "head_v")

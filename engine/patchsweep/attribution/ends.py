@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from patchsweep.attention import Attend, LayerCall, attention_call
-from patchsweep.forward import Forward
-from patchsweep.offload import weights_of
-from patchsweep.stream import ResidualStream, Tap
+from patchsweep.device import weights_of
+from patchsweep.passes import Attend, Forward, LayerCall, ResidualStream, Tap, attention_call
 
 
 class _Enough(Exception):

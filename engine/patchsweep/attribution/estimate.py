@@ -14,12 +14,11 @@ from patchsweep.attribution.changes import Changes, place_of, seen_by
 from patchsweep.attribution.estimators import check
 from patchsweep.attribution.gradients import Graph, Inputs, Observed, Place, follow, observe
 from patchsweep.attribution.runs import Passes, passes_of
-from patchsweep.forward import Forward
-from patchsweep.layout import Layouts
+from patchsweep.passes import Forward, Values
 from patchsweep.plan import Plan
+from patchsweep.plan.layout import Layouts
 from patchsweep.sites import Status
 from patchsweep.spec import Metric
-from patchsweep.values import Values
 
 STEPS = 8  # of integrated gradients, nodes of the Gauss-Legendre rule
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from torch import nn
 
 from patchsweep.errors import BadInput
-from patchsweep.metrics import DIVERGENCES
+from patchsweep.passes import DIVERGENCES
 from patchsweep.sites import Direction, component
 from patchsweep.spec import Mean, Metric, Sweep, Vector
 

@@ -15,19 +15,26 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from patchsweep.attention import Attend
 from patchsweep.attribution.patterns import How, plain_attention
 from patchsweep.attribution.rules import RelevanceForward
 from patchsweep.attribution.runs import Passes
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward
-from patchsweep.metrics import Rows, evaluate, measure
-from patchsweep.schedule import Embedding, Schedule, Step
+from patchsweep.passes import (
+    Attend,
+    Editor,
+    Forward,
+    Rows,
+    Seen,
+    Tap,
+    Values,
+    across,
+    embedding_tap,
+    evaluate,
+    measure,
+    wavefront,
+)
+from patchsweep.plan.schedule import Embedding, Schedule, Step
 from patchsweep.spec import Metric
-from patchsweep.stream import Tap
-from patchsweep.taps import Editor, Seen
-from patchsweep.values import Values
-from patchsweep.wave import across, embedding_tap, wavefront
 from patchsweep_kernels import MetricHead, Reference, packed_attention
 
 # The component whose activation is seen there, and its layer.

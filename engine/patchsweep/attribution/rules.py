@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from patchsweep.forward import Forward
+from patchsweep.passes import Forward
 
 P = ParamSpec("P")
 PRODUCTS = {"mul", "__mul__", "__rmul__", "multiply"}

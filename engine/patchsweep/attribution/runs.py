@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patchsweep.layout import OWN, Variant
 from patchsweep.plan import Plan, Wave
-from patchsweep.schedule import Schedule, Step, base_only
+from patchsweep.plan.layout import OWN, Variant
+from patchsweep.plan.schedule import Schedule, Step, base_only
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]

@@ -14,18 +14,16 @@ from patchsweep.attribution.eap import Scores, score_edges
 from patchsweep.attribution.estimate import Estimates, estimate_pairs
 from patchsweep.attribution.estimators import chosen
 from patchsweep.attribution.runs import pair_ranges
-from patchsweep.distributed import Processes
+from patchsweep.device import MEND, OutOfMemory, within_memory
 from patchsweep.errors import BadInput
-from patchsweep.forward import Forward
-from patchsweep.layout import Variant
-from patchsweep.memory import MEND, OutOfMemory, within_memory
+from patchsweep.passes import Forward, Values
 from patchsweep.plan import Chosen, Plan, narrowed
+from patchsweep.plan.layout import Variant
 from patchsweep.prefilter import Bytes, Map, choose
-from patchsweep.results import Results
-from patchsweep.results.columns import Columns, columns_of
+from patchsweep.processes import Processes
+from patchsweep.results import Columns, Results, columns_of
 from patchsweep.spec import Sweep
 from patchsweep.store import ESTIMATED_SPLIT, SCORED_SPLIT, Store
-from patchsweep.values import Values
 
 T = TypeVar("T")
 log = logging.getLogger("patchsweep")

@@ -10,9 +10,12 @@ leaves the model its own attention implementation, and finds activations in a wa
     judge.py       the judge of a model: plain and patched forwards
     values.py      metrics from logits and activations, in plain terms
     cells.py       a cell of results as a prompt and what is replaced in it
+
+Imports device, errors, pairs, passes, plan, sae, sites, spec.
 """
 
+from patchsweep.judge.cells import Cell, Cells, averages, unseen
 from patchsweep.judge.forwards import Edit, Prompt, Unseen
 from patchsweep.judge.judge import Judge
 
-__all__ = ["Edit", "Judge", "Prompt", "Unseen"]
+__all__ = ["Cell", "Cells", "Edit", "Judge", "Prompt", "Unseen", "averages", "unseen"]

@@ -16,11 +16,11 @@ from torch import Tensor
 from patchsweep.judge.forwards import Edit, Key, Prompt, Unseen
 from patchsweep.judge.judge import Judge
 from patchsweep.judge.values import logit_metric
-from patchsweep.layout import NAMES, OWN, Layouts
 from patchsweep.pairs import Pair
+from patchsweep.passes import Values
+from patchsweep.plan.layout import NAMES, OWN, Layouts
 from patchsweep.sites import SETS
 from patchsweep.spec import INNER, Metric
-from patchsweep.values import Values
 
 # A user's own metric of logits [1, vocab] of one pair.
 Called = Callable[[Metric, Tensor, Pair], float]

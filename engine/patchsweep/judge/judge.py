@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from patchsweep.device import device_of
 from patchsweep.errors import BadInput
 from patchsweep.judge.attention import Call, watched
 from patchsweep.judge.find import Blind, Layer, find
 from patchsweep.judge.forwards import Edit, Forward, Key, Prompt, Recorded, Subject
-from patchsweep.offload import device_of
 from patchsweep.sae import SAE
 
 TOKENS = 512  # of rows that go through the model together

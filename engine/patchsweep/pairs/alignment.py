@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from patchsweep.errors import BadInput
-from patchsweep.limits import check_name
+from patchsweep.inputs import check_name
 
 Align = Literal["end", "labels"] | Sequence[Sequence[int]] | Mapping[int, int]
 Link = tuple[str, int, int]  # as it was said, clean position, corrupt position

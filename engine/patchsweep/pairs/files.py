@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchsweep.errors import BadInput
-from patchsweep.limits import PAIRS, PAIRS_BYTES, TEXT, check_data
+from patchsweep.inputs import PAIRS, PAIRS_BYTES, TEXT, check_data, usable
 from patchsweep.pairs.make import Bos, make_pair
 from patchsweep.pairs.pair import Pair
-from patchsweep.paths import usable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

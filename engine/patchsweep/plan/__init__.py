@@ -6,11 +6,20 @@ of blocks of neighbouring pairs and the same source that goes up the layers toge
 the waves that settle whole chunks. The plan is a function of the pairs, the model's dimensions
 and the token budget; where only chosen cells are run, of these as well.
 
-    costs.py   what runs take
-    waves.py   blocks, and waves of them, under the budget
-    halves.py  a wave that does not fit the memory, in parts
-    chunks.py  how many blocks a chunk holds
-    plan.py    the plan and its totals
+    dimensions.py  what a plan has to know of a model: numbers
+    sources.py     where patched-in values come from
+    reads.py       where metrics are read
+    cone.py        which cells can differ from the baseline at all
+    edges.py       who writes to the residual stream, who reads it further on
+    layout/        which runs a sweep has
+    costs.py       what runs take
+    waves.py       blocks, and waves of them, under the budget
+    halves.py      a wave that does not fit the memory, in parts
+    chunks.py      how many blocks a chunk holds
+    plan.py        the plan and its totals
+    schedule/      a wave as index arrays
+
+Imports errors, inputs, pairs, sae, sites, spec.
 """
 
 from patchsweep.plan.costs import (
@@ -22,22 +31,41 @@ from patchsweep.plan.costs import (
     total_context,
     variants,
 )
+from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload, Sizes, uneven
+from patchsweep.plan.edges import Node, receivers, senders, upstream
 from patchsweep.plan.plan import Plan, make_plan, narrowed
+from patchsweep.plan.reads import TAIL_ELEMENTS, TAIL_TILE, Inner, whole_vocabulary
+from patchsweep.plan.sources import Kind, Source
 from patchsweep.plan.waves import SCORES_ELEMENTS, BudgetTooSmall, Cut, Wave
 
 __all__ = [
     "SCORES_ELEMENTS",
+    "TAIL_ELEMENTS",
+    "TAIL_TILE",
+    "WHOLE",
     "BudgetTooSmall",
     "Choice",
     "Chosen",
     "Cut",
+    "Dimensions",
+    "Inner",
     "Ints",
+    "Kind",
+    "Node",
+    "Offload",
     "Plan",
+    "Sizes",
+    "Source",
     "Wave",
     "entries_of",
     "make_plan",
     "narrowed",
     "null_start",
+    "receivers",
+    "senders",
     "total_context",
+    "uneven",
+    "upstream",
     "variants",
+    "whole_vocabulary",
 ]

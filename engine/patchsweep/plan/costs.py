@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.layout import OWN, Layout, Layouts, Variant
+from patchsweep.plan.layout import OWN, Layout, Layouts, Variant
 from patchsweep.sites import RUN, Block, Status
 
 Ints = NDArray[np.int64]

@@ -12,26 +12,25 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.errors import BadInput
-from patchsweep.layout import Features, Layout, Layouts, Variant, make_layouts
-from patchsweep.limits import BLOCKS
+from patchsweep.inputs import BLOCKS, by_name
 from patchsweep.pairs import Pair
-from patchsweep.paths import by_name
 from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
+from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload
 from patchsweep.plan.halves import split_wave
-from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, tiled
-from patchsweep.reads import (
+from patchsweep.plan.layout import Features, Layout, Layouts, Variant, make_layouts
+from patchsweep.plan.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
     TAIL_TILE,
     resolve_reads,
     whole_vocabulary,
 )
+from patchsweep.plan.sources import Source, resolve
+from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, tiled
 from patchsweep.sae import TILE as FEATURES_TILE
 from patchsweep.sites import SETS, Block, Direction, Grid
-from patchsweep.sources import Source, resolve
 from patchsweep.spec import Sweep
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from patchsweep.errors import BadInput
-from patchsweep.layout import Variant
 from patchsweep.plan.chunks import MOST_BLOCKS
 from patchsweep.plan.costs import Costs, Part, base_tokens, carried_runs, entries_of
+from patchsweep.plan.layout import Variant
 from patchsweep.sites import Block, Grid, blocks
 
 # Attention scores held at once, in elements, and how many arrays of that size there are.

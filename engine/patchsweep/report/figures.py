@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from patchsweep.errors import BadInput
-from patchsweep.reader import one_of_each
-from patchsweep.results import Results, drawing, heatmaps
+from patchsweep.results import Results, drawing, heatmaps, one_of_each
 from patchsweep.sites import COMPONENTS, SETS
 from patchsweep.store import MADE, check_made, check_outside
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from rich.table import Table
 
 from patchsweep.errors import BadInput
-from patchsweep.report import show
+from patchsweep.report import terminal
 from patchsweep.report.page_data import page_data
-from patchsweep.results import Results, drawing, heatmaps
+from patchsweep.results import Results, csv_text, drawing, heatmaps
 from patchsweep.sites import SETS
 from patchsweep.store import EDGES, check_made, check_outside
-from patchsweep.table import csv_text
 
 # The largest tidy table that is put into a page; the rest of it takes 4 MB at most.
 TABLE_NUMBERS = 250_000
@@ -82,10 +81,10 @@ def _before(results: Results) -> str:
             f'<ul class="warnings">{said}</ul>'
             if warnings
             else '<p class="warnings none">No warnings</p>',
-            _pairs(show.header(results)),
-            _titled("Baselines, mean over pairs", show.baselines(results)),
+            _pairs(terminal.header(results)),
+            _titled("Baselines, mean over pairs", terminal.baselines(results)),
             "<details><summary>Provenance</summary>",
-            _pairs(show.provenance(results)),
+            _pairs(terminal.provenance(results)),
             "</details>",
         ]
     )
@@ -98,18 +97,20 @@ def _after(results: Results) -> str:
     for direction in results.grid(results.components[0]).directions:
         parts += _sets(results, direction)
         if results.attrs.get(EDGES):
-            parts.append(_titled(*show.edges(results, metric, direction)))
+            parts.append(_titled(*terminal.edges(results, metric, direction)))
         said = [
             line
             for c in results.components
-            for line in show.audits(results, c, direction, results.metrics)
+            for line in terminal.audits(results, c, direction, results.metrics)
         ]
         parts += [f"<p>{escape(line)}</p>" for line in said]
     if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"
-        parts.append(_titled(title, show.agreement(results)))
+        parts.append(_titled(title, terminal.agreement(results)))
     if results.has_circuit:
-        parts += [_titled(f"Circuit, by {m}", show.circuit(results, m)) for m in results.metrics]
+        parts += [
+            _titled(f"Circuit, by {m}", terminal.circuit(results, m)) for m in results.metrics
+        ]
     return "\n".join(parts)
 
 
@@ -120,7 +121,7 @@ def _sets(results: Results, direction: str) -> list[str]:
     sources, parts = results.grid(SETS).sources, []
     for source, metric in itertools.product(sources, results.metrics):
         way = direction if len(sources) == 1 else f"{direction}, from {source}"
-        table = show.top_table(results, SETS, metric, direction, source)
+        table = terminal.top_table(results, SETS, metric, direction, source)
         parts.append(_titled(f"Sets, {way}: largest effects on {metric}", table))
     return parts
 

@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array, known_mean
 from patchsweep.results import Columns, Results, drawing, heatmaps, layer_parts
 from patchsweep.sites import COMPONENTS, SETS, Grid, Status, unit_name
-from patchsweep.statistics import beyond_sd, bootstrap
+from patchsweep.statistics import Array, beyond_sd, bootstrap, known_mean
 
 # How many numbers a page holds; one takes some 8 bytes, so that it stays under 5 MB.
 OVER_PAIRS = 200_000

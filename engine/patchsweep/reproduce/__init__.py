@@ -1,26 +1,32 @@
-"""Experiments of the papers on activation patching, one command each, on any model."""
+"""Experiments of the papers on activation patching, one command each, on any model.
+
+    experiment.py   what an experiment is, and its report
+    ioi.py, greater_than.py, docstring.py, facts.py, windows.py, arithmetic.py, how_to.py: one each
+    heads.py        heads by corruption and metric; mlps.py: MLPs by layer and window
+    places.py       facts by place in the prompt
+    movers.py       what name movers attend to; roles.py: classes of heads
+    gates.py        AND, OR and a backup in the model whose circuits are known
+    claims.py       what the papers claim, and whether it holds here
+    published.py    the heads that the papers list
+    resampled.py    how often a finding holds when pairs are drawn again
+    pictures.py     heatmaps side by side
+
+Imports engine, errors, inputs, model, pairs, report, results, sites, spec, statistics, store,
+tasks.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from patchsweep.errors import BadInput, shown
-from patchsweep.limits import LARGEST, PAIRS
+from patchsweep.inputs import LARGEST, PAIRS, usable
 from patchsweep.model import load_model
-from patchsweep.paths import usable
-from patchsweep.reproduce import (
-    arithmetic,
-    docstring,
-    facts,
-    greater_than,
-    how_to,
-    ioi,
-    windows,
-)
+from patchsweep.reproduce import arithmetic, docstring, facts, greater_than, how_to, ioi, windows
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
 from patchsweep.results import drawing
 from patchsweep.store import check_outside
-from patchsweep.tasks.task import nearest
+from patchsweep.tasks import nearest
 
 EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
@@ -35,7 +41,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     )
 }
 
-__all__ = ["EXPERIMENTS", "Experiment", "Report", "Setting", "find", "reproduce"]
+__all__ = ["EXPERIMENTS", "Experiment", "Report", "Setting", "default_folder", "find", "reproduce"]
 
 
 def find(name: str) -> Experiment:

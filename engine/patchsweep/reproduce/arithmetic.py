@@ -21,7 +21,7 @@ from patchsweep.reproduce.experiment import (
 from patchsweep.reproduce.heads import METRICS, NAMES, SCALES
 from patchsweep.reproduce.resampled import sure
 from patchsweep.results import Results
-from patchsweep.tasks.arithmetic import OPERATIONS
+from patchsweep.tasks import OPERATIONS
 
 NAME = "arithmetic"
 RELATIVE = "relative_prob"

@@ -15,18 +15,15 @@ from rich.markup import escape
 from rich.table import Table as Grid
 from rich.text import Text
 
-from patchsweep import diagnostics
-from patchsweep.engine import sweep
+from patchsweep.engine import build_pairs, sweep
 from patchsweep.errors import BadInput
 from patchsweep.model import Model
 from patchsweep.pairs import Pair
-from patchsweep.prompts import build_pairs
-from patchsweep.report.figures import save
-from patchsweep.results import Results
-from patchsweep.results.heatmaps import LONGEST_NAME, counted
+from patchsweep.report import save
+from patchsweep.results import LONGEST_NAME, Results, counted, no_formula
 from patchsweep.spec import Prompts
+from patchsweep.statistics import diagnostics
 from patchsweep.store import Store, check_made, check_outside
-from patchsweep.table import no_formula
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from patchsweep.engine import answers_right
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.prompts import answers_right
 from patchsweep.reproduce import mlps, places, published
 from patchsweep.reproduce.experiment import (
     Experiment,

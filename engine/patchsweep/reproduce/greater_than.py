@@ -16,8 +16,7 @@ from patchsweep.reproduce.experiment import (
     saturated,
 )
 from patchsweep.reproduce.resampled import sure
-from patchsweep.results import Results
-from patchsweep.results.heatmaps import counted
+from patchsweep.results import Results, counted
 
 NAME = "greater-than"
 METRICS = ("logit_diff_sum", "prob", "kl")  # the paper's

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array
 from patchsweep.reproduce.experiment import Table
 from patchsweep.reproduce.pictures import draw
 from patchsweep.reproduce.published import List, compare, ordered, signed
 from patchsweep.results import Results, drawing
-from patchsweep.statistics import beyond_sd
+from patchsweep.statistics import Array, beyond_sd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

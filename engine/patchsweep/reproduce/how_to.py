@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep.circuits import Curve
-from patchsweep.effect import Array
 from patchsweep.reproduce import gates, pictures, published
 from patchsweep.reproduce.experiment import Experiment, Finding, Report, Setting, Table, answered
 from patchsweep.reproduce.mlps import COLOURS
 from patchsweep.reproduce.pictures import Picture
 from patchsweep.reproduce.resampled import sure
-from patchsweep.results import Results, drawing
+from patchsweep.results import Curve, Results, drawing
 from patchsweep.sites import DIRECTIONS, Direction
-from patchsweep.statistics import beyond_sd
+from patchsweep.statistics import Array, beyond_sd
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from patchsweep.effect import Array
 from patchsweep.pairs import Pair
 from patchsweep.reproduce.experiment import SIGMA, Setting
 from patchsweep.reproduce.heads import METRICS, NAMES, UNITS, number
 from patchsweep.results import Results, drawing
+from patchsweep.statistics import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

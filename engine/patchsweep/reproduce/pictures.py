@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array
 from patchsweep.results import drawing
+from patchsweep.statistics import Array
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep.effect import Array, ratio
 from patchsweep.pairs import Pair
 from patchsweep.reproduce import pictures
 from patchsweep.reproduce.experiment import Finding, Table
@@ -15,6 +14,7 @@ from patchsweep.reproduce.heads import NAMES, NORMALISED, UNITS, number
 from patchsweep.reproduce.pictures import Picture
 from patchsweep.results import Results
 from patchsweep.sites import SETS
+from patchsweep.statistics import Array, ratio
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

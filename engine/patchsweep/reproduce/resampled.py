@@ -11,9 +11,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array, ratio
 from patchsweep.reproduce.experiment import Finding
 from patchsweep.results import Results
+from patchsweep.statistics import Array, ratio
 
 DRAWS = 200
 K = TypeVar("K")

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pandas as pd
 
-from patchsweep.reader import one_of
 from patchsweep.results.columns import Columns, Map
 from patchsweep.results.effects import OverPairs
 from patchsweep.results.estimates import Estimates
+from patchsweep.results.reader import one_of
 from patchsweep.sites import SETS, unit_name
 from patchsweep.statistics import beyond_sd
 

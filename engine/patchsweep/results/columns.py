@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array
 from patchsweep.errors import BadInput
+from patchsweep.statistics import Array
 
 ALIGN = ("labels", "end", "start")
 BETWEEN = " … "  # stands in the names of segments

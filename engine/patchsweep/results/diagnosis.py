@@ -8,13 +8,12 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep import diagnostics
-from patchsweep.effect import known_mean
 from patchsweep.results.columns import same_token
 from patchsweep.results.effects import layer_parts
 from patchsweep.results.together import Together
 from patchsweep.sites import COMPONENTS, RUN, SETS, Status
 from patchsweep.spec import INNER
+from patchsweep.statistics import diagnostics, known_mean
 from patchsweep.store import EDGES
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array, change, ratio
-from patchsweep.reader import Reader, one_of
 from patchsweep.results.columns import Columns, as_given, columns_of, pairs_of
+from patchsweep.results.reader import Reader, one_of
 from patchsweep.sites import MEASURED, RUN, SETS, Grid, Status, unit_name
+from patchsweep.statistics import Array, change, ratio
 
 AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 

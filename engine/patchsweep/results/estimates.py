@@ -9,15 +9,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array, ratio
 from patchsweep.errors import BadInput
 from patchsweep.prefilter import Choice, Verdict, judge
-from patchsweep.reader import one_of
 from patchsweep.results.columns import Columns
 from patchsweep.results.effects import Effects, OverPairs
+from patchsweep.results.reader import one_of
 from patchsweep.sites import RUN
 from patchsweep.spec import Prefilter
-from patchsweep.statistics import Agreement, agreement
+from patchsweep.statistics import Agreement, Array, agreement, ratio
 from patchsweep.store import EDGES
 
 UNSIGNED = "atp_star"  # an estimator of magnitudes

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array
-from patchsweep.reader import Reader
+from patchsweep.results.reader import Reader
 from patchsweep.sites import Status, unit_name
+from patchsweep.statistics import Array
 
 if TYPE_CHECKING:
     from patchsweep.results.columns import Columns

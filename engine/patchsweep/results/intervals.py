@@ -7,10 +7,17 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.effect import Array, change, ratio
 from patchsweep.results.effects import Effects, layer_parts
 from patchsweep.sites import MEASURED, Status
-from patchsweep.statistics import adjusted, bootstrap, p_values, standard_error
+from patchsweep.statistics import (
+    Array,
+    adjusted,
+    bootstrap,
+    change,
+    p_values,
+    ratio,
+    standard_error,
+)
 
 
 class Intervals(Effects):

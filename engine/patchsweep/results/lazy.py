@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from patchsweep.effect import Array, change, ratio
 from patchsweep.results.columns import Columns
 from patchsweep.results.effects import Effects
 from patchsweep.sites import DIMENSIONS, MEASURED, SETS, Status
+from patchsweep.statistics import Array, change, ratio
 from patchsweep.store import Store, described
 
 _COLUMN = "column"

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import xarray as xr
 
-from patchsweep import table
 from patchsweep.errors import BadInput
-from patchsweep.integrity import Check, check, refuse_missing
-from patchsweep.reader import one_of
-from patchsweep.results import drawing, heatmaps
+from patchsweep.results import drawing, heatmaps, table
 from patchsweep.results.cells import Cells
 from patchsweep.results.diagnosis import Diagnosed
 from patchsweep.results.intervals import Intervals
 from patchsweep.results.lazy import dataset
-from patchsweep.store import Store
+from patchsweep.results.reader import one_of
+from patchsweep.store import Check, Store, check, refuse_missing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

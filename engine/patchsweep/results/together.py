@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from patchsweep.circuits import OUTSIDE, Curve, curve
-from patchsweep.effect import Array
 from patchsweep.errors import BadInput
+from patchsweep.results.circuits import OUTSIDE, Curve, curve
 from patchsweep.results.effects import Effects
 from patchsweep.sites import SETS, WINDOWED, window_name
+from patchsweep.statistics import Array
 
 
 class Together(Effects):

@@ -26,6 +26,8 @@ A setting that is not known is refused, as is a tensor: what it changes cannot b
     files.py         the published layouts: tensors and settings as they are there
     settings.py      which settings are known, and which of them change nothing
     load.py          from those to an autoencoder
+
+Imports errors.
 """
 
 from patchsweep.sae.autoencoder import SAE, SITES, TILE

@@ -9,6 +9,8 @@ estimates.py  what is estimated, and what is run after all
 edges.py    how edges are scored
 sweep.py    a sweep; with its model and its prompts, a spec
 files.py    a spec from a file, with overrides
+
+Imports errors, inputs, pairs, sites, store, tasks.
 """
 
 from patchsweep.spec.estimates import Prefilter

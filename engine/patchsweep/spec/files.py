@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from patchsweep.errors import BadInput
-from patchsweep.limits import DEPTH, ENTRIES, SPEC_BYTES, TOO_DEEP
-from patchsweep.paths import home, usable
+from patchsweep.inputs import DEPTH, ENTRIES, SPEC_BYTES, TOO_DEEP, home, usable
 from patchsweep.spec.sweep import Spec, parse_spec
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, model_validator
 
 from patchsweep import tasks
-from patchsweep.limits import PAIRS
+from patchsweep.inputs import PAIRS
 from patchsweep.pairs import Bos
 from patchsweep.spec.data import Data, named
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt, StrictStr
 
-from patchsweep.limits import SAMPLES
+from patchsweep.inputs import SAMPLES
 from patchsweep.spec.data import Data, list_of, made, named
 
 

@@ -17,9 +17,8 @@ from pydantic import (
     model_validator,
 )
 
-from patchsweep.devices import DEVICES, check_placement, memory_limits
 from patchsweep.errors import BadInput
-from patchsweep.limits import check_data, check_name
+from patchsweep.inputs import DEVICES, check_data, check_name, check_placement, memory_limits
 from patchsweep.sites import DIMENSIONS, DIRECTIONS, WINDOWED, Direction, component
 from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores

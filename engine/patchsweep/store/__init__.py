@@ -64,20 +64,21 @@ there. Results of schema 2 (without manifest and digests) are read.
     lay_out.py      what is written once, made and read; manifest.py: that, kept twice
     summary.py      attributes that change
     ledger.py       which record speaks of which chunks; books.py: records, read; digests.py
+    damage.py       what is wrong with a file that is not what was written
     checked.py      results as Zarr reads them
     array_store.py  arrays by name: read, written by regions, and the files of their chunks
     store.py        the results of a sweep; whole.py: deleted, packed
+    integrity.py    whether all is there that should be; what is damaged is withdrawn
+    writer.py       writing in the background
+
+Imports errors, inputs, pairs, sites.
 """
 
-from patchsweep.store.arrays import (
-    ESTIMATED,
-    ESTIMATED_SPLIT,
-    RUNS,
-    SCORED_SPLIT,
-    WAVES_SPLIT,
-)
+from patchsweep.store import described
+from patchsweep.store.arrays import ESTIMATED, ESTIMATED_SPLIT, RUNS, SCORED_SPLIT, WAVES_SPLIT
 from patchsweep.store.damage import Damaged, Why
 from patchsweep.store.files import OLDER, SCHEMA, writing
+from patchsweep.store.integrity import Check, check, refuse_missing, withdraw
 from patchsweep.store.ledger import BASELINES, CHOSEN, EDGES, ESTIMATES, SCORED
 from patchsweep.store.outside import MADE, check_made, check_outside, replacing
 from patchsweep.store.place import (
@@ -97,6 +98,7 @@ from patchsweep.store.prompts import stored_pairs
 from patchsweep.store.store import Store
 from patchsweep.store.texts import texts_of, two_prompts
 from patchsweep.store.whole import pack, remove
+from patchsweep.store.writer import background
 
 __all__ = [
     "BASELINES",
@@ -112,15 +114,19 @@ __all__ = [
     "SCORED",
     "SCORED_SPLIT",
     "WAVES_SPLIT",
+    "Check",
     "Damaged",
     "Store",
     "Why",
+    "background",
     "beside",
     "changed",
+    "check",
     "check_free",
     "check_made",
     "check_outside",
     "check_own",
+    "described",
     "exists",
     "job_folder",
     "known_by",
@@ -129,10 +135,12 @@ __all__ = [
     "path_or_url",
     "private",
     "put_back",
+    "refuse_missing",
     "remove",
     "replacing",
     "stored_pairs",
     "texts_of",
     "two_prompts",
+    "withdraw",
     "writing",
 ]

@@ -22,14 +22,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 from patchsweep.errors import BadInput
-from patchsweep.store.files import (
-    ROOT,
-    attributes,
-    check_no_link,
-    clear_job,
-    marked,
-    unfinished,
-)
+from patchsweep.store.files import ROOT, attributes, check_no_link, clear_job, marked, unfinished
 from patchsweep.store.manifest import MANIFEST, root_of
 from patchsweep.store.nodes import first_of_v2
 from patchsweep.store.owned import not_ours, owned

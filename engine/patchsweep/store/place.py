@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from patchsweep.errors import BadInput
-from patchsweep.paths import usable
+from patchsweep.inputs import usable
 from patchsweep.store.bucket import SCHEMES, Bucket, parts_of
 from patchsweep.store.files import ROOT, SCHEMA, marked
 from patchsweep.store.folder import Folder

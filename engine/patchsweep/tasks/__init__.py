@@ -1,9 +1,16 @@
-"""Prompt sets that are built in: made for the tokenizer at hand, from a seed."""
+"""Prompt sets that are built in: made for the tokenizer at hand, from a seed.
+
+    task.py   what a task is, and what prompts are made of
+    ioi.py, greater_than.py, docstring.py, facts.py, arithmetic.py, nobel.py: one each
+    known_circuits.py   a small model whose circuits are known, and its prompts
+
+Imports errors, inputs, pairs.
+"""
 
 from __future__ import annotations
 
 from patchsweep.errors import BadInput
-from patchsweep.tasks.arithmetic import arithmetic
+from patchsweep.tasks.arithmetic import OPERATIONS, arithmetic
 from patchsweep.tasks.docstring import docstring
 from patchsweep.tasks.facts import facts
 from patchsweep.tasks.greater_than import greater_than
@@ -16,6 +23,7 @@ TASKS: dict[str, Task] = {
 }
 
 __all__ = [
+    "OPERATIONS",
     "TASKS",
     "Task",
     "arithmetic",
@@ -24,6 +32,8 @@ __all__ = [
     "find",
     "greater_than",
     "ioi",
+    "known_circuits",
+    "nearest",
     "nobel",
 ]
 

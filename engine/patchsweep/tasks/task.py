@@ -11,7 +11,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, TypeVar
 
 from patchsweep.errors import BadInput, shown
-from patchsweep.limits import PAIRS
+from patchsweep.inputs import PAIRS
 from patchsweep.pairs import Bos, Pair, encode
 
 if TYPE_CHECKING:
