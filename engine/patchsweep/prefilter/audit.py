@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import stats
 
 Ints = NDArray[np.int64]
 
@@ -50,7 +50,7 @@ def divided(alpha: float, strata: int, components: int, metrics: int) -> float:
 def upper(hits: int, drawn: int, alpha: float) -> float:
     """Upper bound of a share, of which `hits` of `drawn` were seen (Clopper & Pearson 1934, one
     side): too low with probability alpha at most; without a hit 1 − alpha^(1/drawn)."""
-    return 1.0 if hits == drawn else float(stats.beta.ppf(1 - alpha, hits + 1, drawn - hits))
+    return 1.0 if hits == drawn else float(scipy.stats.beta.ppf(1 - alpha, hits + 1, drawn - hits))
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from patchsweep.results.columns import Columns, Map
 from patchsweep.results.effects import OverPairs
@@ -13,6 +13,9 @@ from patchsweep.results.estimates import Estimates
 from patchsweep.results.reader import one_of
 from patchsweep.sites import SETS, unit_name
 from patchsweep.statistics import beyond_sd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -117,6 +120,8 @@ class Cells(Estimates):
         ]
 
     def _table(self, component: str, cells: list[CellEffect]) -> pd.DataFrame:
+        import pandas as pd
+
         unit = unit_name(component)
         names = {"unit": unit, "pairs": "n_pairs"}
         gone = [] if unit else ["unit"]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.results.columns import Columns, as_given, columns_of, pairs_of
 from patchsweep.results.reader import Reader, one_of
 from patchsweep.sites import MEASURED, RUN, SETS, Grid, Status, unit_name
 from patchsweep.statistics import Array, change, ratio
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 
@@ -84,6 +87,8 @@ class Effects(Reader):
         self, component: str, columns: Columns, values: Array, pairs: NDArray[np.int64], name: str
     ) -> xr.DataArray:
         """An array [layer, unit, column] with the names of its places."""
+        import xarray as xr
+
         grid = self.grid(component)
         dims = ("layer", unit_name(component) or "unit", "set" if component == SETS else "position")
         coordinates = {

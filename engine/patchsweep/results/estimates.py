@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
@@ -18,6 +17,9 @@ from patchsweep.sites import RUN
 from patchsweep.spec import Prefilter
 from patchsweep.statistics import Agreement, Array, agreement, ratio
 from patchsweep.store import EDGES
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 UNSIGNED = "atp_star"  # an estimator of magnitudes
 
@@ -136,6 +138,8 @@ class Estimates(Effects):
         """Edge attribution, the estimated change of the metric, [sender, receiver]: its mean over
         the pairs and samples that are scored; NaN where there is no edge. BadInput if the sweep
         scored none."""
+        import xarray as xr
+
         if not self.attrs.get(EDGES):
             raise BadInput("these results have no edges: add edges: eap to the spec")
         _, d, s = self._at(self.components[0], metric, direction, source)

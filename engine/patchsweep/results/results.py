@@ -5,19 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
-import xarray as xr
-
 from patchsweep.errors import BadInput
 from patchsweep.results import drawing, heatmaps, table
 from patchsweep.results.cells import Cells
 from patchsweep.results.diagnosis import Diagnosed
 from patchsweep.results.intervals import Intervals
-from patchsweep.results.lazy import dataset
 from patchsweep.results.reader import one_of
 from patchsweep.store import Check, Store, check, refuse_missing
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import xarray as xr
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -46,6 +44,8 @@ class Results(Cells, Intervals, Diagnosed):
         stored: of a segment the mean over its tokens in each pair, `token` [pair, position] their
         text, `n_pairs` [position] how many pairs have it.
         """
+        from patchsweep.results.lazy import dataset  # imports xarray
+
         return dataset(self, component, by, squeeze)
 
     def to_frame(self) -> pd.DataFrame:
@@ -55,6 +55,8 @@ class Results(Cells, Intervals, Diagnosed):
         none), position (of "sets": the set), token (of the destination run), and per metric its raw
         value, `_effect` and `_status`, and `_estimate` where the sweep has estimates.
         """
+        import pandas as pd
+
         return pd.concat(list(table.frames(self)), ignore_index=True)
 
     def export(self, path: Path, *, overwrite: bool = False) -> None:

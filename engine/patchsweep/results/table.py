@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
@@ -18,6 +17,7 @@ from patchsweep.statistics import Array, change, ratio
 from patchsweep.store import replacing
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 
@@ -82,6 +82,8 @@ def _frame(
     ends: dict[str, tuple[Array, Array]],
 ) -> pd.DataFrame:
     """The rows of one pair; `cells` are [direction, source, sample, layer, unit, position]."""
+    import pandas as pd
+
     left_out = (Status.NOT_DONE, Status.OUTSIDE)
     status = np.stack([cells[f"{metric}_status"] for metric in results.metrics])
     keep = ~np.isin(status, left_out).all(axis=0)
@@ -151,9 +153,13 @@ def _schema(results: Reader) -> pa.Schema:
 
 def _categories(codes: Any, names: Any, categories: tuple[str, ...]) -> pd.Categorical:
     """A column of names given by number, with the same categories in every piece of the table."""
+    import pandas as pd
+
     place = np.array([categories.index(name) for name in names], dtype=np.intp)
     return pd.Categorical.from_codes(place[np.asarray(codes, dtype=np.intp)], list(categories))
 
 
 def _strings(values: Any) -> Any:
+    import pandas as pd
+
     return pd.array([str(value) for value in values], dtype="str")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import stats
 
 from patchsweep.statistics.uncertainty import beyond_sd
 
@@ -93,7 +93,7 @@ def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[st
             a, b = np.abs(effects[one][both]), np.abs(effects[other][both])
             if both.sum() < 3 or a.std() == 0 or b.std() == 0:
                 continue
-            rank = float(stats.spearmanr(a, b).statistic)
+            rank = float(scipy.stats.spearmanr(a, b).statistic)
             if rank >= AGREE:
                 continue
             cells = np.argwhere(both)

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
-from scipy import stats
 
 from patchsweep.errors import BadInput
 
@@ -44,7 +44,7 @@ def agreement(estimated: Floats, exact: Floats) -> Agreement:
     x, y = estimated[both], exact[both]
     if len(x) < 3 or not np.ptp(x) or not np.ptp(y):
         return Agreement(np.nan, np.nan, len(x))
-    ranks = [stats.rankdata(values) for values in (x, y)]
+    ranks = [scipy.stats.rankdata(values) for values in (x, y)]
     return Agreement(_pearson(x, y), _pearson(*ranks), len(x))
 
 
@@ -114,7 +114,7 @@ def p_values(change: Floats, groups: Sequence[str]) -> Floats:
         centre = np.nansum(means, 0) / n
         deviation = np.sqrt(np.nansum((means - centre) ** 2, 0) / (n - 1))
         t = np.abs(centre) / (deviation / np.sqrt(n))
-        p = 2 * stats.t.sf(t, n - 1)
+        p = 2 * scipy.stats.t.sf(t, n - 1)
     p = np.where((centre == 0) & (deviation == 0), 1.0, p)
     return np.where(n < 2, np.nan, p).reshape(change.shape[1:])
 
@@ -123,7 +123,7 @@ def adjusted(p: Floats) -> Floats:
     """P-values adjusted for the false discovery rate (Benjamini & Hochberg 1995); NaN stays."""
     out, known = np.full(p.shape, np.nan), np.isfinite(p)
     if known.any():
-        out[known] = stats.false_discovery_control(p[known])
+        out[known] = scipy.stats.false_discovery_control(p[known])
     return out
 
 
