@@ -373,3 +373,13 @@ def test_a_self_test_is_done_once_for_a_model(
         file.write_text("{")  # cut off
     sweep(1, "c")
     assert len(done) == 5
+
+
+def test_what_is_kept_hangs_on_every_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the engine and of the kernels: a change in any of them is tested anew."""
+    root = Path(__file__).parents[2]
+    files = {*root.glob("engine/**/*.py"), *root.glob("kernels/**/*.py")}
+    read, read_bytes = set[Path](), Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read.add(path) or read_bytes(path))
+    backends._code.__wrapped__()
+    assert read == files
