@@ -81,7 +81,7 @@ def check(case: Case, cells: int | None) -> int:
     hf_model = model.hf_model
     with TemporaryDirectory() as name:
         folder = Path(name)
-        given = {"metrics": FEW, "token_budget": 4000, **case.settings}
+        given = {"metrics": FEW, "token_budget": 20000, **case.settings}
         if given["metrics"] == "inner":
             given["metrics"] = inner_metrics(case, hf_model, folder)
         sae = None

@@ -384,7 +384,7 @@ def test_many_kills(tmp_path: Path) -> None:
 
 
 def test_some_corruptions(tmp_path: Path) -> None:
-    tries = iter(range(40))
+    tries = iter(range(24))
     found = corrupt.attack(tmp_path, 1, lambda: next(tries, None) is None)
     assert found.holds, str(found)
     assert {what.split(":")[0] for what in found.counts} == {*corrupt.CORRUPTIONS}

@@ -25,7 +25,7 @@ from patchsweep.sites import COMPONENTS
 WITHOUT_QKV = ("falcon_grouped", "codegen", "deepseek_v3")
 # What attends in a method of its own, which patchsweep's attention can stand in for.
 METHOD = ("gptj", "gpt_neo", "codegen")
-BOTH = ("llama", "gpt2", "gpt_neox", "gemma2", "gemma3_text", "olmo2", "opt", "phi3", "granite")
+BOTH = ("llama", "gpt2", "gpt_neox", "gemma2", "olmo2", "opt", "phi3", "granite")
 BOTH += ("mixtral", "gpt_oss", "deepseek_v3")
 
 
@@ -120,7 +120,7 @@ def agree(case: Case, out: Path, tolerance: float) -> None:
 @pytest.mark.parametrize("name", BOTH)
 def test_both_backends_agree(name: str, tmp_path: Path) -> None:
     given = {"components": able(name), "direction": "both", "metrics": METRICS}
-    agree(Case(name, three(), given), tmp_path, FAMILIES[name].tolerance)
+    agree(Case(name, three()[:2], given, layers=2), tmp_path, FAMILIES[name].tolerance)
 
 
 @pytest.mark.parametrize("multi_query", [True, False])
@@ -138,15 +138,22 @@ def test_both_backends_agree_on_gpt_bigcode(multi_query: bool, tmp_path: Path) -
         np.testing.assert_allclose(found, other[name], rtol=0, atol=1e-9, err_msg=name)
 
 
-@pytest.mark.parametrize("kind", [k for k in SOURCES if k != "pairs"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite"])
+# Granite multiplies embeddings, Gemma scales them.
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *(("llama", kind) for kind in SOURCES if kind != "pairs"),
+        ("gemma2", "noise of the table"),
+        ("granite", "ablations"),
+    ],
+)
 def test_both_backends_agree_on_every_source(name: str, kind: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(2)
     pairs = [pair_of(rng, 6, 1), pair_of(rng, 6, 2), pair_of(rng, 5, 1), pair_of(rng, 5, 1)]
     unrotated = "mean" in str(SOURCES[kind])
     some = [c for c in able(name) if not (unrotated and c in ("head_q", "head_k"))]
     given = {"components": some, "direction": "both", **SOURCES[kind]}
-    agree(Case(name, pairs, given), tmp_path, FAMILIES[name].tolerance)
+    agree(Case(name, pairs, given, layers=2), tmp_path, FAMILIES[name].tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3", "gpt_neox"])
@@ -154,7 +161,7 @@ def test_both_backends_agree_on_prompts_of_unequal_length(name: str, tmp_path: P
     rng = np.random.default_rng(4)
     given = {"components": able(name), "direction": "both"}
     pairs = [unequal(rng, 6, 2), unequal(rng, 7, 1)]
-    agree(Case(name, pairs, given), tmp_path, FAMILIES[name].tolerance)
+    agree(Case(name, pairs, given, layers=2), tmp_path, FAMILIES[name].tolerance)
 
 
 @pytest.mark.parametrize("name", ["llama", "gptj", "bloom"])

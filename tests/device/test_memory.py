@@ -37,7 +37,7 @@ from pathlib import Path
 import psutil, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import patchsweep as ps
-from patchsweep.planning import plan_sweep
+from patchsweep.engine.planning import plan_sweep
 from patchsweep.spec import parse_settings
 
 counts, settings, folder = json.loads(sys.argv[1])

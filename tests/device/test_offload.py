@@ -142,7 +142,7 @@ MEMORY = """
 import json, sys
 from pathlib import Path
 import patchsweep as ps
-from patchsweep.planning import plan_sweep
+from patchsweep.engine.planning import plan_sweep
 from patchsweep.spec import parse_settings
 
 device, memory, settings, out = json.loads(sys.argv[1])

@@ -127,7 +127,7 @@ def check_go_on(lines: list[str], word: str) -> None:
 
 def test_killed_and_terminated(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "r.zarr"
-    disturb(job, out, TWO, [kill_one, kill_all, terminate], seed=0, count=2)
+    disturb(job, out, TWO, [kill_all, terminate], seed=0, count=2)
     # A launcher that may starts the group again, which goes on with what is there.
     out.rename(tmp_path / "s.zarr")
     still = still_from(blocks_done(tmp_path / "s.zarr") + 2)
@@ -168,7 +168,7 @@ def test_three_kills_of_a_real_model(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_said_once(job: Job) -> None:
-    process = launch(ACCELERATE, 2, job.spec, "--out", job.whole)
+    process = TWO(job.spec, "--out", job.whole)
     mend = "use --resume to continue it or --overwrite to replace it"
     assert said(process) == [f"patchsweep: {job.whole} exists already: {mend}"]
     assert process.returncode != 0
