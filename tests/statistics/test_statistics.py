@@ -85,10 +85,10 @@ def test_a_pair_without_a_span_counts_in_neither_sum() -> None:
 def test_tiles_do_not_change_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     change, span = RNG.standard_normal((12, 2, 5)), RNG.uniform(1, 2, 12)
     whole = bootstrap(change, span, PAIRED, samples=100)
-    monkeypatch.setattr("patchsweep.statistics.VALUES", 300)  # three cells at a time
+    monkeypatch.setattr("patchsweep.statistics.uncertainty.VALUES", 300)  # three cells at a time
     tiled = bootstrap(change, span, PAIRED, samples=100)
     np.testing.assert_allclose(tiled, whole, rtol=1e-12)
-    monkeypatch.setattr("patchsweep.statistics.VALUES", 1)
+    monkeypatch.setattr("patchsweep.statistics.uncertainty.VALUES", 1)
     np.testing.assert_allclose(bootstrap(change, span, PAIRED, samples=100), whole, rtol=1e-12)
 
 

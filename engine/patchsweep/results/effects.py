@@ -246,17 +246,22 @@ class Effects(Reader):
     def _tiles(
         self, grid: Grid, metric: str, d: int, s: int, cells: NDArray[np.intp] | None
     ) -> Iterator[_Tile]:
-        """What was measured, some pairs at a time."""
+        """What was measured, a tile of pairs at a time; read as many at once as memory takes."""
         ends = [end[d, s][..., None, None, None] for end in self.ends(metric, grid)]
-        for pairs in grid.pair_tiles():
-            tile = slice(pairs.start, pairs.stop)
-            region = (d, s, slice(None), tile)
+        tiles = [slice(pairs.start, pairs.stop) for pairs in grid.pair_tiles()]
+        cell = grid.samples * grid.layers * grid.units * len(grid.positions)
+        step = max(1, AT_ONCE // (cell * grid.pair_tile))
+        for some in (tiles[first : first + step] for first in range(0, len(tiles), step)):
+            start = some[0].start
+            region = (d, s, slice(None), slice(start, some[-1].stop))
             values = self.store.read(f"{grid.component}/{metric}", region).astype(np.float64)
             status = self.store.read(f"{grid.component}/{metric}_status", region)
             if cells is not None:
                 values, status = (x[:, :, 0, 0][..., cells[:, None]] for x in (values, status))
-            destination, donor = (end[:, tile] for end in ends)
-            yield _Tile(tile, values, status, destination, donor - destination)
+            for tile in some:
+                at = (slice(None), slice(tile.start - start, tile.stop - start))
+                destination, donor = (end[:, tile] for end in ends)
+                yield _Tile(tile, values[at], status[at], destination, donor - destination)
 
 
 def _joined(

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-import scipy  # its parts are imported when first used
 from numpy.typing import NDArray
 
-from patchsweep.statistics.uncertainty import beyond_sd
+from patchsweep.statistics.uncertainty import agreement, beyond_sd
 
 Floats = NDArray[np.float64]
 Map = NDArray[np.bool_]
@@ -91,10 +90,8 @@ def disagreement(effects: Mapping[str, Floats], run: Map, name: Name) -> list[st
         for other in metrics[i + 1 :]:
             both = run & np.isfinite(effects[one]) & np.isfinite(effects[other])
             a, b = np.abs(effects[one][both]), np.abs(effects[other][both])
-            if both.sum() < 3 or a.std() == 0 or b.std() == 0:
-                continue
-            rank = float(scipy.stats.spearmanr(a, b).statistic)
-            if rank >= AGREE:
+            rank = agreement(a, b).spearman
+            if not rank < AGREE:
                 continue
             cells = np.argwhere(both)
             top = [{tuple(cells[j]) for j in np.argsort(-x, kind="stable")[:TOP]} for x in (a, b)]
