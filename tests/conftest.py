@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import patchsweep as ps
 from patchsweep.backends import choice as backends
 
 # Examples drawn from a fixed seed and never judged by the clock: the same result on every run.
@@ -47,6 +48,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def _threads() -> None:
     """One thread: several tests run at once, and small matrices gain nothing from more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> ps.Model:
+    """The trained model, loaded once: a sweep leaves it as it was."""
+    return ps.load_model("smollm2-135m")
 
 
 @pytest.fixture(autouse=True)

@@ -35,8 +35,8 @@ ALL_LAYERS = [(texts, c, 1) for texts in (IOI, FACT) for c in ("head_z", "mlp_ou
 
 
 @pytest.fixture(scope="module")
-def model() -> ps.Model:
-    return ps.load_model("smollm2-135m")
+def model(smollm2: ps.Model) -> ps.Model:
+    return smollm2
 
 
 def sweep(model: ps.Model, texts: tuple[str, ...], out: Path, **settings: Any) -> ps.Results:

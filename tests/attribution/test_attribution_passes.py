@@ -121,14 +121,13 @@ def test_models_larger_than_the_device(tmp_path: Path) -> None:
     assert all(p.is_meta for p in hf_model.parameters())
 
 
-def test_a_trained_model(tmp_path: Path) -> None:
+def test_a_trained_model(smollm2: ps.Model, tmp_path: Path) -> None:
     """On SmolLM2 the estimates order the heads nearly as exact patching does."""
-    model = ps.load_model("smollm2-135m")
     texts = ("The capital of France is", "The capital of Japan is", " Paris", " Tokyo")
-    pairs = [ps.make_pair(model.tokenizer, *texts)]
+    pairs = [ps.make_pair(smollm2.tokenizer, *texts)]
     out = tmp_path / "r.zarr"
-    exact = ps.sweep(model, pairs, components=["head_z"], metrics=["logit_diff"], out=out)
-    found = estimated(model.hf_model, pairs, {"head_z": "atp"}, direction="denoise")
+    exact = ps.sweep(smollm2, pairs, components=["head_z"], metrics=["logit_diff"], out=out)
+    found = estimated(smollm2.hf_model, pairs, {"head_z": "atp"}, direction="denoise")
     there = found.status["head_z"]["logit_diff"] == Status.ESTIMATED
     want = exact.store.read("head_z/logit_diff")[there]
     assert spearmanr(found.values["head_z"]["logit_diff"][there], want).statistic > 0.9

@@ -369,12 +369,11 @@ def test_the_setting_survives_a_dump() -> None:
     assert parse_settings({"components": ["head_z"], "edges": "eap_ig"}).edges.steps == 5
 
 
-def test_a_trained_model() -> None:
+def test_a_trained_model(smollm2: ps.Model) -> None:
     """On SmolLM2 edges add up to their nodes in float32 as well."""
-    model = ps.load_model("smollm2-135m")
     texts = ("The capital of France is", "The capital of Japan is", " Paris", " Tokyo")
-    pairs = [ps.make_pair(model.tokenizer, *texts)]
-    scores = scored(model.hf_model, pairs, direction="denoise")["logit_diff"]
-    want = attribution_of_nodes(model.hf_model, pairs, direction="denoise")
+    pairs = [ps.make_pair(smollm2.tokenizer, *texts)]
+    scores = scored(smollm2.hf_model, pairs, direction="denoise")["logit_diff"]
+    want = attribution_of_nodes(smollm2.hf_model, pairs, direction="denoise")
     got = senders_summed(scores)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())

@@ -178,16 +178,15 @@ def test_sets_features_and_what_metrics_read_inside(name: str) -> None:
     assert check(Case(name, three(3)[:2], given, sae_at="mlp_out"), 60) > 10
 
 
-def test_both_backends_on_the_real_model(tmp_path: Path) -> None:
-    model = ps.load_model("smollm2-135m")
+def test_both_backends_on_the_real_model(smollm2: ps.Model, tmp_path: Path) -> None:
     texts = ("The capital of France is", "The capital of Japan is", " Paris", " Tokyo")
-    pair = ps.make_pair(model.tokenizer, *texts)
+    pair = ps.make_pair(smollm2.tokenizer, *texts)
     given: dict[str, Any] = {
         "components": ["head_z", "mlp_out", "head_k"],
         "metrics": ["logit_diff", "kl", "rank"],
     }
     one, other = (
-        arrays(ps.sweep(model, [pair], out=tmp_path / b, backend=b, **given))
+        arrays(ps.sweep(smollm2, [pair], out=tmp_path / b, backend=b, **given))
         for b in ("wavefront", "nnsight")
     )
     for name, found in one.items():

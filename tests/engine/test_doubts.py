@@ -22,8 +22,8 @@ SETTINGS: dict[str, Any] = {"components": ["resid_post"], "positions": [-1]}
 
 
 @pytest.fixture(scope="module")
-def model() -> ps.Model:
-    return ps.load_model("smollm2-135m")
+def model(smollm2: ps.Model) -> ps.Model:
+    return smollm2
 
 
 def pairs(
