@@ -31,8 +31,8 @@ METRICS: list[Any] = [
 ]
 METRICS += ["total_variation", "relative_prob"]
 SETTINGS: dict[str, Any] = {
-    "components": ["head_z", "mlp_out", "resid_pre", "neuron"],
-    "metrics": METRICS,
+    "components": ["head_z", "mlp_out", "neuron"],
+    "metrics": ["logit_diff", "kl", "rank"],
     "direction": "both",
     "token_budget": 600,
 }

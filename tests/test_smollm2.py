@@ -191,8 +191,12 @@ def cells(
 
 KINDS: dict[str, dict[str, Any]] = {
     "pairs": {"direction": "both"},
-    "noise": {"corrupt": {"gaussian": {"sigma": [3], "tokens": [3, 9]}}, "direction": "denoise"},
-    "zero": {"source": "zero", "direction": "noise"},
+    "noise": {
+        "corrupt": {"gaussian": {"sigma": [3], "tokens": [3, 9]}},
+        "direction": "denoise",
+        "components": ["embed", "head_k", "attn_out"],
+    },
+    "zero": {"source": "zero", "direction": "noise", "components": ["head_v", "head_pattern"]},
 }
 
 
@@ -204,13 +208,13 @@ def test_every_component(model: ps.Model, kind: str) -> None:
         "circuit": ["head_z.23.3@-1", "head_v.20.0@9", "head_q.25.1@-1", "mlp_out.27@-1"],
     }
     components = ["embed", "head_q", "head_k", "head_v", "head_pattern", "attn_out", "resid_mid"]
-    given = {"components": components, "positions": [9, -1], "sets": sets, **KINDS[kind]}
-    assert cells(model, [ps.make_pair(model.tokenizer, *IOI)], 24, **given) > 10
+    given = {"components": components, "positions": [9], "sets": sets, **KINDS[kind]}
+    assert cells(model, [ps.make_pair(model.tokenizer, *IOI)], 16, **given) > 6
 
 
 def test_windows_and_what_is_read_inside(model: ps.Model) -> None:
     """Attention, a neuron, probes and a user's own metric, of several layers at once."""
-    given = {"components": ["mlp_out", "head_z"], "windows": [2, 5], "positions": [9, -1]}
+    given = {"components": ["mlp_out", "head_z"], "windows": [5], "positions": [-1]}
     given |= {"metrics": "inner", "direction": "both"}
     assert cells(model, [ps.make_pair(model.tokenizer, *IOI)], 10, **given) > 5
 

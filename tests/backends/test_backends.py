@@ -13,7 +13,7 @@ from nnsight import CONFIG  # type: ignore[import-untyped]
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 import patchsweep as ps
-from cells import METRICS, check
+from cells import FEW, METRICS, check
 from expected import Case
 from inputs import SOURCES, Letters, pair_of, three, unequal
 from oracle.families import ELSEWHERE, EVERY, FAMILIES
@@ -41,15 +41,16 @@ def able(name: str) -> list[str]:
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_families_without_the_interface(name: str) -> None:
     """Through nnsight every component and metric is the oracle's."""
-    given = {"components": able(name), "direction": "both", "metrics": METRICS}
-    assert check(Case(name, three(), {**given, "backend": "nnsight"}), 90) > 10
+    metrics = METRICS if name == "bloom" else FEW
+    given = {"components": able(name), "direction": "both", "metrics": metrics}
+    assert check(Case(name, three()[:2], {**given, "backend": "nnsight"}), 45) > 10
 
 
 @pytest.mark.parametrize("name", METHOD)
 def test_families_that_attend_in_a_method(name: str) -> None:
     """They run on the wavefront too."""
-    given = {"components": able(name), "direction": "both", "metrics": METRICS}
-    assert check(Case(name, three(), {**given, "backend": "wavefront"}), 90) > 10
+    given = {"components": able(name), "direction": "both"}
+    assert check(Case(name, three(), {**given, "backend": "wavefront"}), 60) > 10
 
 
 @pytest.mark.parametrize("name", [n for n in ELSEWHERE if n not in METHOD])
@@ -119,7 +120,8 @@ def agree(case: Case, out: Path, tolerance: float) -> None:
 
 @pytest.mark.parametrize("name", BOTH)
 def test_both_backends_agree(name: str, tmp_path: Path) -> None:
-    given = {"components": able(name), "direction": "both", "metrics": METRICS}
+    metrics = METRICS if name == "llama" else FEW
+    given = {"components": able(name), "direction": "both", "metrics": metrics}
     agree(Case(name, three()[:2], given, layers=2), tmp_path, FAMILIES[name].tolerance)
 
 
@@ -183,6 +185,7 @@ def test_both_backends_on_the_real_model(smollm2: ps.Model, tmp_path: Path) -> N
     pair = ps.make_pair(smollm2.tokenizer, *texts)
     given: dict[str, Any] = {
         "components": ["head_z", "mlp_out", "head_k"],
+        "positions": [3, -1],
         "metrics": ["logit_diff", "kl", "rank"],
     }
     one, other = (

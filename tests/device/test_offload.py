@@ -25,9 +25,7 @@ from tiny import tokenizer
     ("family", "tied", "layers"),
     [
         ("llama", False, 2),
-        ("gpt2", True, 2),
         ("gemma2", True, 2),
-        ("qwen3", False, 0),
         ("opt", True, 0),
     ],
 )

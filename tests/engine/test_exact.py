@@ -187,7 +187,7 @@ def test_steering(name: str, component: str) -> None:
     assert check(Case(name, three(8), given), 25) > 5
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
 def test_whole_grids(name: str) -> None:
     """Every single cell, the structural ones among them; and groups of positions."""
     rng = np.random.default_rng(3)
@@ -232,7 +232,7 @@ def test_every_family_in_other_dtypes(name: str, dtype: torch.dtype, tmp_path: P
             assert abs(found[layer, unit, position] - expected) < bound
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_sweep(data: st.DataObject) -> None:
     """Family, sizes, lengths, differing tokens, components, positions, sources, sets, metrics,
