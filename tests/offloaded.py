@@ -20,16 +20,6 @@ from patchsweep.pairs import Pair
 from patchsweep.passes.layers import layers_of
 from tiny import tokenizer, values
 
-METRICS: list[Any] = [
-    "logit_diff",
-    "logprob",
-    "prob",
-    "rank",
-    {"accuracy": {"k": 25}},
-    "kl",
-    "kl_reverse",
-]
-METRICS += ["total_variation", "relative_prob"]
 SETTINGS: dict[str, Any] = {
     "components": ["head_z", "mlp_out", "neuron"],
     "metrics": ["logit_diff", "kl", "rank"],
