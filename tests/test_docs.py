@@ -24,7 +24,7 @@ def names(module: str) -> set[str]:
     file = MODULES[module]
     if file.name == "__init__.py":
         inside = {m.rpartition(".")[2] for m in MODULES if m.rpartition(".")[0] == module}
-        return given(PACKAGE)[module] | inside
+        return given(PACKAGE)[module] | inside | {"__all__"}
     found = set()
     for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -39,7 +39,7 @@ def is_there(dotted: str, room: str) -> bool:
     """Whether a name of the engine is that of something: as who imports it writes it, or from
     within a room its module and what that defines."""
     parts = dotted.removeprefix("patchsweep.").split(".")
-    for base in ("patchsweep", f"patchsweep.{room}"):
+    for base in ("patchsweep", f"patchsweep.{room}" if room else "patchsweep"):
         module, rest = base, list(parts)
         while rest and f"{module}.{rest[0]}" in MODULES:
             module = f"{module}.{rest.pop(0)}"
