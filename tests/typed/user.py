@@ -68,6 +68,27 @@ def main(folder: Path) -> None:
     reveal_type(effect)  # DataArray
     low, _ = results.interval("head_z", "logit_diff", samples=100)
     reveal_type(low)  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(results.baseline("logit_diff"))  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(results.noise_floor("logit_diff"))  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(results.p_values("head_z", "kl"))  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(results.standard_error("head_z", "kl"))  # ndarray[tuple[Any, ...], dtype[float64]]
+    moved, span = results.changes("head_z", "kl")
+    reveal_type(moved)  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(span)  # ndarray[tuple[Any, ...], dtype[float64]] | None
+    joint, single = results.windows("mlp_out", 3, "kl")
+    reveal_type(joint - single)  # ndarray[tuple[Any, ...], dtype[float64]]
+    reveal_type(results.estimated_effect("head_z", "kl"))  # DataArray
+    reveal_type(results.edges("kl"))  # DataArray
+    reveal_type(results.top_edges("kl", n=3))  # list[tuple[str, float]]
+    reveal_type(results.top_sites("head_z", "kl", "denoise", 3)[0].effect)  # float
+    reveal_type(results.agreement("head_z", "kl").pearson)  # float
+    verdict = results.audit("head_z", "kl")
+    reveal_type(verdict)  # Verdict | None
+    reveal_type(results.counts("head_z", "kl"))  # dict[Status, int]
+    reveal_type(results.columns("head_z").names)  # tuple[int, ...] | tuple[str, ...]
+    reveal_type(results.grid("head_z").shape)  # tuple[int, ...]
+    reveal_type(results.components + results.metrics)  # tuple[str, ...]
+    reveal_type(results.complete)  # bool
     reveal_type(results.circuit("logit_diff").cpr)  # float
     reveal_type(results.plot("head_z"))  # Figure
     results.export("cells.parquet", overwrite=True)
