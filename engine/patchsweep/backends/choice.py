@@ -16,7 +16,6 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import patchsweep
 import patchsweep_kernels
 from patchsweep.backends import selftest
 from patchsweep.backends.probe import make_probe
@@ -205,8 +204,8 @@ def kept_in() -> Path | None:
 def _code() -> str:
     """Identifies what computes: every source file of the engine and of the kernels."""
     found = hashlib.sha256()
-    for package in (patchsweep, patchsweep_kernels):
-        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in (Path(__file__).parents[1], Path(str(patchsweep_kernels.__file__)).parent):
+        for file in sorted(package.rglob("*.py")):
             found.update(file.read_bytes())
     return found.hexdigest()
 
