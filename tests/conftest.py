@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import shutil
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -67,3 +69,22 @@ def _seeds() -> None:
     """The generators that a test does not seed itself. numpy: `np.random.default_rng(seed)`."""
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def whole(
+    request: pytest.FixtureRequest,
+    model: ps.Model,
+    pairs: list[ps.Pair],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """The results of a module's own model and pairs under its SETTINGS; not to be changed."""
+    out = tmp_path_factory.mktemp("whole") / "r.zarr"
+    ps.sweep(model, pairs, out=out, **request.module.SETTINGS)
+    return out
+
+
+@pytest.fixture
+def out(whole: Path, tmp_path: Path) -> Path:
+    """A copy of them."""
+    return shutil.copytree(whole, tmp_path / "r.zarr")

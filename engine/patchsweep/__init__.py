@@ -68,3 +68,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f"patchsweep.{_HOME[name]}"), name)
     raise AttributeError(f"module 'patchsweep' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -36,6 +36,12 @@ def one_line(said: object) -> str:
     return cut(text, LONGEST)
 
 
+def as_line(error: BaseException) -> str:
+    """An exception in one line: its kind, and the beginning of what it says."""
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
+
+
 def cut(text: str, most: int) -> str:
     """A text without its middle, if it has more than `most` characters."""
     if len(text) <= most:

@@ -85,6 +85,10 @@ class Grid:
     direction, from one source, of one sample. Blocks are numbered in C order over (direction,
     source, sample, pair, unit, position) tiles. A plan cuts them as they are run; the results are
     cut into chunks, which are blocks of that kind too and hold a whole number of the plan's.
+
+    `directions`, `sources`, `samples`, `pairs`, `layers` from `first_layer` on, `units` and
+    `positions` are what the axes hold; `pair_tile`, `unit_tile`, `position_tile` how many of them a
+    block does. Positions are token indices, names of labels or groups, or "all".
     """
 
     component: str
@@ -92,7 +96,7 @@ class Grid:
     pairs: int
     layers: int
     units: int
-    positions: tuple[int, ...] | tuple[str, ...]  # token indices, label names, or ("all",)
+    positions: tuple[int, ...] | tuple[str, ...]
     pair_tile: int
     unit_tile: int
     position_tile: int
@@ -207,7 +211,7 @@ def _cut(length: int, tile: int) -> list[range]:
 
 @dataclass(frozen=True)
 class Site:
-    """One place that a set of sites patches.
+    """One place that a set of sites patches, an activation of the kind `component`.
 
     `layer` and `unit` are None where the component has none. `position` is an index or a label of
     the clean prompt, or "all". `source` names where the value comes from; None: the sweep's own.
@@ -229,7 +233,7 @@ _SITE = re.compile(r"([a-z_]+)(?:\.(\d+))?(?:\.(\d+))?(?:@([^<]+))?(?:<(.+))?")
 
 
 def parse_site(text: str) -> Site:
-    """A site as it is written, component.layer.unit@position<source, all but the first optional.
+    """The site that `text` says: component.layer.unit@position<source, all but the first optional.
 
     Examples: `head_z.9.6@END`, `mlp_out.5`, `embed@3`, `resid_pre.2@S2<zero`. BadInput if it is not
     of that form, or has a layer or a unit too few or too many.

@@ -1,4 +1,4 @@
-"""The operations that a sweep spends its time in beside the model's own layers.
+"""Operations that take time beside the model's own layers.
 
 Each has one name and one signature, and a plain PyTorch implementation that runs on every device.
 """

@@ -52,18 +52,6 @@ def pairs(model: ps.Model) -> list[ps.Pair]:
     return found
 
 
-@pytest.fixture(scope="module")
-def whole(model: ps.Model, pairs: list[ps.Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "r.zarr"
-    ps.sweep(model, pairs, out=out, **SETTINGS)
-    return out
-
-
-@pytest.fixture
-def out(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "r.zarr")
-
-
 def alone(out: Path, group: str) -> xr.Dataset:
     return xr.open_zarr(out, group=group, consolidated=False)
 

@@ -47,18 +47,6 @@ def pairs(model: ps.Model) -> list[ps.Pair]:
     return [ps.make_pair(model.tokenizer, **row) for row in rows(2)]
 
 
-@pytest.fixture(scope="module")
-def whole(model: ps.Model, pairs: list[ps.Pair], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "r.zarr"
-    ps.sweep(model, pairs, out=out, **SETTINGS)
-    return out
-
-
-@pytest.fixture
-def out(whole: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(whole, tmp_path / "r.zarr")
-
-
 def used(out: Path) -> list[Callable[[], Any]]:
     """All that reads results."""
     return [

@@ -70,7 +70,7 @@ def score_edges(
     instead would take one product per layer for every sender below it. Positions are taken in
     tiles, so that what all senders write fits beside a wave of the token budget.
 
-    The model must be using patchsweep's attention (`attention.attention_is`). BadInput for metrics
+    The model must be using patchsweep's attention (`passes.attention_is`). BadInput for metrics
     without a gradient, and for a model whose layers read more of the stream than receivers do.
     """
     check({}, metrics, plan.directions if steps == 1 else ())

@@ -77,7 +77,7 @@ def estimate_pairs(
     and atp_star together one forward, for relp one more, each with one backward per metric (of
     atp_star as many as there are layers); for ig, per component, as many as layers times steps.
 
-    The model must be using patchsweep's attention (`attention.attention_is`). BadInput for what has
+    The model must be using patchsweep's attention (`passes.attention_is`). BadInput for what has
     no estimate (`estimators.check`), and for a place that the model does not have.
     """
     check(estimators, metrics, plan.directions)

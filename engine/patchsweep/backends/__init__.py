@@ -1,4 +1,4 @@
-"""Which way runs are computed, wavefront or nnsight, and the trust in it.
+"""Wavefront or nnsight: which way runs are computed, and the trust in it.
 
 choice.py          the wavefront where it is exact, nnsight elsewhere
 selftest.py        what a backend computes, against the judge, before a sweep

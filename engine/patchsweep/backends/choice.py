@@ -16,14 +16,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-import patchsweep
 import patchsweep_kernels
 from patchsweep.backends import selftest
 from patchsweep.backends.probe import make_probe
-from patchsweep.backends.selftest import SelfTest, Truth, one_line
+from patchsweep.backends.selftest import SelfTest, Truth
 from patchsweep.backends.stacked import as_full_forwards
 from patchsweep.device import out_of_memory
-from patchsweep.errors import BadInput, NotOnWavefront
+from patchsweep.errors import BadInput, NotOnWavefront, as_line
 from patchsweep.model import Model, cache
 from patchsweep.passes import (
     Carry,
@@ -111,7 +110,7 @@ def _tested_nnsight(
                 raise
             where = f" in layer {reached[-1]}" if reached else ""
             name = type(model.hf_model).__name__
-            said = f"{name} cannot be run through nnsight{where}: {one_line(error)}"
+            said = f"{name} cannot be run through nnsight{where}: {as_line(error)}"
             if isinstance(error, BadInput):
                 said = str(error)
             # What was tried first, too.
@@ -130,7 +129,7 @@ def _why_not(model: Model, error: Exception) -> str:
     if isinstance(error, NotOnWavefront):
         return str(error)
     name = type(model.hf_model).__name__
-    said = str(error) if isinstance(error, BadInput) else f"{name}: {one_line(error)}"
+    said = str(error) if isinstance(error, BadInput) else f"{name}: {as_line(error)}"
     return f"{said}: it cannot run on the wavefront"
 
 
@@ -205,8 +204,8 @@ def kept_in() -> Path | None:
 def _code() -> str:
     """Identifies what computes: every source file of the engine and of the kernels."""
     found = hashlib.sha256()
-    for package in (patchsweep, patchsweep_kernels):
-        for file in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in (Path(__file__).parents[1], Path(str(patchsweep_kernels.__file__)).parent):
+        for file in sorted(package.rglob("*.py")):
             found.update(file.read_bytes())
     return found.hexdigest()
 

@@ -45,7 +45,7 @@ WHY = {
 
 @dataclass(frozen=True, eq=False)
 class Interventions:
-    """Runs the schedules of waves as batches of about `tokens` tokens: a `wave.Carry`.
+    """Runs the schedules of waves as batches of about `tokens` tokens: a `passes.Carry`.
 
     `spots` [layer] say by place where an activation is; `layers` and `embedding` are paths.
     """

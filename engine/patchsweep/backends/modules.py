@@ -1,4 +1,4 @@
-"""Which module of a layer holds which activation: found once, by watching one plain forward.
+"""Which module of a layer holds which activation: found once, by watching plain forwards.
 
 The wavefront sees activations in its own attention function and in the additions to the residual
 stream. Full forwards of a model as it is (the nnsight backend) can only see what goes into a module
@@ -86,7 +86,8 @@ class _Watched:
 @torch.no_grad()
 def find_spots(forward: Forward, dimensions: Dimensions) -> list[dict[str, Spot]]:
     """Of every layer the spots that it has, by place: attn_out, resid_mid, mlp_out, head_q, head_k,
-    head_v, head_z, neuron, pattern. The model runs once on a few tokens, with its own attention."""
+    head_v, head_z, neuron, pattern. The model runs twice on a few tokens: with its own attention,
+    which alone shows patterns, and with one that shows z, where the model lets it be replaced."""
     sizes = {dimensions.heads, dimensions.kv_heads}
     length = next(n for n in range(5, 9) if n not in sizes)
     watched = []

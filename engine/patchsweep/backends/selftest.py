@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from patchsweep.backends.probe import VARIANT, Probe
 from patchsweep.device import out_of_memory
-from patchsweep.errors import BadInput
+from patchsweep.errors import BadInput, as_line
 from patchsweep.judge import Edit, Judge, Prompt
 from patchsweep.passes import Carry, Editor, Forward, Seen, Values, across, embedding_tap
 from patchsweep.plan.schedule import make_schedule, rows_only
@@ -86,14 +86,8 @@ def ask(hf_model: PreTrainedModel, probe: Probe, sae: SAE | None) -> Truth:
             raise
         raise BadInput(
             f"{name} cannot be run as {name}(input_ids=...), with hooks on its layers: "
-            f"{one_line(error)}: this model cannot be swept"
+            f"{as_line(error)}: this model cannot be swept"
         ) from error
-
-
-def one_line(error: Exception) -> str:
-    """An exception in one line."""
-    said = " ".join(str(error).split())
-    return f"{type(error).__name__}: {said[:200]}" if said else type(error).__name__
 
 
 def _asked(hf_model: PreTrainedModel, probe: Probe, sae: SAE | None) -> Truth:

@@ -1,7 +1,7 @@
 """A wave as batches of full forwards: its unpatched and patched runs, one beside another. Pure.
 
-The same runs and replacements as on the wavefront (`schedule.Schedule`), told in the terms of whole
-sequences: for models that only run as they are.
+The same runs and replacements as on the wavefront (`plan.schedule.Schedule`), told in the terms of
+whole sequences: for models that only run as they are.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Memory, transfers, and arithmetic that gives the same numbers twice.
+"""Memory, transfers, and arithmetic that repeats: the same numbers twice.
 
 memory.py      calls that may run out of memory
 transfer.py    arrays to a device and back, without waiting

@@ -50,8 +50,9 @@ T = TypeVar("T")
 def run(
     spec: Spec, *, resume: bool = False, overwrite: bool = False, append: bool = False
 ) -> Results:
-    """Do what a spec says, together with all processes that a launcher has started for it; every
-    one returns when all is done. BadInput if `out` is missing from it, and as `sweep` does."""
+    """Do what `spec` says, together with all processes that a launcher has started for it; every
+    one returns when all is done. `resume`, `overwrite`, `append`, and BadInput: as in `sweep`;
+    BadInput too if `out` is missing from the spec."""
     if spec.out is None:
         raise BadInput("the spec has no out: say where the results go, e.g. out: results/ioi.zarr")
     attribution.chosen(spec)  # says what cannot be estimated before the model is loaded
@@ -90,13 +91,15 @@ def sweep(
     append: bool = False,
     **settings: Any,
 ) -> Results:
-    """Patch every cell that `settings` ask for, and write the results to `out`, a path or a URL.
+    """Patch every cell that `settings` ask for in a `model`, on prompt `pairs`, and write the
+    results to `out`, a path or a URL.
 
-    settings are those of a spec: components, metrics, direction, positions, token_budget. With
-    `resume` a sweep that was interrupted goes on; with `overwrite` earlier results are replaced;
-    with `append` they get the further pairs, after those that they have, or metrics.
-    BadInput for wrong settings, for results that belong to another sweep, and for a model that the
-    self-test refuses. Cells whose metric is not finite are marked and counted, not an error.
+    settings are the keys of a spec (see the guide) that say what to patch and measure: components,
+    metrics, direction, positions, source and so on. With `resume` a sweep that was interrupted goes
+    on; with `overwrite` earlier results are replaced; with `append` they get the further pairs,
+    after those that they have, or metrics. BadInput for wrong settings, for results that belong to
+    another sweep, and for a model that the self-test refuses. Cells whose metric is not finite are
+    marked and counted, not an error.
     """
     said = parse_settings(settings)
     return carry_out(model, pairs, said, out, resume=resume, overwrite=overwrite, append=append)

@@ -39,9 +39,9 @@ STEPS = ("rank", "accuracy")  # these may differ by one where two tokens are as 
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found: the cells that were run again, and the structural ones beside them; the
-    largest difference by metric (of values above 1 relative to them), and the tolerance; the
-    components that cannot be held against the model."""
+    """What was found: how many `cells` were run again, and `structural` ones beside them; the
+    largest of `differences` by metric (of values above 1 relative to them), and the `tolerance`;
+    the components that cannot be held against the model, and were `left_out`."""
 
     cells: int
     structural: int
@@ -64,7 +64,8 @@ def verify(
     trust: bool = False,
     functions: Mapping[str, Function] | None = None,
 ) -> Verified:
-    """Run some random cells again as hooked full forwards of the model, and compare.
+    """Run some random `cells`, so many, drawn by `seed`, again as hooked full forwards of the
+    model, and compare them with `results`, opened or their path.
 
     They share no code with either backend. Structural cells are run too, a quarter as many: they
     must be the baseline. Every metric of every chosen cell is compared. What results name is not

@@ -1,4 +1,4 @@
-"""The judge: patched full forwards of a model as its user calls it, with plain hooks.
+"""Patched full forwards of a model as its user calls it: the judge, by plain hooks.
 
 What a backend says is held against this: before a sweep (the self-test) and after it (`verify`).
 So it shares no code with either backend: it calls `hf_model(input_ids=...)`, passes nothing along,

@@ -28,8 +28,8 @@ KV_HEADS = ("num_key_value_heads", "num_kv_heads")  # as configs call them
 
 @dataclass(frozen=True)
 class Model:
-    """A causal language model and its tokenizer. `name` is what the results call it, `weights` what
-    was loaded, where the name does not say it."""
+    """A causal language model, `hf_model`, and its `tokenizer`, as transformers has them. `name` is
+    what the results call it, `weights` what was loaded, where the name does not say it."""
 
     hf_model: PreTrainedModel
     tokenizer: Any
@@ -43,7 +43,8 @@ class Model:
 
     @property
     def dimensions(self) -> Dimensions:
-        """Seen in a forward of a few tokens: in eval mode, and the model is as it was after it."""
+        """How many layers, heads and so on there are: seen in a forward of a few tokens, in eval
+        mode; the model is as it was after it. BadInput for a model without attention."""
         with exactly(self.hf_model):
             return dimensions_of(self.hf_model)
 
@@ -69,13 +70,15 @@ def load_model(
     max_memory: Mapping[int | str, int | str] | None = None,
     offload_folder: str | Path | None = None,
 ) -> Model:
-    """Load a packaged model (smollm2-135m, which is SmolLM2-135M-Instruct), a local folder, a .gguf
-    file or a Hub id.
+    """Load a model by its `name`: a packaged one (smollm2-135m, which is SmolLM2-135M-Instruct), a
+    local folder, a .gguf file or a Hub id.
 
-    `device`: auto, cpu, cuda, cuda:N, or balanced: over all GPUs, then the host's memory, then
-    disk. With balanced, `max_memory` limits the weights by place ({0: "10GB", "cpu": "20GB"};
-    places left out are not used), and `offload_folder` keeps weights that cannot be read from the
-    model's own files. BadInput says what is missing if it cannot be loaded.
+    `dtype`: float32, bfloat16, float16 or float64, of weights and of what is computed.
+    `trust_remote_code`: as in transformers: a model's own code runs only if it is set. `device`:
+    auto, cpu, cuda, cuda:N, or balanced: over all GPUs, then the host's memory, then disk. With
+    balanced, `max_memory` limits the weights by place ({0: "10GB", "cpu": "20GB"}; places left out
+    are not used), and `offload_folder` keeps weights that cannot be read from the model's own
+    files. BadInput says what is missing if it cannot be loaded.
     """
     check_placement(device, max_memory, offload_folder)
     where: str | dict[str, int | str] = device
@@ -89,9 +92,10 @@ def load_model(
 
 
 def wrap(hf_model: nn.Module, tokenizer: Any, name: str = "") -> Model:
-    """Use a model that is already loaded, as it is: with its hooks, its adapters and its attention.
-    Of a compiled model and of one of PEFT that is the transformers model inside. Nothing of it is
-    changed; sweeps run it in eval mode and leave it as it was. BadInput for anything else."""
+    """Use `hf_model`, a model that is already loaded, as it is: with its hooks, its adapters and
+    its attention; with its `tokenizer`, under `name` (if empty, that of its config). Of a compiled
+    model and of one of PEFT that is the transformers model inside. Nothing of it is changed; sweeps
+    run it in eval mode and leave it as it was. BadInput for anything else."""
     inner = unwrapped(hf_model)
     return Model(inner, tokenizer, name or inner.config.name_or_path or "wrapped model")
 

@@ -41,8 +41,8 @@ OF_EAP_IG = ("corrupted", "correct_idx", "incorrect_idx")
 def read_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, bos: Bos = "auto"
 ) -> list[Pair]:
-    """The prompt pairs of a .jsonl file (one object a line), a .json file (a list of objects) or a
-    .csv file (the same columns).
+    """The prompt pairs in the file at `path`: .jsonl (one object a line), .json (a list of objects)
+    or .csv (the same columns); as tokens of `tokenizer`, `bos` as in `make_pair`.
 
     Keys: clean, answer; optional corrupt, wrong, labels {name: token index}, corrupt_labels, align,
     group, others {name: text}, continuation (see `make_pair`). `answer` and `wrong` are a text or a

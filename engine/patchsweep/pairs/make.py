@@ -64,7 +64,7 @@ def make_pair(
     others: Mapping[str, str] | None = None,
     continuation: str | None = None,
 ) -> Pair:
-    """Tokenize and check one pair of prompts.
+    """Tokenize one pair of prompts, texts, with a model's `tokenizer`, and check it.
 
     `answer` and `wrong`: one text or several, each one token when it follows the clean prompt.
     `labels`, `corrupt_labels`: name -> token index, counted with the bos token; negative from the
@@ -72,7 +72,9 @@ def make_pair(
     clean one: "end" (the last ones, one to one), "labels" (those with the same label) or a list of
     [clean, corrupt], counted as labels are; it is needed where the lengths differ. Where the answer
     is read, the prompts always correspond. `others`: further corrupt prompts by name.
-    `continuation`: the text of an answer of several tokens. `where` begins every error, e.g.
+    `continuation`: the text of an answer of several tokens. `group` names the template, for
+    clustered statistics. `bos`: special tokens before the text: "auto" as the tokenizer puts them
+    by default, "always" one bos token, "never" none. `where` begins every error, e.g.
     "pairs.jsonl:3". BadInput for unequal lengths without align, an align or corrupt_labels that do
     not fit, prompts that do not differ, answers that are not one token or are both answer and
     wrong, labels outside the prompt, and a continuation that merges with the prompt.

@@ -1,4 +1,4 @@
-"""What computes: packed tokens of many runs, up the layers of a model.
+"""Packed tokens of many runs, up the layers of a model: what computes.
 
 attention.py   the attention function that is registered with transformers
 stream.py      the residual stream inside a layer: what is added to it

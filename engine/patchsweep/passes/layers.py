@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from patchsweep.device import device_of, out_of_memory, replaced
-from patchsweep.errors import BadInput, NotOnWavefront
+from patchsweep.errors import BadInput, NotOnWavefront, as_line
 from patchsweep.passes.attention import Shown, attention_call, attention_is
 from patchsweep.passes.stream import ResidualStream
 from patchsweep.processes import log
@@ -160,13 +160,8 @@ def _forward(hf_model: PreTrainedModel, see: Callable[..., None]) -> bool:
         except Exception as error:
             if out_of_memory(error):
                 raise
-            name, said = type(hf_model).__name__, " ".join(str(error).split())[:200]
-            log.warning(
-                "%s does not show its sizes, they are taken from its config: %s: %s",
-                name,
-                type(error).__name__,
-                said,
-            )
+            said = "%s does not show its sizes, they are taken from its config: %s"
+            log.warning(said, type(hf_model).__name__, as_line(error))
             return False
     return True
 

@@ -64,8 +64,9 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """What a user's metric is told of the rows whose logits it gets, [row]: the pairs, and whether
-    a row is an unpatched run (clean: 0, a run it is set against: 1) or a patched one (2)."""
+    """What a user's metric is told of the rows whose logits [row, vocab] it gets: `pairs` [row],
+    and `run` [row], int8, whether a row is an unpatched run (clean: 0, a run it is set against: 1)
+    or a patched one (2)."""
 
     pairs: Sequence[Pair]
     run: NDArray[np.int8]

@@ -10,8 +10,9 @@ from patchsweep.errors import BadInput
 
 @dataclass(frozen=True)
 class Offload:
-    """Weights that are kept off the device that computes, in bytes: moved to it in every wave, each
-    module's once; the most that are there at one time, of two layers where they come ahead."""
+    """Weights that are kept off the device that computes, in bytes: those `moved` to it in every
+    wave, each module's once; the most that are `held` there at one time, of two layers where they
+    come ahead."""
 
     moved: int = 0
     held: int = 0
@@ -44,7 +45,10 @@ COUNTED = {
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What a plan has to know of a model.
+    """What a plan has to know of a model: how many `layers`, `heads`, `kv_heads` (physical ones),
+    `neurons` of an MLP (None where it has experts) and words in `vocab` there are; the width
+    `d_model` of the residual stream; `bytes_per_value`, and `max_positions` of a table of
+    positions.
 
     `windows` has one entry per layer, None where attention sees everything; `layer_weights` counts
     the weights that multiply one token in one layer (of experts, those that are active); `widest`
@@ -64,12 +68,12 @@ class Dimensions:
     widest: int
     bytes_per_value: int
     max_positions: int | None
-    neurons: int | None = None  # in the MLP of a layer; None where it has experts
+    neurons: int | None = None
     d_qk: int = 0
     uneven: tuple[tuple[str, str], ...] = ()
 
     def check_even(self, what: str, *names: str) -> None:
-        """BadInput, saying `what` is not possible, if layers differ in one of these sizes."""
+        """BadInput, saying `what` is not possible, if layers differ in a size of these `names`."""
         for name, how in self.uneven:
             if name in names:
                 raise BadInput(f"{what} in this model: {how}")

@@ -34,7 +34,7 @@ class BudgetTooSmall(BadInput):
 class Wave:
     """Blocks that go up the layers together, of one source and sample. `owner` waves write the
     baselines of their pairs. `runs` are the sources whose runs are carried beside the clean one.
-    What it takes is told for the wavefront, or for full forwards (`stacked.as_full_forwards`)."""
+    What it takes is told for the wavefront, or for full forwards (`backends.stacked`)."""
 
     index: int
     pairs: range

@@ -1,4 +1,4 @@
-"""Which cells are run after all have been estimated, and what a sample says of the others. Pure.
+"""Which cells are run after all have been estimated; what a sample says of the others. Pure.
 
 choice.py   which are kept, which are drawn; the verdict once both have been run
 audit.py    strata, draws, and the bound on how many of the others may matter

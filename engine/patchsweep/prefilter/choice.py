@@ -80,7 +80,7 @@ def how_many(keep: str | int, cells: int) -> int:
 class Verdict:
     """What was found by one metric: `precision` is the share of kept cells that exceed theta,
     `recall` the share of all that do which was kept, those drawn standing for their strata; NaN
-    where there are none."""
+    where there are none; `audit`: how many of the cells that were not kept may exceed it."""
 
     theta: float
     precision: float

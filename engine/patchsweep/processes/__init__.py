@@ -1,4 +1,4 @@
-"""Many processes that work on one sweep, and what can be seen of them.
+"""Many processes that work on one sweep; what can be seen of them.
 
 distributed.py   how they share it: counters in the launcher's store, no collectives
 progress.py      a bar, `progress.json`, and a log of every process

@@ -1,4 +1,4 @@
-"""Experiments of the papers on activation patching, one command each, on any model.
+"""Experiments of the papers on activation patching: one command each, on any model.
 
     experiment.py   what an experiment is, and its report
     ioi.py, greater_than.py, docstring.py, facts.py, windows.py, arithmetic.py, how_to.py: one each

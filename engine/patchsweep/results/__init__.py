@@ -1,4 +1,4 @@
-"""Results as arrays and tables, with the effect of every patch computed on reading.
+"""Results as arrays and tables: the effect of every patch is computed on reading.
 
 effect = (patched − destination) / (source − destination). The destination run is the one that is
 patched (corrupt for `denoise`, clean for `noise`), the source run is the donor. 0: nothing changed;

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CellEffect:
-    """A cell of one component, metric and direction, over all pairs.
+    """A cell of one component, metric and direction, over all pairs: its `layer`, its `unit` (0
+    where there is one a layer) and its `effect`.
 
     `position`: an index, a label or a segment (`Effects.columns`). `token` is the text there where
     all pairs have the same one ("clean/corrupt" if the two runs differ), else empty. `patched` is

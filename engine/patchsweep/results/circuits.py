@@ -26,7 +26,7 @@ GRID = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)  # sizes, when none are given
 
 @dataclass(frozen=True)
 class Curve:
-    """Performance against circuit size. Arrays are [size].
+    """Performance against circuit size: with the best k sites, k in `sizes`. Arrays are [size].
 
     fraction: share of the sites of the components `within`, a whole head (or other unit) being as
     many as the sweep has positions. faithfulness: with everything outside the best k noised, 0 the

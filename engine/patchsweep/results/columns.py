@@ -28,6 +28,7 @@ class Columns:
     """The columns of a grid's positions.
 
     `align`: labels, end, start, or given (labels, indices or groups that the sweep was asked for).
+    What methods take, `values`, or what is `found` or to `use`, is of the `pairs` of that slice.
     `names` [column]; `members` [pair, column, position]: the positions whose mean a column is, in
     every pair; None where every position is a column of its own. `single` [column]: one position at
     most in every pair, which the name says to a spec too.

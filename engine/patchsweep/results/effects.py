@@ -22,9 +22,9 @@ AT_ONCE = 1 << 22  # values in memory: 32 MiB for each of a few arrays
 
 @dataclass(frozen=True, eq=False)
 class OverPairs:
-    """Cells over all pairs and samples, [layer, unit, column] each: the mean of the patched metric,
-    the effect, in how many pairs there is a value, and what the cell is (a Status; STRUCTURAL: in
-    all pairs; EXACT: run in some)."""
+    """Cells over all pairs and samples, [layer, unit, column] each: the mean of the `patched`
+    metric, the `effect`, in how many `pairs` there is a value, and the cell's `status` (a Status;
+    STRUCTURAL: in all pairs; EXACT: run in some)."""
 
     patched: Array
     effect: Array
@@ -86,7 +86,8 @@ class Effects(Reader):
     def labelled(
         self, component: str, columns: Columns, values: Array, pairs: NDArray[np.int64], name: str
     ) -> xr.DataArray:
-        """An array [layer, unit, column] with the names of its places."""
+        """`values` [layer, unit, column], over so many `pairs` each, with the names of its places
+        and a `name`."""
         import xarray as xr
 
         grid = self.grid(component)
@@ -109,10 +110,10 @@ class Effects(Reader):
         layers: slice = slice(None),
         align: str | None = "start",
     ) -> tuple[Array, Array | None]:
-        """patched − destination of every pair, mean over samples, [pair, layer, unit, position],
-        NaN where there is no measured value, and in all pairs where a cell is only estimated in
-        any; and source − destination [pair], None where effects are differences. `align`: as in
-        `effect`, but by index if left out."""
+        """patched − destination of every pair, of these `layers` of the grid's, mean over samples,
+        [pair, layer, unit, position], NaN where there is no measured value, and in all pairs where
+        a cell is only estimated in any; and source − destination [pair], None where effects are
+        differences. `align`: as in `effect`, but by index if left out."""
         grid, d, s = self._at(component, metric, direction, source)
         columns = self.columns(component, align)
         destination, donor = (end[d, s] for end in self.ends(metric, grid))  # [sample, pair]
@@ -130,7 +131,7 @@ class Effects(Reader):
         return moved[known].mean(0), span
 
     def counts(self, component: str, metric: str) -> dict[Status, int]:
-        """How many cells of a component have which status."""
+        """How many cells of a component have which status in a metric, over all pairs and so on."""
         grid = self.grid(component)
         total = np.zeros(256, dtype=np.int64)
         for pairs in grid.pair_tiles():
@@ -188,8 +189,9 @@ class Effects(Reader):
     def tokens_of(
         self, component: str, columns: Columns, pairs: Sequence[int] | None = None
     ) -> list[list[tuple[str, str] | None]]:
-        """The clean and the corrupt text at each column of each pair, [pair][column]; None where a
-        pair has no such position, "" for `all`, groups of positions and sets."""
+        """The clean and the corrupt text at each column of each of `pairs` (all if left out),
+        [pair][column]; None where a pair has no such position, "" for `all`, groups of positions
+        and sets."""
         grid = self.grid(component)
         rows = []
         for pair in range(grid.pairs) if pairs is None else pairs:

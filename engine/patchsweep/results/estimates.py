@@ -96,10 +96,10 @@ class Estimates(Effects):
     ) -> Verdict | None:
         """What the prefilter's cells that were run say of those that were not; None without a
         prefilter, for a component that was not estimated, and where nothing was kept."""
+        grid, d, s = self._at(component, metric, direction, source)
         given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
         if given is None or component not in estimated or not self.complete:
             return None
-        grid, d, s = self._at(component, metric, direction, source)
         chosen = [
             self.store.read(f"choice/{component}_{name}", (d, s)) for name in ("status", "stratum")
         ]

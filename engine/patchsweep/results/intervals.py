@@ -41,8 +41,9 @@ class Intervals(Effects):
         seed: int = 0,
         align: str | None = None,
     ) -> tuple[Array, Array]:
-        """Bootstrap interval of the effect over pairs, [layer, unit, position]: lower, upper end.
-        Positions are those of `effect`.
+        """Bootstrap interval of the effect over pairs, [layer, unit, position]: lower, upper end,
+        with `level` of `samples` resampled effects between them, drawn by `seed`. BadInput for less
+        than one sample, and a level not between 0 and 1.
 
         Pairs of one template (`group`) are drawn together; NaN with fewer than two templates.
         """

@@ -132,8 +132,8 @@ class Reader:
         return texts_of(pairs, positions, self.attrs, self._text["clean"], self._text["corrupt"])
 
     def tokens(self, run: str, grid: Grid, pair: int) -> list[str | None]:
-        """Token texts of one prompt at the positions of the grid; None outside, "" for `all`, for
-        groups of positions and for sets."""
+        """Token texts of a `pair`'s prompt, of the `run` clean or corrupt, at the positions of the
+        grid; None outside, "" for `all`, for groups of positions and for sets."""
         return [self._token(run, position, pair) for position in grid.positions]
 
     def _token(self, run: str, position: int | str, pair: int) -> str | None:

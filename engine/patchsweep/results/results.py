@@ -21,7 +21,19 @@ if TYPE_CHECKING:
 
 
 class Results(Cells, Intervals, Diagnosed):
-    """The results of a sweep, read from its folder when asked for."""
+    """The results of a sweep, read from its `store` (folder, zip file or URL) when asked for.
+
+    What recurs: `component` and `metric` are among `components` and `metrics`; `direction`
+    (denoise, noise) and `source` among those of the component's grid, the first if left out;
+    `align` and `min_pairs` as in `effect`; `columns`: what `columns` returns; `grid`: what `grid`
+    returns. Positions are those of `effect`, `unit` counts heads, neurons or features. Arrays are
+    numpy and float64 if nothing else is said; metrics are in their own unit, effects are shares of
+    the way to the source run (1: all of it), of a source without a run differences in the metric's
+    unit.
+
+    BadInput for names that the results do not have, and for a file that is damaged, once it is
+    read.
+    """
 
     def to_xarray(
         self, component: str, by: str | None = None, *, squeeze: bool = False
@@ -59,9 +71,10 @@ class Results(Cells, Intervals, Diagnosed):
 
         return pd.concat(list(table.frames(self)), ignore_index=True)
 
-    def export(self, path: Path, *, overwrite: bool = False) -> None:
-        """Write `to_frame` as Parquet, pair by pair: memory does not grow with the results.
-        BadInput for a file that is there, without `overwrite`, and for one inside results."""
+    def export(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write `to_frame` to `path` as Parquet, pair by pair: memory does not grow with the
+        results. BadInput for a file that is there, without `overwrite`, and for one inside
+        results."""
         table.write_parquet(self, Path(path), overwrite=overwrite)
 
     def plot(
@@ -82,12 +95,13 @@ class Results(Cells, Intervals, Diagnosed):
     ) -> Figure:
         """A heatmap of the effect over all pairs, as a figure of matplotlib (shown by notebooks).
 
-        What is left out is the first there is; `view` is "layer_position" or,
-        for a component of several units a layer, "layer_head" (or _kv_head, _neuron, _feature).
-        `align` and `min_pairs` as in `effect`. `layers`: only these; if left out, all, the lowest
-        in which nothing can differ as one row. `ax`: drawn there; else `figsize`, in inches.
-        `vmax`: the effect at the ends of the colours. Dots: the 95 % bootstrap interval over pairs
-        excludes 0. BadInput for what the results do not have, and without matplotlib.
+        What is left out is the first there is; `view` is "layer_position" or, for a component of
+        several units a layer, "layer_head" (or _kv_head, _neuron, _feature). `align` and
+        `min_pairs` as in `effect`. `layers`: only these; if left out, all, the lowest in which
+        nothing can differ as one row. `ax`: drawn there; else `figsize`, in inches. `title`:
+        instead of one that says what is shown. `vmax`: the effect at the ends of the colours. Dots:
+        the 95 % bootstrap interval over pairs excludes 0. BadInput for what the results do not
+        have, and without matplotlib.
         """
         drawing.needed()
         from matplotlib import pyplot
@@ -135,9 +149,9 @@ class Results(Cells, Intervals, Diagnosed):
 
 
 def open(path: str | Path) -> Results:
-    """The results in a folder, in a zip file of one, or at a URL; BadInput if there are none, or if
-    chunks that are marked done are missing. Other damage is noticed when it is read, or by
-    `check`."""
+    """The results at `path`: in a folder, in a zip file of one, or at a URL; BadInput if there are
+    none, or if chunks that are marked done are missing. Other damage is noticed when it is read, or
+    by `check`."""
     store = Store.open(path)
     refuse_missing(store)
     return Results(store)

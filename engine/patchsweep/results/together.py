@@ -55,7 +55,7 @@ class Together(Effects):
         return np.array(found, np.intp)
 
     def window_sizes(self, component: str) -> tuple[int, ...]:
-        """The sizes of the sliding windows of a component, in layers."""
+        """The sizes of the sliding windows of a component, in layers; none for one without."""
         sizes: list[int] = self.attrs["spec"].get("windows", [])
         return tuple(sizes) if component in WINDOWED and SETS in self.store.grids else ()
 

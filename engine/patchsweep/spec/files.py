@@ -15,12 +15,12 @@ from patchsweep.spec.sweep import Spec, parse_spec
 
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> Spec:
-    """The spec of a .yaml, .yml or .toml file.
+    """The spec in the file at `path`, .yaml, .yml or .toml.
 
     `overrides`: "key.key=value", the value as YAML, set before the whole is validated. A relative
     `prompts.file`, also in an override, is taken from the spec file's folder. YAML has no aliases
     here, and no dates: they are text. BadInput, in one line, for a file that cannot be read or is
-    too large (`limits`), and for everything in it that is not right.
+    too large (256 KiB), and for everything in it that is not right.
     """
     path = Path(usable(path))
     data = _parse(path)

@@ -34,8 +34,9 @@ S = TypeVar("S", bound="Sweep")
 
 
 class Sweep(Data):
-    """What to patch and measure, whatever the model and the prompts. Sequences are tuples; metrics
-    are normalised; `model_dump` can be read again."""
+    """What to patch and measure, whatever the model and the prompts. What each key means, and may
+    be, the guide says. Sequences are tuples; metrics are normalised; `model_dump` can be read
+    again. BadInput, in one line, for what is not right, where it is read (`load_spec`, `sweep`)."""
 
     corrupt: Corruption = "pairs"
     source: Sources = (("other", None),)

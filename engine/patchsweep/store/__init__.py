@@ -25,9 +25,9 @@ Layout under the results folder:
 - Marks, uint64 in chunks of one, each a number below 256 with a digest of its place
   (`digests.sealed`): `completion/estimates` [source, sample, pair], whose estimates are written;
   `completion/waves_split` [wave], as long as if every block of the plan were a wave: how often a
-  wave was halved because it ran out of memory (`splitting.py`); `completion/estimates_split`,
-  `completion/edges_split` [source, sample, pair]: how often the pairs that are estimated together
-  were, counted from this one on.
+  wave was halved because it ran out of memory (`engine/splitting.py`);
+  `completion/estimates_split`, `completion/edges_split` [source, sample, pair]: how often the pairs
+  that are estimated together were, counted from this one on.
 - `sets/`: runs that patch several sites at once, a grid whose positions are the sets' names; beside
   it the sites in columns [site]: `site_set`, `site_component`, `site_layer`, `site_unit`,
   `site_position`, `site_source`.
@@ -46,7 +46,7 @@ Layout under the results folder:
 - `manifest`: what is written once, again (`manifest.py`).
 - `summary`, `summary/second`: the attributes that come later (`summary.py`): plan, joint, measured.
 
-Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`job.py`).
+Beside it, in `.<name>.job/`: `lock`, `progress.json`, `rank-<n>.log` (`processes/progress.py`).
 
 A chunk is written to a temporary file and renamed, data before its record: what is recorded
 outlives a killed process. With `fsync` files and folders reach the disk in that order too, and it

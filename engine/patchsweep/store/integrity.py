@@ -71,14 +71,16 @@ class Damage:
 
 @dataclass(frozen=True)
 class Check:
-    """What was found in results; nobody may be writing to them meanwhile."""
+    """What was found in the results at `path`; nobody may be writing to them meanwhile. `done` of
+    `blocks` (chunks) are there; `damages`, one for each file; `undone`: what else is not done, in
+    words; `kept_twice`: whether what is written once can be written again."""
 
     path: Path | str
     done: int
     blocks: int
     damages: tuple[Damage, ...]
-    undone: tuple[str, ...] = ()  # what else is not done
-    kept_twice: bool = True  # what is written once
+    undone: tuple[str, ...] = ()
+    kept_twice: bool = True
 
     def __str__(self) -> str:
         """One line."""
@@ -94,7 +96,8 @@ class Check:
 
 
 def check(path: str | Path) -> Check:
-    """Decode every chunk that results hold; BadInput if `path` holds none."""
+    """Decode every chunk of the results at `path`, a folder, a zip file or a URL; BadInput if there
+    are none. What is damaged is reported, and nothing is changed."""
     store = Store.open(path, mending=True)
     found = tuple(damages(store))
     marks = [store.records(f"completion/{name}")[0] for name in store.grids]

@@ -9,6 +9,9 @@ Imports errors, inputs, pairs.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from patchsweep.errors import BadInput
 from patchsweep.tasks.arithmetic import OPERATIONS, arithmetic
 from patchsweep.tasks.docstring import docstring
@@ -17,6 +20,9 @@ from patchsweep.tasks.greater_than import greater_than
 from patchsweep.tasks.ioi import ioi
 from patchsweep.tasks.nobel import nobel
 from patchsweep.tasks.task import Task, nearest
+
+if TYPE_CHECKING:
+    from patchsweep.tasks import known_circuits
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (ioi, greater_than, docstring, facts, arithmetic, nobel)
@@ -43,3 +49,10 @@ def find(name: str) -> Task:
     if name not in TASKS:
         raise BadInput(f"unknown task '{name}': {nearest(name, TASKS)}")
     return TASKS[name]
+
+
+def __getattr__(name: str) -> Any:
+    """The model whose circuits are known is imported when first used: it needs torch."""
+    if name == "known_circuits":
+        return import_module("patchsweep.tasks.known_circuits")
+    raise AttributeError(f"module 'patchsweep.tasks' has no attribute '{name}'")

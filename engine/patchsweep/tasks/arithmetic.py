@@ -40,10 +40,11 @@ def arithmetic(
     """Clean "3 + 8 = 11; 20 + 5 = 25; 7 + 12 =" is answered by 19; wrong is the result of the
     corrupt prompt, which has another last problem of as many tokens.
 
-    corruption: operands (both are others), first or second (only that one). Operands and results
-    are 1 to 300, results one token: where digits are tokens of their own 1 to 9, as the paper has
-    it for such models. A problem is asked at most once per template; operations take turns. Labels
-    A, B (of digits A_1, A_2 ...), END; group: operation and template, e.g. "addition-0".
+    corruption: operands (both are others), first or second (only that one). operation: addition,
+    subtraction, multiplication, or all, which take turns. Operands and results are 1 to 300,
+    results one token: where digits are tokens of their own 1 to 9, as the paper has it for such
+    models. A problem is asked at most once per template. Labels A, B (of digits A_1, A_2 ...), END;
+    group: operation and template, e.g. "addition-0".
     """
     gap = " " if spaced_apart(tokenizer) else ""
     results = {

@@ -25,8 +25,11 @@ class Task:
     """Pairs of one kind of prompt, made for a tokenizer from a seed.
 
     `task(tokenizer, n=100, seed=0, bos="auto", option="choice")` returns `n` distinct pairs, the
-    first of which do not depend on `n`. BadInput for an unknown option, and where the tokenizer
-    does not allow so many.
+    first of which do not depend on `n`. `bos` is that of `make_pair`. BadInput for an unknown
+    option, and where the tokenizer does not allow so many.
+
+    `draw`: what makes the pairs, (tokenizer, seed, bos, **options) -> pairs; the task has its name.
+    `options`: what each option may be, first what it is when left out.
     """
 
     def __init__(self, draw: Callable[..., Iterator[Pair]], options: Options) -> None:
@@ -62,7 +65,7 @@ class Task:
     def stream(
         self, tokenizer: PreTrainedTokenizerBase, seed: int, bos: Bos = "auto", **options: str
     ) -> Iterator[Pair]:
-        """The pairs one after another, as many as there are."""
+        """The pairs one after another, as many as there are. BadInput as `check` says."""
         self.check(options)
         chosen = {name: options.get(name, choices[0]) for name, choices in self.options.items()}
         said = (f"{o} {c}" for o, c in chosen.items() if c != self.options[o][0])
@@ -87,7 +90,7 @@ def task(**options: Sequence[str]) -> Callable[[Callable[..., Iterator[Pair]]], 
 
 
 def nearest(word: object, known: Collection[str]) -> str:
-    """The mend for a name that is not known."""
+    """The mend for a `word` that is not `known`: the one that is most like it, or all."""
     near = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"did you mean '{near[0]}'?" if near else f"use one of {', '.join(known)}"
 
