@@ -26,7 +26,7 @@ from patchsweep.store.digests import digest_of_all
 from patchsweep.store.integrity import withdraw
 from patchsweep.store.manifest import packed, unpacked
 from patchsweep.store.nodes import node
-from tiny import arrays, build, rows, tokenizer
+from tiny import arrays, build, rows, tokenizer, values
 
 SETTINGS: dict[str, Any] = {
     "components": ["head_z", "mlp_out"],
@@ -35,6 +35,8 @@ SETTINGS: dict[str, Any] = {
     "direction": "both",
 }
 OLDER = Path(__file__).parents[1] / "schema_2.zip"  # SETTINGS, by the version before
+ROUNDING = 1e-4  # between the machine that made it and this one
+DIGESTS = ("completion/", "records/", "baseline/")
 
 
 @pytest.fixture(scope="module")
@@ -280,8 +282,11 @@ def test_older_results_open_and_are_taken_over(
     (out / "zarr.json").write_text(json.dumps(root))
     older, now = ps.open(out), ps.open(whole)
     assert any("of an older version" in line for line in older.warnings())
-    assert older.to_frame().equals(now.to_frame())
-    xr.testing.assert_identical(older.to_xarray("head_z"), now.to_xarray("head_z"))
+    pd.testing.assert_frame_equal(older.to_frame(), now.to_frame(), rtol=0, atol=ROUNDING)
+    mine, new = (results.to_xarray("head_z") for results in (older, now))
+    xr.testing.assert_allclose(mine, new, rtol=0, atol=ROUNDING)
+    assert [v.attrs for v in mine.variables.values()] == [v.attrs for v in new.variables.values()]
+    assert mine.attrs == new.attrs
     assert not older.check().damages
     assert ps.verify(out, 5, model).holds
     for chunk in ("completion/head_z/c/1", "completion/mlp_out/c/0"):
@@ -289,7 +294,11 @@ def test_older_results_open_and_are_taken_over(
     assert not ps.open(out).complete
     created = older.attrs["created"]
     results = ps.sweep(model, pairs, out=out, resume=True, **SETTINGS)
-    assert arrays(out) == arrays(whole)
+    again, once = values(out), values(whole)
+    for name, found in again.items():
+        np.testing.assert_allclose(found, once[name], rtol=0, atol=ROUNDING, err_msg=name)
+    unlike = {n for n, raw in arrays(out).items() if raw != arrays(whole)[n]}
+    assert not {n for n in unlike - again.keys() if not n.startswith(DIGESTS)}
     assert (results.attrs["patchsweep_schema"], results.attrs["created"]) == (3, created)
     assert "appended" not in results.attrs
     assert not any("older" in line for line in results.warnings())
@@ -307,7 +316,8 @@ def test_what_older_results_lack_is_one_line(whole: Path, tmp_path: Path, key: s
             assert "missing" in str(error) and "\n" not in str(error)
             lines += 1
         else:
-            assert found.equals(read(ps.open(whole)))
+            now = read(ps.open(whole))
+            pd.testing.assert_frame_equal(found, now, rtol=0, atol=ROUNDING)
     assert lines == (2 if "text" in key else 1)  # both say the tokens
     if not key.endswith("pair"):
         assert "run again with --overwrite" in str(ps.check(out))
