@@ -257,6 +257,14 @@ def test_the_audit_says_what_a_whole_sweep_finds(whole: ps.Results, tmp_path: Pa
     assert whole.audit("head_z", "logit_diff", "noise") is None
 
 
+def test_a_choice_that_is_lost_is_said_not_to_be_made(tmp_path: Path) -> None:
+    some = {"components": ["head_z"], "metrics": METRICS[:1], "pairs": three()[:1]}
+    found = sweep(tmp_path / "r", {"keep": "20%"}, **some)
+    assert not ps.check(found.path).undone
+    (tmp_path / "r/completion/choice/c/0").unlink()
+    assert ps.check(found.path).undone == ("which cells are run is not chosen",)
+
+
 def test_verified(tmp_path: Path) -> None:
     """Kept and audited cells again, as full forwards; those only estimated are not drawn."""
     found = sweep(tmp_path / "r", {"keep": 4, "audit": 2}, components=["head_z"])

@@ -106,6 +106,8 @@ def check(path: str | Path) -> Check:
         done = store.records(record)[0]
         if not done.all():
             undone.append(f"{what} of {int(done.sum())} of {done.size} pairs are done")
+    if store.estimators and not store.records(CHOSEN)[0].all():
+        undone.append("which cells are run is not chosen")
     blocks = sum(m.size for m in marks)
     return Check(
         store.path, sum(int(m.sum()) for m in marks), blocks, found, (*undone,), store.vouched
