@@ -29,35 +29,35 @@ def test_a_run_patched_with_itself_does_not_change(case: Case) -> None:
         assert torch.equal(case.logits(*patches), base), component
 
 
-def test_every_unit_has_an_effect_and_none_before_its_position(case: Case) -> None:
-    base = case.logits()
-    for component in case.components():
-        for unit in case.units(component)[:6]:
+def test_every_unit_has_an_effect_and_none_before_its_position(few: Case) -> None:
+    base = few.logits()
+    for component in few.components():
+        for unit in few.units(component)[:6]:
             patch = Patch(component, layer_of(component), unit, {5: 5}, CLEAN)
-            effect = (case.logits(patch) - base).abs().amax(-1)
-            assert effect[:5].max() <= (case.family.tolerance if component == "resid_mid" else 0)
+            effect = (few.logits(patch) - base).abs().amax(-1)
+            assert effect[:5].max() <= (few.family.tolerance if component == "resid_mid" else 0)
             if component != "neuron":  # some are closed in both runs
-                assert effect[5:].max() > 100 * case.family.tolerance, component
+                assert effect[5:].max() > 100 * few.family.tolerance, component
 
 
-def test_constants_and_steering(case: Case) -> None:
+def test_constants_and_steering(few: Case) -> None:
     """The source's value as a constant, and what it has more than the destination as a vector."""
-    for component in case.components():
+    for component in few.components():
         if component == "head_pattern":
             continue
         layer = layer_of(component)
-        source, own = (case.seen(of, component, layer=layer) for of in (CLEAN, CORRUPT))
+        source, own = (few.seen(of, component, layer=layer) for of in (CLEAN, CORRUPT))
         if component in heads.PROJECTED:
             source, own = (
-                heads.activations(case.model, case.family, of)[component, layer]
+                heads.activations(few.model, few.family, of)[component, layer]
                 for of in (CLEAN, CORRUPT)
             )
-        for unit in case.units(component)[:2]:
+        for unit in few.units(component)[:2]:
             value, vector = (x[4] if unit is None else x[4, unit] for x in (source, source - own))
-            expected = case.logits(Patch(component, layer, unit, {4: 4}, CLEAN))
+            expected = few.logits(Patch(component, layer, unit, {4: 4}, CLEAN))
             for given in (value, Add(vector)):
-                patched = case.logits(Patch(component, layer, unit, {4: 4}, given))
-                assert distance(patched, expected) <= case.family.tolerance, component
+                patched = few.logits(Patch(component, layer, unit, {4: 4}, given))
+                assert distance(patched, expected) <= few.family.tolerance, component
 
 
 def test_steering_adds_to_the_destination() -> None:
@@ -79,15 +79,15 @@ def test_zero_is_zero() -> None:
 # Several patches.
 
 
-def test_the_later_in_the_list_counts_in_one_place(case: Case) -> None:
-    for component in case.components():
-        unit, layer = case.units(component)[-1], layer_of(component)
+def test_the_later_in_the_list_counts_in_one_place(few: Case) -> None:
+    for component in few.components():
+        unit, layer = few.units(component)[-1], layer_of(component)
         one, other = (Patch(component, layer, unit, {5: 5}, s) for s in (CLEAN, OTHER))
-        assert torch.equal(case.logits(one, other), case.logits(other)), component
-        assert torch.equal(case.logits(other, one), case.logits(one)), component
+        assert torch.equal(few.logits(one, other), few.logits(other)), component
+        assert torch.equal(few.logits(other, one), few.logits(one)), component
 
 
-def test_in_the_order_of_the_forward(case: Case) -> None:
+def test_in_the_order_of_the_forward(few: Case) -> None:
     """Whatever the order of the list: what comes later in the forward sees what came before."""
     parts = [
         Patch("embed", 0, None, {1: 1}, CLEAN),
@@ -96,20 +96,20 @@ def test_in_the_order_of_the_forward(case: Case) -> None:
         Patch("resid_post", 1, None, {3: 3}, OTHER),
         Patch("head_pattern", 2, 5, {LAST: LAST}, CLEAN),
     ]
-    expected = case.logits(*parts)
-    assert torch.equal(case.logits(*reversed(parts)), expected)
-    alone = [case.logits(part) for part in parts]
-    assert min(distance(expected, x) for x in alone) > 100 * case.family.tolerance
+    expected = few.logits(*parts)
+    assert torch.equal(few.logits(*reversed(parts)), expected)
+    alone = [few.logits(part) for part in parts]
+    assert min(distance(expected, x) for x in alone) > 100 * few.family.tolerance
     stream = Patch("resid_pre", 2, None, EVERYWHERE, CLEAN)
-    assert torch.equal(case.logits(stream, *parts[:4]), case.logits(stream))
+    assert torch.equal(few.logits(stream, *parts[:4]), few.logits(stream))
 
 
-def test_sources_are_unpatched_runs(case: Case) -> None:
+def test_sources_are_unpatched_runs(few: Case) -> None:
     """What is patched below, from another run or by a constant, does not reach the source."""
-    at_5 = case.seen(CLEAN, "head_z")[5, 2]
+    at_5 = few.seen(CLEAN, "head_z")[5, 2]
     z = Patch("head_z", LAYER, 2, {5: 5}, CLEAN)
     for source in (OTHER, torch.ones(())):
         stream = Patch("resid_pre", LAYER, None, EVERYWHERE, source)
-        after = case.seen(CORRUPT, "head_z", stream, z)
+        after = few.seen(CORRUPT, "head_z", stream, z)
         assert torch.equal(after[5, 2], at_5)
-        assert distance(case.seen(CORRUPT, "head_z", stream)[5, 2], at_5) > 1e-2
+        assert distance(few.seen(CORRUPT, "head_z", stream)[5, 2], at_5) > 1e-2
