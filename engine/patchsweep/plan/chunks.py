@@ -39,8 +39,9 @@ def chunked(
         of_cells = sum(math.prod(grid.tiles) for grid in chunks.values()) * (arrays + 1)
         return Chunks(chunks, most, of_cells + of_pairs)
 
-    if blocks is not None:
-        return cut(blocks)
+    one = cut(blocks or 1)
+    if blocks is not None or one.files <= MOST_FILES:
+        return one
     return min(
         map(cut, range(1, MOST_BLOCKS + 1)), key=lambda c: (max(c.files, MOST_FILES), c.blocks)
     )
