@@ -13,14 +13,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.prefilter.audit import Audit, Stratum, draw, ranks, strata
 from patchsweep.sites import Status
-from patchsweep.spec import Prefilter
 from patchsweep.statistics import Array
+
+if TYPE_CHECKING:
+    from patchsweep.spec import Prefilter
 
 STRATA = 2  # of the cells that are not kept, by their score
 NONE = 255  # the stratum of cells that are not drawn from

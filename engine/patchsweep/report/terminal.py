@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from patchsweep.errors import BadInput
-from patchsweep.results import Results, one_of_each
+from patchsweep.results import CellEffect, Results, one_of_each
 from patchsweep.sites import SETS, Grid, Status, unit_name
 from patchsweep.statistics import known_mean
 from patchsweep.store import EDGES, RUNS
@@ -175,9 +175,9 @@ def comparison_table(differences: Mapping[str, float], tolerance: float) -> Tabl
     return table
 
 
-def cell_name(cell: Any, unit: str) -> str:
-    """The usual name of the place of a row of `Results.top`: layer.head, or the layer alone."""
-    return f"{cell.layer}.{getattr(cell, unit)}" if unit else str(cell.layer)
+def cell_name(cell: CellEffect, unit: str) -> str:
+    """The usual name of its place: layer.head, or the layer alone."""
+    return f"{cell.layer}.{cell.unit}" if unit else str(cell.layer)
 
 
 def quoted(token: str) -> str:
@@ -253,23 +253,23 @@ def top_table(
     asked = asked or Asked()
     unit = unit_name(component)
     count = asked.top if sets is None else len(results.grid(component).positions)
-    found = results.top(component, metric, direction, count, source, align=asked.align)
+    found = results.largest(component, metric, direction, count, source, align=asked.align)
     if component == SETS:
         table = _table("set", f"patched {metric}", "effect")
-        for cell in [c for c in found.itertuples() if sets is None or c.set in sets][: asked.top]:
-            table.add_row(Text(str(cell.set)), _number(cell.patched), _effect(cell.effect))
+        for cell in [c for c in found if sets is None or c.position in sets][: asked.top]:
+            table.add_row(Text(str(cell.position)), _number(cell.patched), _effect(cell.effect))
         return table
     total = results.grid(component).pairs
-    fewer = bool((found.n_pairs < total).any())
+    fewer = any(cell.pairs < total for cell in found)
     place = f"layer.{unit}" if unit else "layer"
     pairs = ["pairs"] if fewer else []
     table = _table(place, "position", "token", *pairs, f"patched {metric}", "effect")
-    for cell in found.itertuples():
+    for cell in found:
         table.add_row(
             cell_name(cell, unit),
             Text(str(cell.position)),  # a label may look like markup
             Text(quoted(cell.token)),
-            *([f"{cell.n_pairs} of {total}"] if fewer else []),
+            *([f"{cell.pairs} of {total}"] if fewer else []),
             _number(cell.patched),
             _effect(cell.effect),
         )
@@ -331,9 +331,8 @@ def _detections(
     results: Results, component: str, metric: str, direction: str, align: str | None
 ) -> Text:
     unit = unit_name(component)
-    found = results.detections(component, metric, direction, align=align)
-    some = found[:NAMED_DETECTIONS].itertuples()
-    names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in some]
+    found = results.detected(component, metric, direction, align=align)
+    names = [f"{cell_name(cell, unit)}@{cell.position}" for cell in found[:NAMED_DETECTIONS]]
     more = f" and {len(found) - len(names)} more" if len(found) > len(names) else ""
     of = " (of the cells that were run)" if component in results.store.estimators else ""
     cells = "1 cell" if len(found) == 1 else f"{len(found)} cells"

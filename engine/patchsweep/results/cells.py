@@ -60,6 +60,25 @@ class Cells(Estimates):
         and no layer), token, patched (mean of the patched run's metric), effect, n_pairs. `align`
         and `min_pairs` as in `effect`.
         """
+        found = self.largest(
+            component, metric, direction, n, source, by=by, align=align, min_pairs=min_pairs
+        )
+        return self._table(component, found)
+
+    def largest(
+        self,
+        component: str,
+        metric: str,
+        direction: str | None = None,
+        n: int = 10,
+        source: str | None = None,
+        *,
+        by: str = "cell",
+        align: str | None = None,
+        min_pairs: int | None = None,
+    ) -> list[CellEffect]:
+        """What `top` returns, the `n` largest, cell by cell: without pandas, whose import takes
+        a while."""
         columns = self.columns(component, align)
         found = self.shown(component, metric, direction, source, align=align, min_pairs=min_pairs)
         keep = np.isfinite(found.effect)
@@ -67,7 +86,7 @@ class Cells(Estimates):
             one_of("by", by, ("cell", unit_name(component) or "layer"))
             size = np.where(keep, np.abs(found.effect), -1)
             keep &= np.arange(size.shape[2]) == size.argmax(2)[..., None]
-        return self._table(component, self._ranked(component, columns, found, keep, n))
+        return self._ranked(component, columns, found, keep, n)
 
     def detections(
         self,
@@ -86,10 +105,26 @@ class Cells(Estimates):
         Mean and (population) standard deviation are over all finite cells, layer × unit × position.
         The rule is that of Zhang & Nanda, arXiv 2309.16042. Largest absolute effect first.
         """
+        found = self.detected(
+            component, metric, direction, sd, source, align=align, min_pairs=min_pairs
+        )
+        return self._table(component, found)
+
+    def detected(
+        self,
+        component: str,
+        metric: str,
+        direction: str | None = None,
+        sd: float = 2.0,
+        source: str | None = None,
+        *,
+        align: str | None = None,
+        min_pairs: int | None = None,
+    ) -> list[CellEffect]:
+        """What `detections` returns, those beyond `sd`, cell by cell."""
         columns = self.columns(component, align)
         found = self.over_pairs(component, metric, direction, source, columns, min_pairs)
-        far = beyond_sd(found.effect, sd)
-        return self._table(component, self._ranked(component, columns, found, far))
+        return self._ranked(component, columns, found, beyond_sd(found.effect, sd))
 
     def top_sites(
         self, component: str, metric: str, direction: str, n: int, min_pairs: int | None = None

@@ -10,13 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
 from patchsweep.sites import Site
-from patchsweep.spec import Circuit, Complement, Sweep
+
+if TYPE_CHECKING:
+    from patchsweep.spec import Circuit, Sweep
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -75,6 +78,8 @@ class Curve:
 def with_circuit(settings: Sweep, ranking: Sequence[Site]) -> Sweep:
     """The settings with the sets of a circuit: for every size the best sites, and all others; and
     all sites there are."""
+    from patchsweep.spec import Complement  # imports pydantic
+
     circuit = settings.circuit
     if circuit is None:
         return settings

@@ -12,7 +12,6 @@ from patchsweep.results.columns import same_token
 from patchsweep.results.effects import layer_parts
 from patchsweep.results.together import Together
 from patchsweep.sites import COMPONENTS, RUN, SETS, Status
-from patchsweep.spec import INNER
 from patchsweep.statistics import diagnostics, known_mean
 from patchsweep.store import EDGES
 
@@ -23,6 +22,8 @@ class Diagnosed(Together):
     @cached_property
     def inner_metrics(self) -> list[str]:
         """The metrics that read inside the model: their cells are not about the answer."""
+        from patchsweep.spec import INNER  # imports pydantic
+
         said = self.attrs["spec"].get("metrics", [])
         return [
             m

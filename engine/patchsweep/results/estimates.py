@@ -14,7 +14,6 @@ from patchsweep.results.columns import Columns
 from patchsweep.results.effects import Effects, OverPairs
 from patchsweep.results.reader import one_of
 from patchsweep.sites import RUN
-from patchsweep.spec import Prefilter
 from patchsweep.statistics import Agreement, Array, agreement, ratio
 from patchsweep.store import EDGES
 
@@ -96,6 +95,8 @@ class Estimates(Effects):
     ) -> Verdict | None:
         """What the prefilter's cells that were run say of those that were not; None without a
         prefilter, for a component that was not estimated, and where nothing was kept."""
+        from patchsweep.spec import Prefilter  # imports pydantic
+
         grid, d, s = self._at(component, metric, direction, source)
         given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
         if given is None or component not in estimated or not self.complete:

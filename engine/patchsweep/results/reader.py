@@ -84,13 +84,24 @@ class Reader:
 
     def baseline(self, metric: str) -> Array:
         """The metric of the unpatched runs, [run = clean, corrupt; source; sample; pair]."""
-        name = one_of("metric", metric, self.metrics)
-        return self.store.read(f"baseline/{name}").astype(np.float64)
+        return self._unpatched(one_of("metric", metric, self.metrics))
 
     def noise_floor(self, metric: str) -> Array:
         """Distance of a null patch from the baseline, [run, source, sample, pair]."""
-        name = one_of("metric", metric, self.metrics)
-        return self.store.read(f"baseline/{name}_noise_floor").astype(np.float64)
+        return self._unpatched(f"{one_of('metric', metric, self.metrics)}_noise_floor")
+
+    @cached_property
+    def _whole(self) -> dict[str, Array]:
+        """What `_unpatched` has read, and will not change any more."""
+        return {}
+
+    def _unpatched(self, name: str) -> Array:
+        if name in self._whole:
+            return self._whole[name].copy()
+        found = self.store.read(f"baseline/{name}").astype(np.float64)
+        if np.isfinite(found).all():
+            self._whole[name] = found.copy()
+        return found
 
     @cached_property
     def _text(self) -> dict[str, NDArray[Any]]:
