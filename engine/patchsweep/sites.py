@@ -19,6 +19,8 @@ DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 
 # The dimensions of every result array, in this order.
 DIMENSIONS = ("direction", "source", "sample", "pair", "layer", "unit", "position")
+# What the last three are in the arrays of edges.
+EDGE_DIMENSIONS = (*DIMENSIONS[:4], "position", "receiver", "sender")
 
 
 Unit = Literal["", "head", "kv_head", "neuron", "feature"]
@@ -56,6 +58,8 @@ COMPONENTS = {
 }
 # Runs that patch several sites at once: a grid of their own, whose positions are the sets' names.
 SETS = "sets"
+# Runs that patch one edge each: a grid of their own, of positions × receivers × senders.
+EDGES = "edges"
 # What sliding windows of adjacent layers are over.
 WINDOWED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -67,7 +71,7 @@ class Status(IntEnum):
     EXACT = 1
     STRUCTURAL = 2  # equals the destination's baseline by construction: nothing was run
     ESTIMATED = 3
-    OUTSIDE = 4  # outside the prompt
+    OUTSIDE = 4  # outside the prompt; no edge
     AUDITED = 5
     NOT_FINITE = 6
 
@@ -188,8 +192,14 @@ def component(name: str) -> Component:
 
 
 def unit_name(name: str) -> str:
-    """What a layer of a component holds several of; empty if it holds one. Sets have none."""
-    return "" if name == SETS else component(name).unit
+    """What a layer of a component holds several of; empty if it holds one. Sets and edges have
+    none."""
+    return "" if name in (SETS, EDGES) else component(name).unit
+
+
+def dimensions(name: str) -> tuple[str, ...]:
+    """The names of the dimensions of a grid's arrays."""
+    return EDGE_DIMENSIONS if name == EDGES else DIMENSIONS
 
 
 def blocks(grid: Grid) -> list[Block]:

@@ -26,6 +26,7 @@ from patchsweep.attribution.estimators import (
     check_edges,
     check_weights,
     chosen,
+    scored,
 )
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.attribution.sweep import (
@@ -54,6 +55,7 @@ __all__ = [
     "expected",
     "pair_ranges",
     "score_edges",
+    "scored",
     "tried",
     "write_edges",
     "write_estimates",

@@ -10,7 +10,7 @@ from torch import nn
 from patchsweep.errors import BadInput
 from patchsweep.passes import DIVERGENCES
 from patchsweep.sites import Direction, component
-from patchsweep.spec import Mean, Metric, Sweep, Vector
+from patchsweep.spec import INNER, Mean, Metric, Sweep, Vector
 
 # What each computes is said in `estimate.estimate_pairs`.
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
@@ -34,7 +34,6 @@ DEFAULT: dict[str, Estimator] = {
 }
 THROUGH_PATTERNS = ("head_q", "head_k", "head_pattern")
 NO_GRADIENT = ("rank", "accuracy")
-EDGES = ("scores of edges", "edges")  # what `_not_on` says of them
 
 
 def chosen(settings: Sweep) -> dict[str, str]:
@@ -72,12 +71,15 @@ def check_edges(settings: Sweep) -> None:
     """BadInput for edges that cannot be scored: of which metric, source and backend."""
     if settings.edges is None:
         return
-    # Between two runs a divergence has a gradient.
-    directions = settings.directions if settings.edges.name == "eap" else ()
-    try:
-        check({}, settings.metrics, directions)
-    except BadInput as error:
-        raise BadInput(f"edges: {error}") from error
+    if settings.edges.exact:
+        _check_reads(settings)
+    else:
+        # Between two runs a divergence has a gradient.
+        directions = settings.directions if settings.edges.name == "eap" else ()
+        try:
+            check({}, settings.metrics, directions)
+        except BadInput as error:
+            raise BadInput(f"edges: {error}") from error
     for name, given in settings.sources:
         if name == "zero" or isinstance(given, Mean | Vector):
             raise BadInput(
@@ -85,12 +87,27 @@ def check_edges(settings: Sweep) -> None:
                 "resample, or leave edges out"
             )
     if settings.backend == "nnsight":
-        raise _not_on("it is asked for", *EDGES)
+        raise _not_on("it is asked for", *_edges(settings))
+
+
+def _check_reads(settings: Sweep) -> None:
+    """BadInput for metrics that read what no edge leads to: the residual stream, or an MLP
+    inside."""
+    for m in settings.metrics:
+        place = m.component if m.name == "probe" else m.name
+        if place == "sae_feature" and settings.sae:
+            place = settings.sae.at
+        if m.name in INNER and place in ("resid_pre", "resid_mid", "resid_post", "neuron"):
+            what = "inside an MLP" if place == "neuron" else "in the residual stream"
+            raise BadInput(
+                f"edges: {m.column} is read {what}, where no edge ends: leave it out, or read "
+                "queries, keys, values, patterns, z or what attention and MLPs put out"
+            )
 
 
 def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
     """BadInput where autograd cannot follow what is computed with a model's weights."""
-    if not (settings.estimate or settings.prefilter or settings.edges):
+    if not (settings.estimate or settings.prefilter or scored(settings)):
         return
     if any(p.is_inference() for p in hf_model.parameters()):
         raise BadInput(
@@ -99,12 +116,22 @@ def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
         )
 
 
+def scored(settings: Sweep) -> bool:
+    """Whether edges are scored, and not run."""
+    return settings.edges is not None and not settings.edges.exact
+
+
 def check_backend(settings: Sweep, record: Mapping[str, Any]) -> None:
     """BadInput where a sweep with estimates or edges runs through nnsight after all; `record` says
     why it does (`backends.Backend`)."""
     estimators = chosen(settings)
     if (estimators or settings.edges) and record["backend"] == "nnsight":
-        raise _not_on(record["backend_reason"], *(() if estimators else EDGES))
+        raise _not_on(record["backend_reason"], *(() if estimators else _edges(settings)))
+
+
+def _edges(settings: Sweep) -> tuple[str, str]:
+    """What `_not_on` says of them."""
+    return "scores of edges" if scored(settings) else "exact edges", "edges"
 
 
 def _not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from patchsweep.attribution.eap import Scores, score_edges
 from patchsweep.attribution.estimate import Estimates, estimate_pairs
-from patchsweep.attribution.estimators import chosen
+from patchsweep.attribution.estimators import chosen, scored
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.device import MEND, OutOfMemory, within_memory
 from patchsweep.errors import BadInput
@@ -35,7 +35,7 @@ def tried(forward: Forward, plan: Plan, settings: Sweep, values: Values) -> None
     estimators, metrics = chosen(settings), settings.metrics
     if estimators and any(m.name == "callable" for m in metrics):
         estimate_pairs(forward, plan, range(1), estimators, metrics, values, steps=1)
-    if settings.edges:
+    if settings.edges and scored(settings):
         score_edges(forward, plan, range(1), metrics, values, min(2, settings.edges.steps))
 
 

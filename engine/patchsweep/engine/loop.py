@@ -244,7 +244,7 @@ def _estimated(
             plan = attribution.chosen_cells(plan, settings, store)
             if processes.first:
                 store.set_attrs(plan=plan.counts())
-    if settings.edges:
+    if attribution.scored(settings):
         attribution.write_edges(forward, plan, settings, values, store, processes)
     return plan
 

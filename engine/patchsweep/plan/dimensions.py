@@ -71,6 +71,7 @@ class Dimensions:
     neurons: int | None = None
     d_qk: int = 0
     uneven: tuple[tuple[str, str], ...] = ()
+    parallel: tuple[int, ...] = ()  # the layers whose MLP reads what their attention reads
 
     def check_even(self, what: str, *names: str) -> None:
         """BadInput, saying `what` is not possible, if layers differ in a size of these `names`."""

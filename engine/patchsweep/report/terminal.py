@@ -16,7 +16,7 @@ from patchsweep.errors import BadInput
 from patchsweep.results import Results, one_of_each
 from patchsweep.sites import SETS, Grid, Status, unit_name
 from patchsweep.statistics import known_mean
-from patchsweep.store import EDGES, RUNS
+from patchsweep.store import RUNS
 
 if TYPE_CHECKING:
     from patchsweep.plan import Plan
@@ -109,7 +109,7 @@ def others(results: Results, asked: Asked) -> Iterator[tuple[str, Table]]:
         title = "Estimated against exact changes, over the cells that were run"
         yield title, agreement(results)
     for metric in asked.metrics or results.metrics[:1]:
-        if results.attrs.get(EDGES):
+        if results.has_edges:
             for direction in results.grid(results.components[0]).directions:
                 yield edges(results, metric, direction)
         if results.has_circuit:
@@ -319,12 +319,13 @@ def audits(results: Results, component: str, direction: str, metrics: Sequence[s
 
 def edges(results: Results, metric: str, direction: str) -> tuple[str, Table]:
     """The edges of largest score, under a title with what makes them an approximation."""
-    how = results.edges(metric, direction).attrs["approximation"]
+    how = results.edges(metric, direction).attrs.get("approximation")
     table = _table("edge", "score")
     count = TOP // len(results.grid(results.components[0]).directions)
     for edge, score in results.top_edges(metric, direction, count):
         table.add_row(edge, f"{score:+.4g}")
-    return f"Edges, {direction}: largest estimated changes of {metric}, by {how}", table
+    changes = f"estimated changes of {metric}, by {how}" if how else f"changes of {metric}"
+    return f"Edges, {direction}: largest {changes}", table
 
 
 def _detections(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
-from patchsweep.sites import Grid
+from patchsweep.sites import EDGES, Grid
 from patchsweep.statistics import Array
 from patchsweep.store import RUNS, Store, stored_pairs, texts_of, two_prompts
 
@@ -36,7 +36,7 @@ class Reader:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the patched components."""
-        return tuple(self.store.grids)
+        return tuple(name for name in self.store.grids if name != EDGES)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class Reader:
     @property
     def complete(self) -> bool:
         """Whether every block is done."""
-        return all(self.store.done(name).all() for name in self.components)
+        return all(self.store.done(name).all() for name in self.store.grids)
 
     @property
     def model(self) -> str:

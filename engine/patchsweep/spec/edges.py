@@ -1,4 +1,4 @@
-"""How the edges of a model are scored."""
+"""How the edges of a model are scored, or that they are run."""
 
 from __future__ import annotations
 
@@ -7,38 +7,62 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, StrictInt
 
 from patchsweep.spec.data import Data, made, named
+from patchsweep.spec.positions import AnyPositions
+
+Through = Literal["nothing", "mlps"]
 
 
 class Edges(Data):
-    """`eap`, edge attribution patching, or `eap_ig`, with the gradient's mean over `steps`."""
+    """`eap`, edge attribution patching; `eap_ig`, with the gradient's mean over `steps`; or
+    `exact`: every edge is run, from a sender at `positions`, `through` nothing but the residual
+    stream, or through the MLPs that lie between."""
 
-    name: Literal["eap", "eap_ig"]
-    steps: Annotated[StrictInt, Field(ge=1)]
+    name: Literal["eap", "eap_ig", "exact"]
+    steps: Annotated[StrictInt, Field(ge=1)] = 1
+    positions: AnyPositions = "all"
+    through: Through = "nothing"
+
+    @property
+    def exact(self) -> bool:
+        """Whether edges are run."""
+        return self.name == "exact"
 
 
-class Options(Data):
-    """Those of eap_ig."""
+class Steps(Data):
+    """The options of eap_ig."""
 
     steps: Annotated[StrictInt, Field(ge=1)] = 5  # as in the paper
+
+
+class Exact(Data):
+    """Those of exact."""
+
+    positions: AnyPositions = "all"
+    through: Through = "nothing"
+
+
+OPTIONS = {"eap_ig": Steps, "exact": Exact}
 
 
 def _edges(value: object) -> object:
     if value is None or isinstance(value, Edges):
         return value
     name, options = named(value, "way to score edges")
-    if name not in ("eap", "eap_ig"):
-        raise ValueError(f"unknown scores '{name}': use eap or eap_ig")
+    if name not in ("eap", *OPTIONS):
+        raise ValueError(f"unknown scores '{name}': use eap, eap_ig or exact")
     if name == "eap":
         if options:
             raise ValueError("eap has no options: write eap")
-        return Edges(name="eap", steps=1)
-    return Edges(name="eap_ig", steps=made(Options, options, "eap_ig: ").steps)
+        return Edges(name="eap")
+    return Edges(name=name, **dict(made(OPTIONS[name], options, f"{name}: ")))
 
 
 def _edges_data(edges: Edges | None) -> Any:
     if edges is None or edges.name == "eap":
         return edges and edges.name
-    return {"eap_ig": {"steps": edges.steps}}
+    said = edges.model_dump(mode="json", include={*OPTIONS[edges.name].model_fields})
+    usual = Exact().model_dump(mode="json")
+    return edges.name if said == usual else {edges.name: said}
 
 
 EdgeScores = Annotated[Edges | None, BeforeValidator(_edges), PlainSerializer(_edges_data)]

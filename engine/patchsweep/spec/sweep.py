@@ -24,6 +24,7 @@ from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
+from patchsweep.spec.positions import AnyPositions
 from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
@@ -42,11 +43,7 @@ class Sweep(Data):
     source: Sources = (("other", None),)
     direction: Literal["denoise", "noise", "both"] = "denoise"
     components: tuple[StrictStr, ...] = ()
-    positions: (
-        Literal["each", "all"]
-        | tuple[StrictInt | StrictStr, ...]
-        | dict[StrictStr, tuple[StrictInt | StrictStr, ...]]
-    ) = "each"
+    positions: AnyPositions = "each"
     windows: tuple[Annotated[StrictInt, Field(ge=2)], ...] = ()
     sets: dict[StrictStr, Sites] = Field(default_factory=dict)
     circuit: Circuit | None = None
@@ -98,29 +95,6 @@ class Sweep(Data):
             if isinstance(name, str):
                 component(name)
         return names
-
-    @field_validator("positions", mode="before")
-    @classmethod
-    def _positions(cls, value: object) -> object:
-        if isinstance(value, str) and value in ("each", "all"):
-            return value
-        if isinstance(value, str):
-            raise ValueError(f"'{value}' is not known: use each, all, or a list such as [{value}]")
-        if isinstance(value, Mapping):
-            if not value:
-                raise ValueError("the mapping is empty: name at least one group of positions")
-            if wrong := [name for name in value if not isinstance(name, str)]:
-                raise ValueError(f"{wrong[0]!r} names a group of positions: quote it")
-            return {name: cls._entries(entries) for name, entries in value.items()}
-        return cls._entries(value)
-
-    @classmethod
-    def _entries(cls, value: object) -> tuple[Any, ...]:
-        entries = list_of(value, "index or label")
-        for entry in entries:
-            if type(entry) not in (int, str):
-                raise ValueError(f"{entry!r} is no token index and no label: quote it if a label")
-        return entries
 
     @field_validator("metrics", mode="before")
     @classmethod

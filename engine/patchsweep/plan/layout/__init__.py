@@ -6,6 +6,7 @@ prompt; of sets, over [pair, 1, set].
 
     columns.py   what is known of a variant, a component's runs, the sets' sites, as arrays
     grids.py     which cells are runs, where their rows start and where they join
+    edges.py     which edges are runs, and the tokens that these begin with
     sets.py      windows and sets as a table of sites; what a model or a pair does not have
 """
 
@@ -19,6 +20,7 @@ from patchsweep.plan.layout.columns import (
     Variant,
     injected_tokens,
 )
+from patchsweep.plan.layout.edges import EdgeTable, Reached
 from patchsweep.plan.layout.grids import Layouts
 from patchsweep.plan.layout.sets import make_layouts
 
@@ -26,10 +28,12 @@ __all__ = [
     "CODES",
     "NAMES",
     "OWN",
+    "EdgeTable",
     "Features",
     "Layout",
     "Layouts",
     "Places",
+    "Reached",
     "Variant",
     "injected_tokens",
     "make_layouts",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,9 +25,10 @@ from patchsweep.plan.layout.columns import (
     Variant,
     injected_tokens,
 )
+from patchsweep.plan.layout.edges import EdgeTable, Reached, reached
 from patchsweep.plan.reads import Inner, Reads
 from patchsweep.plan.sources import Other, Source
-from patchsweep.sites import COMPONENTS, SETS, Direction, Enters, Grid, component
+from patchsweep.sites import COMPONENTS, EDGES, SETS, Direction, Enters, Grid, component
 
 # What of a layer's sizes says how many units it has.
 SIZE_OF = {"head": ("heads",), "kv_head": ("kv_heads",), "neuron": ("neurons",)}
@@ -45,6 +46,7 @@ class Layouts:
     dimensions: Dimensions
     table: SiteTable | None
     features: Features | None
+    edges: EdgeTable | None = None
 
     @property
     def samples(self) -> int:
@@ -89,6 +91,10 @@ class Layouts:
         if name == SETS:
             assert self.table is not None
             layers, units, names = range(1), 1, self.table.names
+        elif name == EDGES:
+            assert self.edges is not None
+            layers = range(len(self.edges.positions.names))
+            units, names = len(self.edges.receivers), tuple(map(str, self.edges.senders))
         else:
             layers, units = self.layers(name), self.units(name)
             names = self.positions.names  # type: ignore[assignment]
@@ -114,10 +120,23 @@ class Layouts:
             self._cache[key] = self._layout(name, variant)
         return self._cache[key]  # type: ignore[return-value]
 
-    def patched(self, components: Sequence[str]) -> list[str]:
-        """These components, and those of the sets' sites."""
+    def patched(self, components: Iterable[str]) -> list[str]:
+        """Of these components and grids the components, with those of the sets' sites, and what
+        edges begin and end in."""
         codes = [] if self.table is None else np.unique(self.table.component).tolist()
-        return list(dict.fromkeys([*components, *(NAMES[code] for code in codes)]))
+        ends = [] if self.edges is None else ["head_z", "head_q", "head_k", "head_v", "mlp_out"]
+        own = [name for name in components if name not in (SETS, EDGES)]
+        return list(dict.fromkeys([*own, *(NAMES[code] for code in codes), *ends]))
+
+    def reached(self, variant: Variant, pair: int) -> Reached:
+        """The edges of one pair; pairs that are alike have the same."""
+        assert self.edges is not None
+        frame, members = self.frames(variant)[pair], self.edges.positions.members[pair]
+        arrays = (frame.to_dst, frame.to_src, frame.differs, frame.reads, frame.inner, members)
+        key = ("reached", frame.length, *(x.tobytes() for x in arrays))
+        if key not in self._cache:
+            self._cache[key] = reached(self.edges, frame, members)
+        return self._cache[key]  # type: ignore[return-value]
 
     def exists_at_all(self, variant: Variant) -> bool:
         """Whether the variant's source has that sample."""

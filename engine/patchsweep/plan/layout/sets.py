@@ -1,4 +1,4 @@
-"""The runs that a sweep asks for: its windows and sets as a table of sites."""
+"""The runs that a sweep asks for: its windows and sets as a table of sites, its edges."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from patchsweep.pairs import Pair, resolve_positions
 from patchsweep.plan.cone import Map
 from patchsweep.plan.dimensions import Dimensions
 from patchsweep.plan.layout.columns import CODES, OWN, Features, SiteTable
+from patchsweep.plan.layout.edges import EdgeTable
 from patchsweep.plan.layout.grids import Layouts
 from patchsweep.plan.reads import Reads
 from patchsweep.plan.sources import Source
@@ -40,6 +41,7 @@ def make_layouts(
         dimensions=dimensions,
         table=None,
         features=features,
+        edges=_edges(pairs, settings, dimensions),
     )
     for read in reads.inner:
         _check_read(out, read.metric)
@@ -52,6 +54,13 @@ def make_layouts(
         else:
             sets[name] = [_site(out, site, name) for site in given]
     return replace(out, table=_table(out, sets)) if sets else out
+
+
+def _edges(pairs: Sequence[Pair], settings: Sweep, dimensions: Dimensions) -> EdgeTable | None:
+    asked = settings.edges
+    if asked is None or not asked.exact:
+        return None
+    return EdgeTable(asked, resolve_positions(pairs, asked.positions), dimensions)
 
 
 def _check_read(of: Layouts, m: Metric) -> None:

@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from patchsweep.plan import Ints, Plan, Wave, null_start
 from patchsweep.plan.layout import CODES, OWN, Places, Variant, injected_tokens
-from patchsweep.plan.schedule.steps import Bools, Edit, Embedding, Patched, Runs, Schedule, ragged
-from patchsweep.sites import RUN, SETS, Block
+from patchsweep.plan.schedule.edges import CLIMBER, NO_CLIMBERS, climbers_of, of_edges
+from patchsweep.plan.schedule.steps import (
+    Bools,
+    Climbers,
+    Edit,
+    Embedding,
+    Patched,
+    Runs,
+    Schedule,
+    ragged,
+)
+from patchsweep.sites import EDGES, RUN, SETS, Block
 
 NULL = -1  # the block of null patches, which belong to none
 
 # Columns of runs and of what they replace, until the runs are put in order.
 _RUN = ("block", "cell", "pair", "direction", "layer", "start", "joins", "set")
-_PLACE = ("run", "component", "layer", "unit", "position", "source")
+_PLACE = ("run", "component", "layer", "unit", "position", "source", "climber")
 
 
 def make_schedule(plan: Plan, wave: Wave) -> Schedule:
     """Lay a wave out."""
     bases = _base_rows(plan, wave)
-    parts, pieces = [_null(plan, wave)], []
-    offset = len(parts[0]["pair"])
+    parts, pieces, climbers = [_null(plan, wave)], [], [NO_CLIMBERS]
+    offset, climbing = len(parts[0]["pair"]), 0
     for number, block in enumerate(wave.blocks):
         for pair in block.pairs:
-            found, places = _of_block(plan, wave, block, number, pair)
+            if block.component == EDGES:
+                found, places, climb = of_edges(plan, wave, block, number, pair)
+                places["climber"] += climbing
+                climbing += len(climb["pair"])
+                climbers.append(climb)
+            else:
+                found, places = _of_block(plan, wave, block, number, pair)
+                places["climber"] = np.full_like(places["run"], -1)
             places["run"] += offset
             offset += len(found["pair"])
             parts.append(found)
@@ -46,6 +64,8 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
     found["run"] = rank[found["run"]]
     patched, injected = _patched(plan, wave, runs, found, bases)
     rows = np.concatenate([np.arange(len(bases["pair"])), runs.base])
+    edges = plan.layouts.edges
+    climb = {k: np.concatenate([c[k] for c in climbers]) for k in CLIMBER}
     return Schedule(
         embedding=_embedding(plan, wave, bases, runs, patched),
         base_offset=bases["offset"],
@@ -61,6 +81,8 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
         injected_call=patched.call[injected],
         injected_attends=patched.component[injected] == CODES["head_q"],
         layers=plan.dimensions.layers,
+        climbers=climbers_of(climb, bases["offset"], partial(_row_of, plan, wave)),
+        through_mlps=edges is not None and edges.asked.through == "mlps",
     )
 
 
@@ -202,6 +224,7 @@ def _patched(
         donor[mine] = (bases["offset"][row] + at)[mine]
         moved[mine] = (at != position)[mine]
     moved &= np.isin(found["component"], (CODES["head_q"], CODES["head_k"]))
+    moved &= found["climber"] < 0  # it stands where its receiver does
 
     columns = (found["component"], found["layer"], found["unit"], position, found["source"])
     call, _ = layouts.calls(Places(run, *columns))
@@ -210,7 +233,7 @@ def _patched(
     dst = runs.dst[run[injected]]
     injected = injected[np.lexsort((position[injected], dst, ~attends, call[injected]))]
     slot = _slots(run, position, injected, call == runs.joins[run] - 1)
-    return Patched(run, *columns, donor, call, slot, moved), injected
+    return Patched(run, *columns, donor, call, slot, moved, found["climber"]), injected
 
 
 def _slots(run: Ints, position: Ints, injected: Ints, late: Bools) -> Ints:
@@ -270,7 +293,7 @@ def _embedding(
 
 _NONE, _NO_PLACES = np.zeros(0, np.int64), np.zeros(0, bool)
 _NO_RUNS = Runs(*(_NONE,) * 10)
-_NO_PATCHES = Patched(*(_NONE,) * 9, _NO_PLACES)
+_NO_PATCHES = Patched(*(_NONE,) * 9, _NO_PLACES, _NONE)
 
 
 def rows_only(prompts: Sequence[tuple[int, ...]], layers: int) -> Schedule:
@@ -317,4 +340,6 @@ def _unpatched(rows: dict[str, Ints], embedding: Embedding, layers: int) -> Sche
         injected_call=_NONE,
         injected_attends=_NO_PLACES,
         layers=layers,
+        climbers=Climbers(*(_NONE,) * 7),
+        through_mlps=False,
     )

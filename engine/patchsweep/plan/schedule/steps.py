@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.plan import Ints
-from patchsweep.plan.layout import CODES, NAMES
+from patchsweep.plan.layout import CODES, NAMES, OWN
 from patchsweep_kernels import Rows
 
 NOWHERE = 1 << 40  # the first position of a row that is not carried yet
@@ -54,6 +54,38 @@ class RowTokens:
 
 
 @dataclass(frozen=True)
+class Climbers:
+    """The tokens that runs of edges begin with, in columns [climber].
+
+    What is sent is the output of `component` and `unit` (of a layer's heads 0 and on) in the base
+    token `src` in place of that in `dst`, at `position`. `first`: the first layer call that a
+    climber is in, of a head its own; `last`: the last one that reads it.
+    """
+
+    component: Ints
+    unit: Ints
+    first: Ints
+    last: Ints
+    dst: Ints
+    src: Ints
+    position: Ints
+
+    def __len__(self) -> int:
+        return len(self.dst)
+
+
+@dataclass(frozen=True)
+class Climb:
+    """What climbers do in one layer call. By the place where it is seen, of which senders the
+    change is measured: (climber, token with it, token without), [born] each. To what the tokens
+    `lifted` were gathered from, the changes `by` (climbers) are added."""
+
+    born: dict[str, tuple[Ints, Ints, Ints]]
+    lifted: Ints
+    by: Ints
+
+
+@dataclass(frozen=True)
 class Step:
     """One layer call, or at the end what the tail reads.
 
@@ -72,6 +104,7 @@ class Step:
     row_tokens: RowTokens
     base: int
     reading: Ints
+    climb: Climb | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +149,8 @@ class Runs:
 @dataclass(frozen=True)
 class Patched:
     """Every replacement of every run, in columns [place]; `donor` is a base token, −1 for none;
-    `slot` numbers the injected tokens, −1 for none; `moved`: the donor is to be rotated."""
+    `climber` the one that is the donor instead, −1 for none; `slot` numbers the injected tokens,
+    −1 for none; `moved`: the donor is to be rotated."""
 
     run: Ints
     component: Ints
@@ -128,6 +162,7 @@ class Patched:
     call: Ints
     slot: Ints
     moved: Bools
+    climber: Ints
 
 
 @dataclass(frozen=True)
@@ -150,6 +185,8 @@ class Schedule:
     injected_call: Ints
     injected_attends: Bools
     layers: int
+    climbers: Climbers
+    through_mlps: bool  # what climbers go through, or nothing but the residual stream
 
     @property
     def base(self) -> int:
@@ -162,6 +199,7 @@ class Schedule:
         group = _group(runs)
         at = np.zeros(len(runs.start), np.int64)  # first token of each row below
         slot = np.zeros(len(self.injected_run), np.int64)  # token of each injected one below
+        climber = np.zeros(len(self.climbers), np.int64)  # and of each climber
         for layer in range(self.layers + 1):
             alive = np.flatnonzero(runs.joins <= layer)
             born = runs.joins == layer
@@ -197,26 +235,66 @@ class Schedule:
             donor_slot = np.full(len(self.patched.run), -1)
             donor_slot[moved] = base + len(source) + len(inject) + np.arange(len(moved))
             silent = inject[~self.injected_attends[inject]]
+            c = self.climbers
+            up = np.flatnonzero((c.first <= layer) & (layer <= c.last))
+            below = np.where(self.through_mlps & (c.first < layer), climber, c.dst)[up]
+            climber[up] = base + len(source) + len(inject) + len(moved) + np.arange(len(up))
             yield Step(
-                gather=np.concatenate([np.arange(base), source, copied, donors]),
+                gather=np.concatenate([np.arange(base), source, copied, donors, below]),
                 positions=np.concatenate(
                     [
                         self.embedding.positions[:base],
                         runs.start[run] + offset,
                         self.injected_position[inject],
                         self.patched.position[moved],
+                        c.position[up],
                     ]
                 ),
                 rows=[*self._rows(alive, at, group), *self._queries(inject, slot)],
-                borrowers=np.concatenate([slot[silent], donor_slot[moved]]),
+                borrowers=np.concatenate([slot[silent], donor_slot[moved], climber[up]]),
                 lenders=np.concatenate(
-                    [runs.dst[self.injected_run[silent]] + self.injected_position[silent], donors]
+                    [
+                        runs.dst[self.injected_run[silent]] + self.injected_position[silent],
+                        donors,
+                        c.dst[up],
+                    ]
                 ),
-                edits=self._edits(here_patched, tokens, slot, donor_slot),
+                edits=[
+                    *self._sent(layer, climber),
+                    *self._edits(here_patched, tokens, slot, donor_slot, climber),
+                ],
                 row_tokens=tokens,
                 base=base,
                 reading=np.arange(len(self.row_pair)),
+                climb=self._climb(layer, up, climber) if len(c) else None,
             )
+
+    def _sent(self, layer: int, climber: Ints) -> list[Edit]:
+        """What makes climbers of the tokens in the layer of heads that send."""
+        c = self.climbers
+        new = np.flatnonzero((c.component == CODES["head_z"]) & (c.first == layer))
+        if not len(new):
+            return []
+        at, row = climber[new], np.zeros_like(new)
+        return [Edit("head_z", OWN, at, c.src[new], at, c.unit[new], c.position[new], row)]
+
+    def _climb(self, layer: int, up: Ints, climber: Ints) -> Climb:
+        c = self.climbers
+        head = c.component == CODES["head_z"]
+        sent = {
+            "resid_pre": (c.component == CODES["embed"]) & (c.first == layer),
+            "attn_out": head & (c.first == layer) & (not self.through_mlps),
+            "mlp_out": (c.component == CODES["mlp_out"]) & (c.first == layer + 1),
+        }
+        born = {}
+        for place, which in sent.items():
+            new = np.flatnonzero(which)
+            if len(new):
+                born[place] = (new, climber[new] if head[new[0]] else c.src[new], c.dst[new])
+        # Through MLPs a change is added once, and the climber goes on with what it has become.
+        late = c.first[up] < layer
+        by = up[~late & ~head[up] if self.through_mlps else late | ~head[up]]
+        return Climb(born, climber[by], by)
 
     def _embed(self, source: Ints, here: Ints) -> None:
         """Rows whose embeddings are patched take them from behind those of the base rows."""
@@ -225,7 +303,9 @@ class Schedule:
         place = here[run] + self.patched.position[mine] - self.runs.start[run]
         source[place] = self.base + np.arange(len(mine))
 
-    def _edits(self, mine: Ints, tokens: RowTokens, slot: Ints, donor_slot: Ints) -> list[Edit]:
+    def _edits(
+        self, mine: Ints, tokens: RowTokens, slot: Ints, donor_slot: Ints, climber: Ints
+    ) -> list[Edit]:
         """The replacements of one layer call, by component in the order of the forward."""
         p, bases = self.patched, len(self.base_offset)
         edits = []
@@ -238,6 +318,8 @@ class Schedule:
             target = tokens.token(bases + run, position)
             target[injected] = slot[p.slot[chosen][injected]]
             donor = np.where(donor_slot[chosen] >= 0, donor_slot[chosen], p.donor[chosen])
+            climbs = p.climber[chosen] >= 0
+            donor[climbs] = climber[p.climber[chosen][climbs]]
             fresh = self.runs.set[run] == 0
             own = np.where(fresh, self.runs.dst[run] + position, target)
             edits.append(
