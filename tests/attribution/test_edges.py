@@ -342,7 +342,7 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "words"),
     [
         ({"edges": 3}, "edges: 3 is not one way to score edges"),
-        ({"edges": "acdc"}, "edges: unknown scores 'acdc': use eap or eap_ig"),
+        ({"edges": "acdc"}, "edges: unknown scores 'acdc': use eap, eap_ig or exact"),
         ({"edges": {"eap": {"steps": 3}}}, "edges: eap has no options: write eap"),
         ({"edges": {"eap_ig": {"steps": 0}}}, "edges: eap_ig: steps: should be greater"),
         ({"metrics": ["rank"]}, "edges: rank cannot be estimated: it is a count"),

@@ -94,9 +94,8 @@ def _check_reads(settings: Sweep) -> None:
     """BadInput for metrics that read what no edge leads to: the residual stream, or an MLP
     inside."""
     for m in settings.metrics:
-        place = m.component if m.name == "probe" else m.name
-        if place == "sae_feature" and settings.sae:
-            place = settings.sae.at
+        at = settings.sae.at if settings.sae else ""
+        place = {"probe": m.component, "sae_feature": at}.get(m.name, m.name)
         if m.name in INNER and place in ("resid_pre", "resid_mid", "resid_post", "neuron"):
             what = "inside an MLP" if place == "neuron" else "in the residual stream"
             raise BadInput(

@@ -161,9 +161,9 @@ def _created(
 
 
 def _nodes(plan: Plan) -> Nodes:
-    ends = [list(map(str, of(plan.dimensions))) for of in (senders, receivers)]
-    table = plan.layouts.edges
-    return Nodes(*ends, table.positions.names if table else ())
+    d, table = plan.dimensions, plan.layouts.edges
+    positions = table.positions.names if table else ()
+    return Nodes([*map(str, senders(d))], [*map(str, receivers(d))], positions)
 
 
 def _site_columns(plan: Plan) -> dict[str, Any]:

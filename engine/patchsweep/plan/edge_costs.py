@@ -44,7 +44,8 @@ def number_of(table: EdgeTable, units: range, ran: NDArray[np.bool_] | None) -> 
     own = table.of_receiver[units.start : units.stop, None] == kinds  # [receiver, kind]
     if ran is None:
         return np.broadcast_to(own.sum(0), (1, 1, len(kinds)))
-    return np.einsum("ers,rk->esk", ran.astype(np.int64), own.astype(np.int64))
+    found: Ints = np.einsum("ers,rk->esk", ran.astype(np.int64), own.astype(np.int64))
+    return found
 
 
 def climbing(table: EdgeTable, reached: Reached, number: Number, call: Ints) -> tuple[Ints, Ints]:
@@ -124,7 +125,7 @@ class EdgeCosts:
         first, last = climbing(self.table, reached, number, self.kinds.call)
         calls = np.arange(self.layouts.dimensions.layers + 1)
         within = (first[:, None, None] <= calls) & (calls <= last[:, :, None])
-        return within.sum(1)
+        return np.asarray(within.sum(1))
 
     def counts(self, variant: Variant, ran: NDArray[np.bool_] | None) -> tuple[int, int, int]:
         """Edges, those of them that can change anything, and those that are run."""

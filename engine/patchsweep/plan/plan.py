@@ -156,12 +156,9 @@ class Plan:
     def possible(self, b: Block) -> NDArray[np.bool_]:
         """[pair, layer, unit or 1, entry] of a block: where a patch can change what is read."""
         if b.component == EDGES:
-            table = self._table
-            of = np.ix_(
-                table.of_sender[b.positions.start : b.positions.stop],
-                table.of_receiver[b.units.start : b.units.stop],
-            )
-            return self._of_edges(b, lambda reached: reached.runs.exists[:, *of].swapaxes(1, 2))
+            a = self._table.of_sender[b.positions.start : b.positions.stop]
+            k = self._table.of_receiver[b.units.start : b.units.stop, None]
+            return self._of_edges(b, lambda reached: reached.runs.exists[:, a, k])
         pairs, entries = entries_of(b)
         return self.layout(b).exists[pairs, :, entries][:, :, None]
 

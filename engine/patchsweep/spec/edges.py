@@ -41,7 +41,7 @@ class Exact(Data):
     through: Through = "nothing"
 
 
-OPTIONS = {"eap_ig": Steps, "exact": Exact}
+OPTIONS: dict[str, type[Steps] | type[Exact]] = {"eap_ig": Steps, "exact": Exact}
 
 
 def _edges(value: object) -> object:
@@ -54,7 +54,7 @@ def _edges(value: object) -> object:
         if options:
             raise ValueError("eap has no options: write eap")
         return Edges(name="eap")
-    return Edges(name=name, **dict(made(OPTIONS[name], options, f"{name}: ")))
+    return Edges(name=name, **dict(made(OPTIONS[name], options, f"{name}: ")))  # type: ignore[arg-type]
 
 
 def _edges_data(edges: Edges | None) -> Any:

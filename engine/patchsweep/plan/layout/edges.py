@@ -138,7 +138,7 @@ class Reached:
 
     @property
     def inside(self) -> Map:
-        return self.members.any(1)
+        return np.asarray(self.members.any(1))
 
     def patched(self, entry: int) -> Map:
         """[sender kind, receiver kind, clean position]: what the runs of an entry patch."""
@@ -151,10 +151,10 @@ class Reached:
         found = [self._runs(entry) for entry in range(len(self.members))]
         return EdgeRuns(*(np.stack(columns) for columns in zip(*found, strict=True)))
 
-    def _runs(self, entry: int) -> tuple[Ints, Ints, Ints, Ints]:
+    def _runs(self, entry: int) -> tuple[Map, Ints, Ints, Ints]:
         there = self.patched(entry)
         start = np.where(there, self.position, self.length).min(2, initial=self.length)
-        return there.any(2), start, there.sum(2), (there * self.context).sum(2)
+        return np.asarray(there.any(2)), start, there.sum(2), (there * self.context).sum(2)
 
 
 @dataclass(frozen=True, eq=False)

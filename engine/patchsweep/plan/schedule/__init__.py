@@ -2,10 +2,10 @@
 
 The packed tokens of a layer call are [base rows | patched rows | injected tokens | donors |
 climbers]. The base rows are the clean run of every pair and the runs it is set against. Patched
-rows are grouped by (pair, direction, first position); the rows of a group share the destination's prefix. Injected
-tokens stand for tokens of rows that are born from what comes out of the layer. Donors are tokens of
-base rows at another position, for queries and keys that are to be rotated there. Climbers, behind
-all of them, are what runs of edges begin with (`layout.edges`).
+rows are grouped by (pair, direction, first position); the rows of a group share the destination's
+prefix. Injected tokens stand for tokens of rows that are born from what comes out of the layer.
+Donors are tokens of base rows at another position, for queries and keys that are to be rotated
+there. Climbers are what runs of edges begin with (`layout.edges`).
 
     steps.py   the rows and replacements of a wave, and every layer call from the bottom up
     edges.py   the runs of edges, and their climbers
