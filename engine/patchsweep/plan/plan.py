@@ -18,6 +18,7 @@ from patchsweep.pairs import Pair
 from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
 from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload
+from patchsweep.plan.edge_costs import EdgeCosts
 from patchsweep.plan.halves import split_wave
 from patchsweep.plan.layout import (
     EdgeTable,
@@ -107,7 +108,7 @@ class Plan:
             for variant in variants(self.layouts):
                 if name == EDGES:
                     ran = self.edges_run(variant, range(grid.units))
-                    found = self._costs.edges.counts(variant, ran)
+                    found = self.edge_costs.counts(variant, ran)
                     cells, possible, runs = (
                         a + b for a, b in zip((cells, possible, runs), found, strict=True)
                     )
@@ -133,6 +134,11 @@ class Plan:
             "files": self.chunks.files,
             "disk_bytes": disk,
         }
+
+    @property
+    def edge_costs(self) -> EdgeCosts:
+        """What edges take, and how they are run."""
+        return self._costs.edges
 
     def edges_run(self, variant: Variant, units: range) -> NDArray[np.bool_] | None:
         """[entry, receiver, sender] of some receivers: which edges are chosen to be run; None if

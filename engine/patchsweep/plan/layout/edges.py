@@ -59,6 +59,11 @@ class EdgeTable:
         """[receiver]: its kind."""
         return np.unique(self._seen_in, axis=0, return_inverse=True)[1].ravel()
 
+    @cached_property
+    def unit(self) -> Ints:
+        """[receiver]: which of its layer's it is; 0 where there is one."""
+        return np.array([node.unit or 0 for node in self.receivers])
+
     @property
     def component(self) -> Ints:
         """[receiver kind]: what is overwritten."""

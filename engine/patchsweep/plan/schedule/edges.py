@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from patchsweep.plan import Ints, Node, Plan, Wave
-from patchsweep.plan.edge_costs import climbing, edge_kinds, number_of
+from patchsweep.plan.edge_costs import climbing, number_of
 from patchsweep.plan.layout import CODES, OWN
 from patchsweep.plan.schedule.steps import Climbers
 from patchsweep.sites import RUN, Block
@@ -26,9 +27,9 @@ def of_edges(
     counting these; and the climbers."""
     table, variant = plan.layouts.edges, plan.variant(block)
     assert table is not None
-    reached, kinds = plan.layouts.reached(variant, pair), edge_kinds(plan.layouts)
-    inside = pair - block.pairs.start
-    ran, chosen = plan.possible(block)[inside], plan.chosen(block)
+    reached, kinds = plan.layouts.reached(variant, pair), plan.edge_costs.kinds
+    inside, one = pair - block.pairs.start, replace(block, pairs=range(pair, pair + 1))
+    ran, chosen = plan.possible(one)[0], plan.chosen(one)
     if chosen is not None:
         ran = ran & np.isin(chosen[0], RUN)
     entry, unit, at = np.nonzero(ran)
@@ -55,7 +56,7 @@ def of_edges(
         "run": run,
         "component": table.component[b][run],
         "layer": table.layer[b][run],
-        "unit": np.array([node.unit or 0 for node in table.receivers])[receiver[run]],
+        "unit": table.unit[receiver[run]],
         "position": position,
         "source": np.full_like(run, OWN),
         "climber": known[at[run], position],
@@ -69,8 +70,8 @@ def _climbers(plan: Plan, wave: Wave, block: Block, pair: int) -> tuple[Columns,
     assert table is not None
     frame = plan.layouts.frames(variant)[pair]
     number = number_of(table, block.units, plan.edges_run(variant, block.units))
-    reached, call = plan.layouts.reached(variant, pair), edge_kinds(plan.layouts).call
-    first, last = climbing(table, reached, number, call)
+    reached, kinds = plan.layouts.reached(variant, pair), plan.edge_costs.kinds
+    first, last = climbing(table, reached, number, kinds.call)
     senders = np.arange(block.positions.start, block.positions.stop)
     own = senders if number.shape[1] > 1 else table.of_sender[senders]
     at, position = np.nonzero(last[own] >= 0)
