@@ -16,6 +16,7 @@ from edge_runs import ran
 from inputs import Letters, three
 from oracle.families import FAMILIES
 from patchsweep.report import show, write_page
+from patchsweep.sites import MEASURED, RUN, Status
 from patchsweep.spec import parse_settings
 from tiny import arrays
 
@@ -89,12 +90,53 @@ def test_further_pairs(tmp_path: Path) -> None:
     assert first.tobytes() == before["edges/logit_diff"]
 
 
+def test_a_prefilter(tmp_path: Path) -> None:
+    """The edges of highest scores are run, and some of the others, as if all were."""
+    given = {"estimator": {"eap_ig": {"steps": 2}}, "keep": "10%", "audit": 9}
+    some, all_of, scored = (
+        sweep(tmp_path / str(i), edges)
+        for i, edges in enumerate((given, "exact", given["estimator"]))
+    )
+    status, values = (
+        some.store.read(f"edges/logit_diff{kind}")[:, 0, 0] for kind in ("_status", "")
+    )
+    ran, exact = np.isin(status, RUN), all_of.store.read("edges/logit_diff")[:, 0, 0]
+    np.testing.assert_allclose(values[ran], exact[ran], rtol=0, atol=1e-12)
+    whole = all_of.store.read("edges/logit_diff_status")[:, 0, 0]
+    np.testing.assert_array_equal(whole == Status.EXACT, ran | (status == Status.ESTIMATED))
+    np.testing.assert_array_equal(np.isnan(values), ~np.isin(status, MEASURED))
+    assert int(ran.sum()) == some.attrs["plan"]["runs"] - 4 * 2  # but for those of mlp_out
+
+    scores = scored.store.read("edges/logit_diff")[:, 0, 0]
+    ends = some.baseline("logit_diff")[::-1, 0, 0][..., None, None]  # [direction, pair, ...]
+    estimates = some.store.read("edges/logit_diff_estimate")[:, 0, 0, :, 0]
+    np.testing.assert_allclose(estimates, scores.swapaxes(2, 3) + ends, rtol=0, atol=1e-12)
+    possible = (whole[:, :, 0] == Status.EXACT).any(1)
+    size = np.where(possible, np.abs(scores.sum(1)).swapaxes(1, 2), -1)
+    for d, direction in enumerate(("denoise", "noise")):
+        kept = some.store.read("choice/edges_status", (d, 0))[0] == Status.EXACT
+        count = int(np.ceil(possible[d].sum() / 10))
+        assert kept.sum() == count
+        assert size[d][kept].min() == np.sort(size[d], None)[-count]
+        verdict = some.audit("edges", "logit_diff", direction)
+        assert verdict is not None
+        assert [s.drawn for s in verdict.audit.strata] == [9, 9]
+    assert some.agreement("edges", "logit_diff").cells == ran.sum()
+    console = Console(file=StringIO(), width=400)
+    show(some, console)
+    assert "Edges, denoise: Prefilter, logit_diff: " in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"edges": {"exact": {"through": "heads"}}}, "exact: through: should be 'nothing' or"),
         ({"edges": {"exact": {"positions": "END"}}}, r"write \[END\]|a list such as"),
         ({"edges": {"exact": {"positions": ["END"]}}}, "unknown label 'END'"),
+        ({"edges": {"keep": "2%", "estimator": "acdc"}}, "unknown scores 'acdc'"),
+        ({"edges": {"keep": "2%", "estimator": "exact"}}, "'exact' scores no edges: use eap"),
+        ({"edges": {"keep": "0%"}}, "edges: keep: '0%' says nothing to keep"),
+        ({"edges": {"keep": "2%"}, "metrics": ["rank"]}, "rank cannot be estimated"),
         ({"source": "zero", "direction": "noise"}, "edges: source zero has no run"),
         ({"backend": "nnsight"}, r"exact edges are not made through nnsight \(it is asked"),
         (
@@ -125,7 +167,8 @@ def test_what_cannot_be_run(change: dict[str, Any], words: str, tmp_path: Path) 
 
 
 def test_the_setting_survives_a_dump() -> None:
-    for given in ("exact", EACH, {"exact": {"positions": ["S2", -1], "through": "mlps"}}):
+    chosen = {"estimator": {"eap_ig": {"steps": 3}}, "keep": "2%", "audit": 30}
+    for given in ("exact", EACH, chosen, {"exact": {"positions": ["S2", -1], "through": "mlps"}}):
         said = parse_settings({"components": ["head_z"], "edges": given})
         assert parse_settings(said.model_dump(mode="json")) == said
     plain = parse_settings({"components": ["head_z"], "edges": "exact"})

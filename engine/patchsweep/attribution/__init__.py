@@ -26,6 +26,7 @@ from patchsweep.attribution.estimators import (
     check_edges,
     check_weights,
     chosen,
+    chosen_with_edges,
     scored,
 )
 from patchsweep.attribution.runs import pair_ranges
@@ -51,6 +52,7 @@ __all__ = [
     "chosen",
     "chosen_cells",
     "chosen_columns",
+    "chosen_with_edges",
     "estimate_pairs",
     "expected",
     "pair_ranges",

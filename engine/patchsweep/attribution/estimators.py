@@ -9,8 +9,8 @@ from torch import nn
 
 from patchsweep.errors import BadInput
 from patchsweep.passes import DIVERGENCES
-from patchsweep.sites import Direction, component
-from patchsweep.spec import INNER, Mean, Metric, Sweep, Vector
+from patchsweep.sites import EDGES, Direction, component
+from patchsweep.spec import INNER, Mean, Metric, Prefilter, Sweep, Vector
 
 # What each computes is said in `estimate.estimate_pairs`.
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
@@ -73,9 +73,9 @@ def check_edges(settings: Sweep) -> None:
         return
     if settings.edges.exact:
         _check_reads(settings)
-    else:
+    if by := settings.edges.estimator:
         # Between two runs a divergence has a gradient.
-        directions = settings.directions if settings.edges.name == "eap" else ()
+        directions = settings.directions if by == "eap" else ()
         try:
             check({}, settings.metrics, directions)
         except BadInput as error:
@@ -106,13 +106,28 @@ def _check_reads(settings: Sweep) -> None:
 
 def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
     """BadInput where autograd cannot follow what is computed with a model's weights."""
-    if not (settings.estimate or settings.prefilter or scored(settings)):
+    edges = settings.edges is not None and settings.edges.estimator
+    if not (settings.estimate or settings.prefilter or edges):
         return
     if any(p.is_inference() for p in hf_model.parameters()):
         raise BadInput(
             "estimates and edges need gradients, and this model's weights were made inside "
             "torch.inference_mode(): load or build the model outside it"
         )
+
+
+def chosen_with_edges(settings: Sweep) -> dict[str, str]:
+    """The same as `chosen`, with edges, if a prefilter chooses among them."""
+    edges = settings.edges
+    own = {EDGES: str(edges.estimator)} if edges and edges.prefilter else {}
+    return chosen(settings) | own
+
+
+def prefilter_of(settings: Sweep, name: str) -> Prefilter | None:
+    """What chooses among the cells of a component, or among edges."""
+    if name == EDGES:
+        return settings.edges.prefilter if settings.edges else None
+    return settings.prefilter
 
 
 def scored(settings: Sweep) -> bool:

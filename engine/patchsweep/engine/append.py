@@ -57,7 +57,7 @@ def refusal(
     for key in ("model_fingerprint", "backend"):
         if before[key] != attrs[key]:
             return f"it is of another {key.removesuffix('_fingerprint')}"
-    if settings.prefilter or settings.estimate:
+    if settings.prefilter or settings.estimate or (settings.edges and settings.edges.prefilter):
         return "what is estimated is chosen over all pairs and metrics"
     if settings.circuit:
         return "a circuit is chosen over all pairs"

@@ -237,7 +237,7 @@ def _estimated(
 ) -> Plan:
     """Write what is estimated; the plan with only those cells that are run after that, chosen by
     the first process."""
-    if attribution.chosen(settings):
+    if attribution.chosen_with_edges(settings):
         attribution.write_estimates(forward, plan, settings, values, store, processes)
         processes.wait("estimated")
         with processes.after_first("chosen"):

@@ -104,6 +104,7 @@ def _after(results: Results) -> str:
             for line in terminal.audits(results, c, direction, results.metrics)
         ]
         parts += [f"<p>{escape(line)}</p>" for line in said]
+    parts += [f"<p>{escape(line)}</p>" for line in terminal.edge_audits(results, results.metrics)]
     if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"
         parts.append(_titled(title, terminal.agreement(results)))

@@ -14,7 +14,7 @@ from patchsweep.results.columns import Columns
 from patchsweep.results.edges import OfEdges
 from patchsweep.results.effects import OverPairs
 from patchsweep.results.reader import one_of
-from patchsweep.sites import RUN
+from patchsweep.sites import EDGES, RUN
 from patchsweep.spec import Prefilter
 from patchsweep.statistics import Agreement, Array, agreement, ratio
 
@@ -97,7 +97,8 @@ class Estimates(OfEdges):
         """What the prefilter's cells that were run say of those that were not; None without a
         prefilter, for a component that was not estimated, and where nothing was kept."""
         grid, d, s = self._at(component, metric, direction, source)
-        given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
+        estimated = self.store.estimators
+        given = self.attrs["spec"].get(EDGES if component == EDGES else "prefilter")
         if given is None or component not in estimated or not self.complete:
             return None
         chosen = [
@@ -107,7 +108,7 @@ class Estimates(OfEdges):
         return judge(
             self.over_pairs(component, metric, direction, source, columns, 1).effect,
             Choice(*chosen),
-            Prefilter(**given),
+            Prefilter(**{k: v for k, v in given.items() if k != "estimator"}),
             components=len(estimated) * len(grid.directions) * len(grid.sources),
             metrics=len(self.metrics),
         )

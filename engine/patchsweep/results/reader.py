@@ -63,12 +63,12 @@ class Reader:
     def only_estimated(self) -> tuple[str, ...]:
         """The components that the sweep estimated and did not run."""
         prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
-        return () if prefiltered else tuple(self.store.estimators)
+        return () if prefiltered else tuple(c for c in self.store.estimators if c != EDGES)
 
     @property
     def chosen_by_index(self) -> tuple[str, ...]:
         """The components whose cells a prefilter chose by index: in results of earlier versions."""
-        by_meaning = {*self.attrs.get("chosen_columns", {}), *self.only_estimated}
+        by_meaning = {*self.attrs.get("chosen_columns", {}), *self.only_estimated, EDGES}
         return tuple(c for c in self.store.estimators if c not in by_meaning)
 
     @property
@@ -80,7 +80,7 @@ class Reader:
 
     def grid(self, component: str) -> Grid:
         """The grid of a component; BadInput if it was not patched."""
-        return self.store.grids[one_of("component", component, self.components)]
+        return self.store.grids[one_of("component", component, tuple(self.store.grids))]
 
     def baseline(self, metric: str) -> Array:
         """The metric of the unpatched runs, [run = clean, corrupt; source; sample; pair]."""
