@@ -18,8 +18,8 @@ from patchsweep.pairs import Pair
 from patchsweep.passes.attention import attention_is
 from patchsweep.passes.forward import take_apart
 from patchsweep.passes.wave import run_wave
-from patchsweep.plan import Node, Plan
-from patchsweep.sites import EDGES, Status
+from patchsweep.plan import Plan
+from patchsweep.sites import EDGES, Node, Status
 from patchsweep.spec import parse_settings
 
 

@@ -29,6 +29,7 @@ from patchsweep.passes.attention import attention_is
 from patchsweep.passes.forward import take_apart
 from patchsweep.plan import edges
 from patchsweep.report.terminal import show
+from patchsweep.sites import Node
 from patchsweep.spec import parse_settings
 from tiny import arrays
 
@@ -59,7 +60,7 @@ def scored(
         )
 
 
-def key(node: edges.Node) -> oracle.Node:
+def key(node: Node) -> oracle.Node:
     return node.component, node.layer or 0, node.unit or 0
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from oracle import gradients
-from oracle.edges import HEADS, Node
+from oracle.edges import Node, exists
 from oracle.families import Family
 
 Seen = dict[tuple[str, int], Tensor]
@@ -33,22 +33,28 @@ class Two:
     own: Seen
     other: Seen
 
+    def below(self, sender: Node, receiver: Node) -> bool:
+        """Whether the receiver reads what the sender writes."""
+        if receiver[0] == "resid_pre":
+            return sender[0] == "embed" or sender[1] < receiver[1]
+        return exists(sender, receiver, self.family.parallel)
+
     def first(
-        self, sender: Node, positions: Mapping[int, int], through: str
+        self, senders: Sequence[Node], positions: Mapping[int, int], through: str
     ) -> tuple[Tensor, Seen]:
         """Logits, and what every activation was before it was frozen. `positions`: where something
         is sent, in the destination, and what stands for it in the source."""
         to, of = list(positions), list(positions.values())
-        component, layer, unit = sender
-        place = "resid_pre" if component == "embed" else component
+        sent = [("resid_pre" if c == "embed" else c, layer, unit) for c, layer, unit in senders]
         would_be: Seen = {}
 
         def change(name: str, at: int, x: Tensor) -> None:
             would_be[name, at] = x.clone()
             if name == "head_z" or (name == "mlp_out" and through == "nothing"):
                 x.copy_(self.own[name, at])
-            if (name, at) == (place, layer):
-                x[to, unit] = self.other[name, at][of, unit]
+            for place, layer, unit in sent:
+                if (name, at) == (place, layer):
+                    x[to, unit] = self.other[name, at][of, unit]
 
         return _forward(self, change)[0], would_be
 
@@ -58,7 +64,7 @@ class Two:
 
         def change(name: str, at: int, x: Tensor) -> None:
             for component, layer, unit in receivers:
-                if (name, at) == (component if component in HEADS else "mlp_out", layer):
+                if (name, at) == ("mlp_out" if component == "mlp_in" else component, layer):
                     x[list(positions), unit] = would_be[name, at][list(positions), unit]
 
         return _forward(self, change)[0]

@@ -178,6 +178,18 @@ EDGES: dict[str, dict[str, Any]] = {
         ],
     },
     "chosen": {"edges": {"exact": {"positions": [0, -1]}}},
+    "paths": {
+        "paths": {
+            "one": {"senders": "head_z", "receivers": ["logits"], "positions": "each"},
+            "many": {"senders": "mlp_out", "receivers": ["head_q.2.1", "head_k.1.0", "mlp_in.2"]},
+            "set": {
+                "senders": ["head_z.0.1", "mlp_out.1", "embed"],
+                "receivers": ["head_q.2.1", "mlp_in.2", "resid_pre.2"],
+                "positions": {"some": [0, -1, -2], "last": [-1]},
+                "through": "mlps",
+            },
+        }
+    },
 }
 
 

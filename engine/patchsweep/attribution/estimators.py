@@ -68,39 +68,46 @@ def chosen(settings: Sweep) -> dict[str, str]:
 
 
 def check_edges(settings: Sweep) -> None:
-    """BadInput for edges that cannot be scored: of which metric, source and backend."""
-    if settings.edges is None:
-        return
-    if settings.edges.exact:
-        _check_reads(settings)
-    if by := settings.edges.estimator:
+    """BadInput for edges that cannot be scored, or run, and for paths that cannot be run: of which
+    metric, source and backend."""
+    if by := settings.edges and settings.edges.estimator:
         # Between two runs a divergence has a gradient.
         directions = settings.directions if by == "eap" else ()
         try:
             check({}, settings.metrics, directions)
         except BadInput as error:
             raise BadInput(f"edges: {error}") from error
-    for name, given in settings.sources:
-        if name == "zero" or isinstance(given, Mean | Vector):
-            raise BadInput(
-                f"edges: source {name} has no run that senders could be taken from: use other or "
-                "resample, or leave edges out"
-            )
-    if settings.backend == "nnsight":
-        raise _not_on("it is asked for", *_edges(settings))
+    for what, how in _ends(settings).items():
+        if what == "paths" or not scored(settings):
+            _check_reads(settings, what)
+        for name, given in settings.sources:
+            if name == "zero" or isinstance(given, Mean | Vector):
+                raise BadInput(
+                    f"{what}: source {name} has no run that senders could be taken from: use other "
+                    f"or resample, or leave {what} out"
+                )
+        if settings.backend == "nnsight":
+            raise _not_on("it is asked for", how, what)
 
 
-def _check_reads(settings: Sweep) -> None:
+def _ends(settings: Sweep) -> dict[str, str]:
+    """Of what a sweep does between senders and receivers, the key, and how a line speaks of it."""
+    edges = "scores of edges are not made" if scored(settings) else "edges are not run"
+    found = {"edges": edges} if settings.edges else {}
+    return found | ({"paths": "paths are not run"} if settings.paths else {})
+
+
+def _check_reads(settings: Sweep, what: str) -> None:
     """BadInput for metrics that read what no edge leads to: the residual stream, or an MLP
     inside."""
     for m in settings.metrics:
         at = settings.sae.at if settings.sae else ""
         place = {"probe": m.component, "sae_feature": at}.get(m.name, m.name)
         if m.name in INNER and place in ("resid_pre", "resid_mid", "resid_post", "neuron"):
-            what = "inside an MLP" if place == "neuron" else "in the residual stream"
+            where = "inside an MLP" if place == "neuron" else "in the residual stream"
             raise BadInput(
-                f"edges: {m.column} is read {what}, where no edge ends: leave it out, or read "
-                "queries, keys, values, patterns, z or what attention and MLPs put out"
+                f"{what}: {m.column} is read {where}, where no {what[:-1]} ends: leave it out, or "
+                "read queries, keys, values, patterns, z or what attention and MLPs put out"
             )
 
 
@@ -138,21 +145,19 @@ def scored(settings: Sweep) -> bool:
 def check_backend(settings: Sweep, record: Mapping[str, Any]) -> None:
     """BadInput where a sweep with estimates or edges runs through nnsight after all; `record` says
     why it does (`backends.Backend`)."""
-    estimators = chosen(settings)
-    if (estimators or settings.edges) and record["backend"] == "nnsight":
-        raise _not_on(record["backend_reason"], *(() if estimators else _edges(settings)))
+    if record["backend"] == "nnsight":
+        reason = record["backend_reason"]
+        if chosen(settings):
+            raise _not_on(reason)
+        for what, how in _ends(settings).items():
+            raise _not_on(reason, how, what)
 
 
-def _edges(settings: Sweep) -> tuple[str, str]:
-    """What `_not_on` says of them."""
-    return "scores of edges" if scored(settings) else "exact edges", "edges"
-
-
-def _not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:
+def _not_on(
+    reason: str, how: str = "estimates are not made", keys: str = "estimate and prefilter"
+) -> BadInput:
     """What is said where a sweep runs through nnsight, for this reason."""
-    return BadInput(
-        f"{what} are not made through nnsight ({reason}): leave {keys} out, or use the wavefront"
-    )
+    return BadInput(f"{how} through nnsight ({reason}): leave {keys} out, or use the wavefront")
 
 
 def check(

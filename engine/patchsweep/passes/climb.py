@@ -22,7 +22,7 @@ class Climbing:
 
     def enter(self, climb: Climb, hidden: Tensor) -> None:
         """Add the changes to what a layer call receives, [token, d_model], where they belong."""
-        if "resid_pre" in climb.born:
+        if "resid_pre" in climb.sent:
             self._measured(climb, "resid_pre")(hidden[:, None])
         by, lifted = to_device(climb.by, hidden.device), to_device(climb.lifted, hidden.device)
         hidden[lifted] += self.changes[by].to(hidden.device)
@@ -30,19 +30,19 @@ class Climbing:
     def watched(self, climb: Climb, taps: Mapping[str, Tap]) -> dict[str, Tap]:
         """These taps, and those that measure what is sent inside the layer."""
         out = dict(taps)
-        for place in climb.born.keys() - {"resid_pre"}:
+        for place in climb.sent.keys() - {"resid_pre"}:
             measured = self._measured(climb, place)
             out[place] = in_turn([out[place], measured]) if place in out else measured
         return out
 
     def _measured(self, climb: Climb, place: str) -> Tap:
         """The tap that measures what is sent at a place, where it is added to the stream."""
-        climber, sent, own = climb.born[place]
+        climber, sent, own = climb.sent[place]
 
         def tap(x: Tensor) -> None:
             new, after, before = (to_device(i, x.device) for i in (climber, sent, own))
             change = x[after, 0] - x[before, 0]
-            self.changes[new.to(self.changes.device)] = change.to(self.changes.device)
+            self.changes[new.to(self.changes.device)] += change.to(self.changes.device)
 
         return tap
 

@@ -34,7 +34,7 @@ from patchsweep.plan.costs import (
     variants,
 )
 from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload, Sizes, uneven
-from patchsweep.plan.edges import Node, receivers, senders, upstream
+from patchsweep.plan.edges import receivers, senders, upstream
 from patchsweep.plan.plan import Plan, make_plan, narrowed
 from patchsweep.plan.reads import TAIL_ELEMENTS, TAIL_TILE, Inner, whole_vocabulary
 from patchsweep.plan.sources import Kind, Source
@@ -53,7 +53,6 @@ __all__ = [
     "Inner",
     "Ints",
     "Kind",
-    "Node",
     "Offload",
     "Plan",
     "Sizes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -25,6 +25,7 @@ from patchsweep.plan.layout import (
     Features,
     Layout,
     Layouts,
+    PathTable,
     Reached,
     Variant,
     make_layouts,
@@ -241,6 +242,7 @@ class Plan:
             "sites": table
             and {k: _digest(v) for k, v in vars(table).items() if k not in ("names", "entries")},
             **({"edges": _said_of_edges(self.layouts.edges)} if self.layouts.edges else {}),
+            **({"paths": _said_of_paths(self.layouts.paths)} if self.layouts.paths else {}),
             "waves": [[(b.component, b.index) for b in w.blocks] for w in self.waves],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -269,7 +271,7 @@ def make_plan(
     reads = resolve_reads(pairs, settings.metrics)
     layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
     names = [*settings.components, *([SETS] if layouts.table else [])]
-    names += [EDGES] if layouts.edges else []
+    names += [*([EDGES] if layouts.edges else []), *layouts.paths]
     tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
     costs = Costs(layouts)
     grids = tiled({name: layouts.grid(name) for name in names}, costs, token_budget, cut)
@@ -320,6 +322,18 @@ def _said_of_sizes(dimensions: Dimensions) -> dict[str, object]:
 def _said_of_edges(table: EdgeTable) -> list[object]:
     said = [table.asked.through, _digest(table.positions.members), list(table.dimensions.parallel)]
     return [*said]
+
+
+def _said_of_paths(paths: Mapping[str, PathTable]) -> dict[str, object]:
+    return {
+        name: [
+            table.through_mlps,
+            _digest(table.positions.members),
+            _digest(table.below),
+            [x.tolist() for x in (*table.senders, *table.receivers)],
+        ]
+        for name, table in paths.items()
+    }
 
 
 def _said_of(source: Source) -> dict[str, object]:

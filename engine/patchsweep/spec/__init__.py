@@ -8,6 +8,7 @@ sets.py     sets of sites, circuits, the autoencoder
 estimates.py  what is estimated, and what is run after all
 positions.py  which positions
 edges.py    how edges are scored, or that they are run
+paths.py    paths, as path patching follows them
 sweep.py    a sweep; with its model and its prompts, a spec
 files.py    a spec from a file, with overrides
 
@@ -18,6 +19,7 @@ from patchsweep.spec.edges import Edges
 from patchsweep.spec.estimates import Prefilter
 from patchsweep.spec.files import load_spec
 from patchsweep.spec.metric import INNER, METRICS, REQUIRED, Metric, Place, parse_metric
+from patchsweep.spec.paths import PatchedPath
 from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Circuit, Complement
 from patchsweep.spec.source import Gaussian, Mean, Resample, Vector
@@ -34,6 +36,7 @@ __all__ = [
     "Gaussian",
     "Mean",
     "Metric",
+    "PatchedPath",
     "Place",
     "Prefilter",
     "Prompts",

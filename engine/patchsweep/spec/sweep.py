@@ -24,6 +24,7 @@ from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
+from patchsweep.spec.paths import PatchedPath
 from patchsweep.spec.positions import AnyPositions
 from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
@@ -56,6 +57,7 @@ class Sweep(Data):
     estimate: Estimators = False  # instead of running these components
     prefilter: MaybePrefilter = None
     edges: EdgeScores = None
+    paths: dict[StrictStr, PatchedPath] = Field(default_factory=dict)
     provenance: Literal["short", "full"] = "short"  # full: with the host, and whole paths
 
     @property
@@ -70,7 +72,7 @@ class Sweep(Data):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
-        if not self.components and not self.sets and not self.circuit:
+        if not self.components and not self.sets and not self.circuit and not self.paths:
             raise ValueError("components is missing: name what to patch, e.g. [head_z, mlp_out]")
         if self.windows and not set(self.components) & set(WINDOWED):
             raise ValueError(f"windows are over {', '.join(WINDOWED)}: add one to components")
@@ -84,6 +86,14 @@ class Sweep(Data):
         if uses and self.sae is None:
             raise ValueError("sae_feature needs an autoencoder: add sae: {file: ...}")
         return self
+
+    @field_validator("paths")
+    @classmethod
+    def _paths(cls, value: dict[str, PatchedPath]) -> dict[str, PatchedPath]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+                raise ValueError(f"path {name!r}: use letters, digits, _ and -, at most 60")
+        return value
 
     @field_validator("components", mode="before")
     @classmethod

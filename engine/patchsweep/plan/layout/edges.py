@@ -17,14 +17,13 @@ from functools import cached_property
 import numpy as np
 
 from patchsweep.pairs import Positions
-from patchsweep.plan.cone import Map, cone
+from patchsweep.plan.cone import Map
 from patchsweep.plan.dimensions import Dimensions
-from patchsweep.plan.edges import Node, receivers, senders, upstream
+from patchsweep.plan.edges import receivers, senders, upstream
 from patchsweep.plan.layout.columns import CODES, Frame, Ints
+from patchsweep.plan.layout.ends import SEEN_IN, ends
+from patchsweep.sites import Node
 from patchsweep.spec import Edges
-
-# What a receiver's input is seen in, and so what is overwritten.
-SEEN_IN = {"mlp_in": "mlp_out", "logits": "resid_post"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +47,14 @@ class EdgeTable:
     def of_sender(self) -> Ints:
         """[sender]: its kind: 0 for the embedding, then each layer's heads and its MLP."""
         return np.array([_kind(node) for node in self.senders])
+
+    @cached_property
+    def sent(self) -> tuple[Ints, Ints]:
+        """[sender kind]: the component and layer of what is sent."""
+        _, first = np.unique(self.of_sender, return_index=True)
+        nodes = [self.senders[n] for n in first]
+        component = np.array([CODES[node.component] for node in nodes])
+        return component, np.array([node.layer or 0 for node in nodes])
 
     @cached_property
     def first(self) -> Ints:
@@ -175,24 +182,16 @@ class EdgeRuns:
 
 def reached(table: EdgeTable, frame: Frame, members: Map) -> Reached:
     """The edges of a pair; `members` [entry, clean position] are its entries."""
-    d, component = table.dimensions, table.component
-    known = (frame.to_dst >= 0) & (frame.to_src >= 0)
-    position = np.where(known, frame.to_dst, 0)
-    maps = cone(frame.differs, d.windows, frame.reads, frame.inner)
-    differs = np.empty((1 + 2 * d.layers, frame.length), bool)
-    differs[0] = frame.differs
-    differs[1::2], differs[2::2] = maps.differs_attention, maps.differs_pre[1:]
-    of_keys = np.isin(component, (CODES["head_k"], CODES["head_v"]))[:, None]
-    matters = np.where(of_keys, maps.matters_keys[table.layer], maps.matters_post[table.layer])
-    matters[component == CODES["resid_post"]] = frame.reads
-    windows = np.array([w or frame.length for w in d.windows])[table.layer]
+    windows, component, layer = table.dimensions.windows, table.component, table.layer
+    found = ends(frame, windows, table.sent, (component, layer))
+    sizes = np.array([w or frame.length for w in windows])[layer, None]
+    context = np.minimum(found.position + 1, sizes) * (component == CODES["head_q"])[:, None]
     return Reached(
         table=table,
         length=frame.length,
-        position=position,
-        differs=differs[:, position],
-        matters=matters[:, position],
-        context=np.minimum(position + 1, windows[:, None])
-        * (component == CODES["head_q"])[:, None],
-        members=members[:, : len(known)] & known,
+        position=found.position,
+        differs=found.differs,
+        matters=found.matters,
+        context=context,
+        members=members[:, : len(found.known)] & found.known,
     )

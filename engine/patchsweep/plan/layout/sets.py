@@ -1,4 +1,5 @@
-"""The runs that a sweep asks for: its windows and sets as a table of sites, its edges."""
+"""The runs that a sweep asks for: its windows and sets as a table of sites, its edges and
+paths."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from patchsweep.plan.dimensions import Dimensions
 from patchsweep.plan.layout.columns import CODES, OWN, Features, SiteTable
 from patchsweep.plan.layout.edges import EdgeTable
 from patchsweep.plan.layout.grids import Layouts
+from patchsweep.plan.layout.paths import path_tables
 from patchsweep.plan.reads import Reads
 from patchsweep.plan.sources import Source
 from patchsweep.sites import WINDOWED, Site, component, window_name
@@ -45,6 +47,7 @@ def make_layouts(
     )
     for read in reads.inner:
         _check_read(out, read.metric)
+    out = replace(out, paths=path_tables(pairs, settings, out))
     sets = _windows(out, settings)
     for name, given in settings.sets.items():
         if name in sets:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from patchsweep.plan import Ints, Node, Plan, Wave
+from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.plan.edge_costs import climbing, number_of
-from patchsweep.plan.layout import CODES, OWN
+from patchsweep.plan.layout import CODES, OWN, Variant
 from patchsweep.plan.schedule.steps import Climbers
 from patchsweep.sites import RUN, Block
 
-# Columns of climbers until their tokens are known: rows (of the destination and of what is sent) as
-# sources, and positions in them.
-CLIMBER = ("pair", "component", "unit", "first", "last", "to", "dst", "of", "src")
-NO_CLIMBERS = {name: np.zeros(0, np.int64) for name in CLIMBER}
 Columns = dict[str, Ints]
+
+
+@dataclass(frozen=True, eq=False)
+class Beginnings:
+    """Climbers until their tokens are known, and what they carry (steps.Climbers), in columns: dst
+    and src are positions in the rows of `pair` that `to` and `by` (sources) say."""
+
+    climbers: Columns  # pair, to, dst, first, last, mlps
+    sends: Columns  # of, component, layer, unit, by, src
+
+
+CLIMBERS = ("pair", "to", "dst", "first", "last", "mlps")
+SENDS = ("of", "component", "layer", "unit", "by", "src")
 
 
 def of_edges(
     plan: Plan, wave: Wave, block: Block, number: int, pair: int
-) -> tuple[Columns, Columns, Columns]:
+) -> tuple[Columns, Columns, Beginnings]:
     """The edges of one pair in a block that are run; what they replace, `run` and `climber`
     counting these; and the climbers."""
     table, variant = plan.layouts.edges, plan.variant(block)
@@ -64,11 +73,10 @@ def of_edges(
     return runs, places, climbers
 
 
-def _climbers(plan: Plan, wave: Wave, block: Block, pair: int) -> tuple[Columns, Ints]:
+def _climbers(plan: Plan, wave: Wave, block: Block, pair: int) -> tuple[Beginnings, Ints]:
     """The climbers of one pair in a block, and their numbers [sender, clean position]."""
     table, variant = plan.layouts.edges, plan.variant(block)
     assert table is not None
-    frame = plan.layouts.frames(variant)[pair]
     number = number_of(table, block.units, plan.edges_run(variant, block.units))
     reached, kinds = plan.layouts.reached(variant, pair), plan.edge_costs.kinds
     first, last = climbing(table, reached, number, kinds.call)
@@ -78,35 +86,68 @@ def _climbers(plan: Plan, wave: Wave, block: Block, pair: int) -> tuple[Columns,
     known = np.full((len(senders), last.shape[1]), -1)
     known[at, position] = np.arange(len(at))
     nodes = [table.senders[n] for n in senders]
-    component, unit = (np.array(x) for x in zip(*map(_sent, nodes), strict=True))
+    sent = [(CODES[node.component], node.layer or 0, node.unit or 0) for node in nodes]
+    component, layer, unit = np.array(sent).T
+    found = begun(
+        plan,
+        wave,
+        variant,
+        pair,
+        position,
+        first[own][at],
+        last[own][at, position],
+        table.asked.through == "mlps",
+        (np.arange(len(at)), component[at], layer[at], unit[at]),
+    )
+    return found, known
+
+
+def begun(
+    plan: Plan,
+    wave: Wave,
+    variant: Variant,
+    pair: int,
+    position: Ints,
+    first: Ints,
+    last: Ints,
+    mlps: bool,
+    sends: tuple[Ints, Ints, Ints, Ints],
+) -> Beginnings:
+    """Climbers at some clean positions of one pair; sends: whose, component, layer and unit."""
+    frame = plan.layouts.frames(variant)[pair]
     noise = plan.directions[variant.direction] == "noise"
-    to, of = (OWN, wave.source) if noise else (wave.source, OWN)
-    said = {"pair": pair - wave.pairs.start, "to": to, "of": of}
-    return {
-        "component": component[at],
-        "unit": unit[at],
-        "first": first[own][at],
-        "last": last[own][at, position],
-        "dst": frame.to_dst[position],
-        "src": frame.to_src[position],
-        **{k: np.full_like(at, v) for k, v in said.items()},
-    }, known
+    to, by = (OWN, wave.source) if noise else (wave.source, OWN)
+    of, component, layer, unit = sends
+    said = {"pair": pair - wave.pairs.start, "to": to, "mlps": int(mlps)}
+    climbers = {"dst": frame.to_dst[position], "first": first, "last": last}
+    climbers |= {k: np.full_like(position, v) for k, v in said.items()}
+    src = frame.to_src[position][of]
+    names = {"of": of, "component": component, "layer": layer, "unit": unit, "src": src}
+    return Beginnings(climbers, names | {"by": np.full_like(of, by)})
 
 
-def _sent(node: Node) -> tuple[int, int]:
-    return CODES[node.component], node.unit or 0
-
-
-def climbers_of(found: Columns, offset: Ints, row_of: Callable[[Ints, Ints], Ints]) -> Climbers:
-    """Climbers with their tokens; `row_of` gives the base row of pairs and sources, `offset` the
-    first token of every base row."""
-    dst, src = (offset[row_of(found["pair"], found[k])] for k in ("to", "of"))
+def climbers_of(
+    found: Sequence[Beginnings], offset: Ints, row_of: Callable[[Ints, Ints], Ints]
+) -> Climbers:
+    """Climbers of several blocks with their tokens; `row_of` gives the base row of pairs and
+    sources, `offset` the first token of every base row."""
+    none = np.zeros(0, np.int64)
+    climbers = {k: np.concatenate([none, *(f.climbers[k] for f in found)]) for k in CLIMBERS}
+    sends = {k: np.concatenate([none, *(f.sends[k] for f in found)]) for k in SENDS}
+    counts = [len(f.climbers["pair"]) for f in found]
+    before = np.cumsum([0, *counts])[:-1]
+    many = [len(f.sends["of"]) for f in found]
+    of = sends["of"] + np.repeat(before, many)
+    pair = climbers["pair"]
     return Climbers(
-        component=found["component"],
-        unit=found["unit"],
-        first=found["first"],
-        last=found["last"],
-        dst=dst + found["dst"],
-        src=src + found["src"],
-        position=found["dst"],
+        dst=offset[row_of(pair, climbers["to"])] + climbers["dst"],
+        position=climbers["dst"],
+        first=climbers["first"],
+        last=climbers["last"],
+        mlps=climbers["mlps"] > 0,
+        of=of,
+        component=sends["component"],
+        layer=sends["layer"],
+        unit=sends["unit"],
+        src=offset[row_of(pair[of], sends["by"])] + sends["src"],
     )

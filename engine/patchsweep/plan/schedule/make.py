@@ -9,7 +9,7 @@ import numpy as np
 
 from patchsweep.plan import Ints, Plan, Wave, null_start
 from patchsweep.plan.layout import CODES, OWN, Places, Variant, injected_tokens
-from patchsweep.plan.schedule.edges import CLIMBER, NO_CLIMBERS, climbers_of, of_edges
+from patchsweep.plan.schedule.edges import Beginnings, begun, climbers_of, of_edges
 from patchsweep.plan.schedule.steps import (
     Bools,
     Climbers,
@@ -32,18 +32,16 @@ _PLACE = ("run", "component", "layer", "unit", "position", "source", "climber")
 def make_schedule(plan: Plan, wave: Wave) -> Schedule:
     """Lay a wave out."""
     bases = _base_rows(plan, wave)
-    parts, pieces, climbers = [_null(plan, wave)], [], [NO_CLIMBERS]
+    parts, pieces, climbers = [_null(plan, wave)], list[dict[str, Ints]](), list[Beginnings]()
     offset, climbing = len(parts[0]["pair"]), 0
     for number, block in enumerate(wave.blocks):
         for pair in block.pairs:
-            if block.component == EDGES:
-                found, places, climb = of_edges(plan, wave, block, number, pair)
+            lay_out = of_edges if block.component == EDGES else _of_block
+            found, places, begin = lay_out(plan, wave, block, number, pair)
+            if begin:
                 places["climber"] += climbing
-                climbing += len(climb["pair"])
-                climbers.append(climb)
-            else:
-                found, places = _of_block(plan, wave, block, number, pair)
-                places["climber"] = np.full_like(places["run"], -1)
+                climbing += len(begin.climbers["pair"])
+                climbers.append(begin)
             places["run"] += offset
             offset += len(found["pair"])
             parts.append(found)
@@ -64,8 +62,6 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
     found["run"] = rank[found["run"]]
     patched, injected = _patched(plan, wave, runs, found, bases)
     rows = np.concatenate([np.arange(len(bases["pair"])), runs.base])
-    edges = plan.layouts.edges
-    climb = {k: np.concatenate([c[k] for c in climbers]) for k in CLIMBER}
     return Schedule(
         embedding=_embedding(plan, wave, bases, runs, patched),
         base_offset=bases["offset"],
@@ -81,8 +77,7 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
         injected_call=patched.call[injected],
         injected_attends=patched.component[injected] == CODES["head_q"],
         layers=plan.dimensions.layers,
-        climbers=climbers_of(climb, bases["offset"], partial(_row_of, plan, wave)),
-        through_mlps=edges is not None and edges.asked.through == "mlps",
+        climbers=climbers_of(climbers, bases["offset"], partial(_row_of, plan, wave)),
     )
 
 
@@ -157,8 +152,9 @@ def _null(plan: Plan, wave: Wave) -> dict[str, Ints]:
 
 def _of_block(
     plan: Plan, wave: Wave, block: Block, number: int, pair: int
-) -> tuple[dict[str, Ints], dict[str, Ints]]:
-    """The runs of one pair in a block, and what they replace (`run` counting these runs)."""
+) -> tuple[dict[str, Ints], dict[str, Ints], Beginnings | None]:
+    """The runs of one pair in a block, what they replace (`run` counting these runs), and of paths
+    the climbers (`climber` counting these)."""
     layout = plan.layout(block)
     entries = slice(block.positions.start, block.positions.stop)
     exists = layout.exists[pair][:, entries]
@@ -188,8 +184,32 @@ def _of_block(
     row, offset = ragged(np.searchsorted(places.cell, cell, side="right") - first)
     mine = first[row] + offset
     columns = {k: getattr(places, k)[mine] for k in ("component", "layer", "position", "source")}
-    columns["unit"] = places.unit[mine] + block.units.start + unit[row]
-    return runs, {"run": row, **columns}
+    columns["run"], own = row, block.units.start + unit
+    if (table := plan.layouts.paths.get(block.component)) is None:
+        columns |= {"unit": places.unit[mine] + own[row], "climber": np.full_like(row, -1)}
+        return runs, columns, None
+    _, climbs = plan.layouts.path(block.component, plan.variant(block), pair)
+    first = np.searchsorted(climbs.cell, cell)
+    whose, offset = ragged(np.searchsorted(climbs.cell, cell, side="right") - first)
+    climber = first[whose] + offset
+    sends = np.searchsorted(climbs.of, climber)
+    of, offset = ragged(np.searchsorted(climbs.of, climber, side="right") - sends)
+    send = sends[of] + offset
+    begin = begun(
+        plan,
+        wave,
+        plan.variant(block),
+        pair,
+        climbs.position[climber],
+        climbs.first[climber],
+        climbs.last[climber],
+        table.through_mlps,
+        (of, climbs.component[send], climbs.layer[send], climbs.unit[send] + own[whose[of]]),
+    )
+    width = len(plan.pairs[pair])
+    keys = whose * width + climbs.position[climber]  # ascending
+    at = np.searchsorted(keys, row * width + columns["position"])
+    return runs, {**columns, "unit": places.unit[mine], "climber": at}, begin
 
 
 def _patched(
@@ -340,6 +360,5 @@ def _unpatched(rows: dict[str, Ints], embedding: Embedding, layers: int) -> Sche
         injected_call=_NONE,
         injected_attends=_NO_PLACES,
         layers=layers,
-        climbers=Climbers(*(_NONE,) * 7),
-        through_mlps=False,
+        climbers=Climbers(*(_NONE,) * 4, _NO_PLACES, *(_NONE,) * 5),
     )

@@ -55,20 +55,25 @@ class RowTokens:
 
 @dataclass(frozen=True)
 class Climbers:
-    """The tokens that runs of edges begin with, in columns [climber].
+    """The tokens that runs of edges and paths begin with, in columns [climber], and what they carry
+    up, [send].
 
-    What is sent is the output of `component` and `unit` (of a layer's heads 0 and on) in the base
-    token `src` in place of that in `dst`, at `position`. `first`: the first layer call that a
-    climber is in, of a head its own; `last`: the last one that reads it.
+    A climber stands for the base token `dst`, at `position`; `first` is the first layer call that
+    it is in, of a head that sends its own, `last` the last one that reads it; `mlps`: it goes
+    through MLPs, else through nothing but the residual stream. Climber `of` carries the output of
+    `component`, `layer` and `unit` in the base token `src` in place of that in its own.
     """
 
-    component: Ints
-    unit: Ints
+    dst: Ints
+    position: Ints
     first: Ints
     last: Ints
-    dst: Ints
+    mlps: Bools
+    of: Ints
+    component: Ints
+    layer: Ints
+    unit: Ints
     src: Ints
-    position: Ints
 
     def __len__(self) -> int:
         return len(self.dst)
@@ -76,11 +81,11 @@ class Climbers:
 
 @dataclass(frozen=True)
 class Climb:
-    """What climbers do in one layer call. By the place where it is seen, of which senders the
-    change is measured: (climber, token with it, token without), [born] each. To what the tokens
-    `lifted` were gathered from, the changes `by` (climbers) are added."""
+    """What climbers do in one layer call. By the place where it is seen, what is sent: (climber,
+    token with it, token without), [sent] each, by which the climber's change grows. To what the
+    tokens `lifted` were gathered from, the changes `by` (climbers) are added."""
 
-    born: dict[str, tuple[Ints, Ints, Ints]]
+    sent: dict[str, tuple[Ints, Ints, Ints]]
     lifted: Ints
     by: Ints
 
@@ -186,7 +191,6 @@ class Schedule:
     injected_attends: Bools
     layers: int
     climbers: Climbers
-    through_mlps: bool  # what climbers go through, or nothing but the residual stream
 
     @property
     def base(self) -> int:
@@ -237,7 +241,7 @@ class Schedule:
             silent = inject[~self.injected_attends[inject]]
             c = self.climbers
             up = np.flatnonzero((c.first <= layer) & (layer <= c.last))
-            below = np.where(self.through_mlps & (c.first < layer), climber, c.dst)[up]
+            below = np.where(c.mlps & (c.first < layer), climber, c.dst)[up]
             climber[up] = base + len(source) + len(inject) + len(moved) + np.arange(len(up))
             yield Step(
                 gather=np.concatenate([np.arange(base), source, copied, donors, below]),
@@ -260,8 +264,8 @@ class Schedule:
                     ]
                 ),
                 edits=[
-                    *self._sent(layer, climber),
                     *self._edits(here_patched, tokens, slot, donor_slot, climber),
+                    *self._sent(layer, climber),
                 ],
                 row_tokens=tokens,
                 base=base,
@@ -270,31 +274,33 @@ class Schedule:
             )
 
     def _sent(self, layer: int, climber: Ints) -> list[Edit]:
-        """What makes climbers of the tokens in the layer of heads that send."""
-        c = self.climbers
-        new = np.flatnonzero((c.component == CODES["head_z"]) & (c.first == layer))
-        if not len(new):
-            return []
-        at, row = climber[new], np.zeros_like(new)
-        return [Edit("head_z", OWN, at, c.src[new], at, c.unit[new], c.position[new], row)]
+        """What climbers are given in a layer call: heads, and MLPs where one goes through them."""
+        c, edits = self.climbers, []
+        late = c.mlps & (c.first <= layer)  # an MLP that a climber begins with is added to it
+        for name, which in (("head_z", True), ("mlp_out", late[c.of])):
+            own = (c.component == CODES[name]) & (c.layer == layer) & which
+            if len(sent := np.flatnonzero(own)):
+                of, src, unit = c.of[sent], c.src[sent], c.unit[sent]
+                at, row = climber[of], np.zeros_like(of)
+                edits.append(Edit(name, OWN, at, src, at, unit, c.position[of], row))
+        return edits
 
     def _climb(self, layer: int, up: Ints, climber: Ints) -> Climb:
-        c = self.climbers
-        head = c.component == CODES["head_z"]
-        sent = {
-            "resid_pre": (c.component == CODES["embed"]) & (c.first == layer),
-            "attn_out": head & (c.first == layer) & (not self.through_mlps),
-            "mlp_out": (c.component == CODES["mlp_out"]) & (c.first == layer + 1),
-        }
-        born = {}
-        for place, which in sent.items():
-            new = np.flatnonzero(which)
-            if len(new):
-                born[place] = (new, climber[new] if head[new[0]] else c.src[new], c.dst[new])
-        # Through MLPs a change is added once, and the climber goes on with what it has become.
+        c, sent = self.climbers, {}
+        here, begins = c.layer == layer, c.first[c.of] == layer + (c.component == CODES["mlp_out"])
+        added = ~c.mlps[c.of] | begins
+        for place, name in (("resid_pre", "embed"), ("mlp_out", "mlp_out")):
+            some = np.flatnonzero((c.component == CODES[name]) & here & added)
+            if len(some):
+                sent[place] = (c.of[some], c.src[some], c.dst[c.of[some]])
+        heads = (c.component == CODES["head_z"]) & here & ~c.mlps[c.of]
+        if len(of := np.unique(c.of[heads])):  # several of a layer go together
+            sent["attn_out"] = (of, climber[of], c.dst[of])
+        # Through MLPs a change is added once, and the climber goes on with what it has become. What
+        # heads send is in their own layer's call already.
         late = c.first[up] < layer
-        by = up[~late & ~head[up] if self.through_mlps else late | ~head[up]]
-        return Climb(born, climber[by], by)
+        by = up[np.where(c.mlps[up], ~late, True)]
+        return Climb(sent, climber[by], by)
 
     def _embed(self, source: Ints, here: Ints) -> None:
         """Rows whose embeddings are patched take them from behind those of the base rows."""

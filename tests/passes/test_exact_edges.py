@@ -17,8 +17,7 @@ from inputs import Letters, pair_of, three, unequal
 from oracle import paths
 from oracle.families import EXACT, FAMILIES, Family
 from patchsweep.pairs import Pair
-from patchsweep.plan import Node
-from patchsweep.sites import Status
+from patchsweep.sites import Node, Status
 
 LAYERS = 3
 
@@ -59,7 +58,7 @@ def check(
                 members = np.flatnonzero(table.positions.members[i, entry])
                 positions = aligned(pair, direction, members)
                 a, b = (place(x) for x in (found.senders[sender], found.receivers[receiver]))
-                logits, would_be = two.first(a, positions, through)
+                logits, would_be = two.first([a], positions, through)
                 if b[0] != "logits":
                     logits = two.second([b], list(positions), would_be)
                 if direction == "denoise":  # where the answer is read

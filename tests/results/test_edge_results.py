@@ -138,7 +138,7 @@ def test_a_prefilter(tmp_path: Path) -> None:
         ({"edges": {"keep": "0%"}}, "edges: keep: '0%' says nothing to keep"),
         ({"edges": {"keep": "2%"}, "metrics": ["rank"]}, "rank cannot be estimated"),
         ({"source": "zero", "direction": "noise"}, "edges: source zero has no run"),
-        ({"backend": "nnsight"}, r"exact edges are not made through nnsight \(it is asked"),
+        ({"backend": "nnsight"}, r"edges are not run through nnsight \(it is asked"),
         (
             {"metrics": [{"neuron": {"layer": 1, "neuron": 3, "position": -1}}]},
             "edges: neuron_1_3_-1 is read inside an MLP, where no edge ends",
