@@ -7,24 +7,19 @@ is pinned to the first pass.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from patchsweep.errors import BadInput
-from patchsweep.pairs import Pair, Positions, resolve_positions
+from patchsweep.pairs import Positions
 from patchsweep.plan.cone import Map
 from patchsweep.plan.dimensions import Dimensions
 from patchsweep.plan.layout.columns import CODES, OWN, Frame, Ints, Places
 from patchsweep.plan.layout.ends import SEEN_IN, ends
-from patchsweep.sites import Node, path_grid
-from patchsweep.spec import PatchedPath, Sweep
-
-if TYPE_CHECKING:
-    from patchsweep.plan.layout.grids import Layouts
+from patchsweep.sites import Node
+from patchsweep.spec import PatchedPath
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,52 +126,6 @@ def path(table: PathTable, frame: Frame, members: Map, call: Ints) -> tuple[Plac
     what, from_layer, from_unit = (x[send] for x in table.senders)
     climbers = (at * len(members) + entry, position, first[at, position], last[at, position])
     return places, Climbs(*climbers, own, what, from_layer, from_unit)
-
-
-def path_tables(pairs: Sequence[Pair], settings: Sweep, layouts: Layouts) -> dict[str, PathTable]:
-    """A sweep's paths by grid. BadInput for nodes that the model does not have, and for ends that
-    no path joins."""
-    found, d = {}, layouts.dimensions
-    for name, asked in settings.paths.items():
-        begins = "" if asked.begins == "set" else asked.begins
-        table = PathTable(
-            asked=asked,
-            positions=resolve_positions(pairs, asked.positions),
-            dimensions=d,
-            layers=len(layouts.layers(begins)) if begins else 1,
-            units=layouts.units(begins) if begins else 1,
-        )
-        _check(name, table, layouts)
-        found[path_grid(asked.begins, name)] = table
-    return found
-
-
-def _check(name: str, table: PathTable, layouts: Layouts) -> None:
-    asked = table.asked
-    senders = () if isinstance(asked.senders, str) else asked.senders
-    for node in (*senders, *asked.receivers):
-        if (node.layer or 0) >= layouts.dimensions.layers:
-            most = layouts.dimensions.layers - 1
-            raise BadInput(f"path '{name}': {node}: no layer {node.layer}: use 0 to {most}")
-        if node.unit is not None and node.unit >= (count := layouts.units(node.component)):
-            raise BadInput(f"path '{name}': {node}: no unit {node.unit}: use 0 to {count - 1}")
-    for node, below in zip(asked.receivers, table.below.T, strict=True):
-        if not below.any():
-            what = asked.senders if isinstance(asked.senders, str) else "sender"
-            raise BadInput(
-                f"path '{name}': no {what} lies below {node}: name a receiver further on"
-            )
-    for number, node in enumerate(senders):
-        if not table.below[number].any():
-            raise BadInput(f"path '{name}': {node} lies below no receiver: leave it out")
-    for read_at in layouts.reads.inner:
-        at = layouts.inner_layer(read_at)
-        lowest = min(table.receivers[1])
-        if at < lowest:
-            raise BadInput(
-                f"path '{name}': {read_at.metric.column} is read in layer {at}, below all of its "
-                f"receivers (layer {lowest} and on): leave it out"
-            )
 
 
 def _columns(nodes: Iterable[tuple[str, int | None, int | None]]) -> tuple[Ints, Ints, Ints]:
