@@ -125,7 +125,7 @@ def verify(
                 f"{' or '.join(files)}: put that back"
             )
         again = Cells(judge, plan.layouts, values, settings.metrics, _called)
-        without = {*left_out, *([SETS] if left_out else []), EDGES, *plan.layouts.paths}
+        without = {*left_out, *((SETS, EDGES, *plan.layouts.paths) if left_out else ())}
         run = _drawn(found, plan, cells, seed, without, RUN)
         if not run:
             raise BadInput(f"{found.path} has no cells that could be run again")
