@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +196,11 @@ EDGES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral"])
 @pytest.mark.parametrize("kind", EDGES)
 def test_edges(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With their climbers, whatever a wave holds."""
+    """With their climbers, whatever a wave holds; queries that come from elsewhere need none."""
     hf_model = FAMILIES[name].build(3)
     rng = np.random.default_rng(3)
     pairs = [Pair(*prompts(rng, 50, n, 1), (5,), (7,)) for n in (7, 6)]
+    pairs[1] = replace(pairs[1], corrupt=(9, *pairs[1].corrupt), align=(1, 2, -1, 4, 5, 6))
     model = ps.wrap(hf_model, Letters())
     given = {"components": ["mlp_out"], "direction": "both", "token_budget": 2000, **EDGES[kind]}
     parsed = parse_settings(given)

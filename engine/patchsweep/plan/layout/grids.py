@@ -372,9 +372,9 @@ class Layouts:
         by_cell = ("exists", "start", "joins", "extra_reads", "head_reads")
         flat = {name: getattr(out, name)[pair].reshape(-1) for name in by_cell}
         flat["exists"][places.cell] = True
-        for name, values in (("start", position), ("joins", joins)):
-            flat[name][places.cell] = values.max(initial=0)
-            np.minimum.at(flat[name], places.cell, values)
+        for lowest, values in (("start", position), ("joins", joins)):
+            flat[lowest][places.cell] = values.max(initial=0)
+            np.minimum.at(flat[lowest], places.cell, values)
         entry = places.cell % out.inside.shape[1]
         injected = injected_tokens(places, position, call, flat["joins"])
         np.add.at(out.extra[pair], (call[injected], entry[injected]), 1)

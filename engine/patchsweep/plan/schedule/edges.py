@@ -10,7 +10,7 @@ import numpy as np
 from patchsweep.plan import Ints, Plan, Wave
 from patchsweep.plan.edge_costs import climbing, number_of
 from patchsweep.plan.layout import CODES, OWN, Variant
-from patchsweep.plan.schedule.steps import Climbers
+from patchsweep.plan.schedule.climb import Climbers
 from patchsweep.sites import RUN, Block
 
 Columns = dict[str, Ints]

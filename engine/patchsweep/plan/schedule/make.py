@@ -9,17 +9,10 @@ import numpy as np
 
 from patchsweep.plan import Ints, Plan, Wave, null_start
 from patchsweep.plan.layout import CODES, OWN, Places, Variant, injected_tokens
+from patchsweep.plan.schedule.climb import Climbers
+from patchsweep.plan.schedule.columns import Bools, Edit, Embedding, Patched, Runs
 from patchsweep.plan.schedule.edges import Beginnings, begun, climbers_of, of_edges
-from patchsweep.plan.schedule.steps import (
-    Bools,
-    Climbers,
-    Edit,
-    Embedding,
-    Patched,
-    Runs,
-    Schedule,
-    ragged,
-)
+from patchsweep.plan.schedule.steps import Schedule, ragged
 from patchsweep.sites import EDGES, RUN, SETS, Block
 
 NULL = -1  # the block of null patches, which belong to none

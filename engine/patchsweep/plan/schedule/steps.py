@@ -6,33 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchsweep.plan import Ints
-from patchsweep.plan.layout import CODES, NAMES, OWN
+from patchsweep.plan.layout import CODES, NAMES
+from patchsweep.plan.schedule.climb import Climb, Climbers, climb_of, given
+from patchsweep.plan.schedule.columns import Bools, Edit, Embedding, Patched, Runs
 from patchsweep_kernels import Rows
 
 NOWHERE = 1 << 40  # the first position of a row that is not carried yet
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replacements of one component by values of one source, in columns [edit].
-
-    target: the token of the layer call that is overwritten, in `unit`; donor: the token that has
-    the source's value (−1 where the source takes no run). own: a token with the activation that the
-    target has before. position: the target's. row: the runs, as numbers in RowTokens.
-    """
-
-    component: str
-    source: int
-    target: Ints
-    donor: Ints
-    own: Ints
-    unit: Ints
-    position: Ints
-    row: Ints
 
 
 @dataclass(frozen=True)
@@ -51,43 +32,6 @@ class RowTokens:
         """The token of a row at a position; the arguments broadcast."""
         own = self.first[row] + position - self.start[row]
         return np.where(position >= self.start[row], own, self.prefix[row] + position)
-
-
-@dataclass(frozen=True)
-class Climbers:
-    """The tokens that runs of edges and paths begin with, in columns [climber], and what they carry
-    up, [send].
-
-    A climber stands for the base token `dst`, at `position`; `first` is the first layer call that
-    it is in, of a head that sends its own, `last` the last one that reads it; `mlps`: it goes
-    through MLPs, else through nothing but the residual stream. Climber `of` carries the output of
-    `component`, `layer` and `unit` in the base token `src` in place of that in its own.
-    """
-
-    dst: Ints
-    position: Ints
-    first: Ints
-    last: Ints
-    mlps: Bools
-    of: Ints
-    component: Ints
-    layer: Ints
-    unit: Ints
-    src: Ints
-
-    def __len__(self) -> int:
-        return len(self.dst)
-
-
-@dataclass(frozen=True)
-class Climb:
-    """What climbers do in one layer call. By the place where it is seen, what is sent: (climber,
-    token with it, token without), [sent] each, by which the climber's change grows. To what the
-    tokens `lifted` were gathered from, the changes `by` (climbers) are added."""
-
-    sent: dict[str, tuple[Ints, Ints, Ints]]
-    lifted: Ints
-    by: Ints
 
 
 @dataclass(frozen=True)
@@ -110,64 +54,6 @@ class Step:
     base: int
     reading: Ints
     climb: Climb | None = None
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The tokens that are embedded: those of the base rows, then embeddings that are patched in.
-
-    tokens, positions [token]. Noise: token `noised` takes value `slot` (of the noised positions of
-    its pair) times the standard deviations of its source. `edits` replace embeddings by constants.
-    """
-
-    tokens: Ints
-    positions: Ints
-    noised: Ints
-    pair: Ints
-    source: Ints
-    slot: Ints
-    edits: list[Edit]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The patched rows of a wave in packed order, [run].
-
-    `block` counts within the wave, `cell` is the flat index in the block's values, `pair` counts
-    within the wave. dst is the first base token of the destination, `base` its number among the
-    base rows; a row holds `length` tokens from position `start` on and is first carried into layer
-    call `joins`. `set`: whether it patches a set of sites.
-    """
-
-    block: Ints
-    cell: Ints
-    pair: Ints
-    direction: Ints
-    start: Ints
-    joins: Ints
-    dst: Ints
-    base: Ints
-    length: Ints
-    set: Ints
-
-
-@dataclass(frozen=True)
-class Patched:
-    """Every replacement of every run, in columns [place]; `donor` is a base token, −1 for none;
-    `climber` the one that is the donor instead, −1 for none; `slot` numbers the injected tokens,
-    −1 for none; `moved`: the donor is to be rotated."""
-
-    run: Ints
-    component: Ints
-    layer: Ints
-    unit: Ints
-    position: Ints
-    source: Ints
-    donor: Ints
-    call: Ints
-    slot: Ints
-    moved: Bools
-    climber: Ints
 
 
 @dataclass(frozen=True)
@@ -265,42 +151,13 @@ class Schedule:
                 ),
                 edits=[
                     *self._edits(here_patched, tokens, slot, donor_slot, climber),
-                    *self._sent(layer, climber),
+                    *given(self.climbers, layer, climber),
                 ],
                 row_tokens=tokens,
                 base=base,
                 reading=np.arange(len(self.row_pair)),
-                climb=self._climb(layer, up, climber) if len(c) else None,
+                climb=climb_of(c, layer, up, climber) if len(c) else None,
             )
-
-    def _sent(self, layer: int, climber: Ints) -> list[Edit]:
-        """What climbers are given in a layer call: heads, and MLPs where one goes through them."""
-        c, edits = self.climbers, []
-        late = c.mlps & (c.first <= layer)  # an MLP that a climber begins with is added to it
-        for name, which in (("head_z", True), ("mlp_out", late[c.of])):
-            own = (c.component == CODES[name]) & (c.layer == layer) & which
-            if len(sent := np.flatnonzero(own)):
-                of, src, unit = c.of[sent], c.src[sent], c.unit[sent]
-                at, row = climber[of], np.zeros_like(of)
-                edits.append(Edit(name, OWN, at, src, at, unit, c.position[of], row))
-        return edits
-
-    def _climb(self, layer: int, up: Ints, climber: Ints) -> Climb:
-        c, sent = self.climbers, {}
-        here, begins = c.layer == layer, c.first[c.of] == layer + (c.component == CODES["mlp_out"])
-        added = ~c.mlps[c.of] | begins
-        for place, name in (("resid_pre", "embed"), ("mlp_out", "mlp_out")):
-            some = np.flatnonzero((c.component == CODES[name]) & here & added)
-            if len(some):
-                sent[place] = (c.of[some], c.src[some], c.dst[c.of[some]])
-        heads = (c.component == CODES["head_z"]) & here & ~c.mlps[c.of]
-        if len(of := np.unique(c.of[heads])):  # several of a layer go together
-            sent["attn_out"] = (of, climber[of], c.dst[of])
-        # Through MLPs a change is added once, and the climber goes on with what it has become. What
-        # heads send is in their own layer's call already.
-        late = c.first[up] < layer
-        by = up[np.where(c.mlps[up], ~late, True)]
-        return Climb(sent, climber[by], by)
 
     def _embed(self, source: Ints, here: Ints) -> None:
         """Rows whose embeddings are patched take them from behind those of the base rows."""
