@@ -94,6 +94,20 @@ def test_backends_run(tmp_path: Path) -> None:
     assert found["differences"]["offloaded"] == 0
 
 
+def test_edges_run(tmp_path: Path) -> None:
+    """Both ways agree over edges and over a path; scores stand beside all edges that are run."""
+    from benchmarks.edges import edges
+
+    edges(tiny=True, pairs=1, batches=1, rounds=1, out=tmp_path / "edges.json")
+    found = json.loads((tmp_path / "edges.json").read_text())
+    assert found["edges"]["sampled"] == 32
+    assert found["edges"]["difference"] < CLOSE
+    assert found["paths"]["difference"] < CLOSE
+    assert found["paths"]["heads"] == 8
+    names = {s["estimator"]: s["cells"] for s in found["scores"]["tiny"]}
+    assert names == dict.fromkeys(("eap", "eap_ig"), found["edges"]["runs"])
+
+
 def test_attribution_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Scores are those of the estimates that a sweep writes beside its exact results."""
     from benchmarks._models import load, middle_pairs

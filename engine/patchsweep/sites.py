@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal
@@ -19,6 +20,8 @@ DIRECTIONS: tuple[Direction, ...] = ("denoise", "noise")
 
 # The dimensions of every result array, in this order.
 DIMENSIONS = ("direction", "source", "sample", "pair", "layer", "unit", "position")
+# What the last three are in the arrays of edges.
+EDGE_DIMENSIONS = (*DIMENSIONS[:4], "position", "receiver", "sender")
 
 
 Unit = Literal["", "head", "kv_head", "neuron", "feature"]
@@ -56,6 +59,8 @@ COMPONENTS = {
 }
 # Runs that patch several sites at once: a grid of their own, whose positions are the sets' names.
 SETS = "sets"
+# Runs that patch one edge each: a grid of their own, of positions × receivers × senders.
+EDGES = "edges"
 # What sliding windows of adjacent layers are over.
 WINDOWED = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -67,7 +72,7 @@ class Status(IntEnum):
     EXACT = 1
     STRUCTURAL = 2  # equals the destination's baseline by construction: nothing was run
     ESTIMATED = 3
-    OUTSIDE = 4  # outside the prompt
+    OUTSIDE = 4  # outside the prompt; no edge
     AUDITED = 5
     NOT_FINITE = 6
 
@@ -188,8 +193,15 @@ def component(name: str) -> Component:
 
 
 def unit_name(name: str) -> str:
-    """What a layer of a component holds several of; empty if it holds one. Sets have none."""
-    return "" if name == SETS else component(name).unit
+    """What a layer of a component holds several of; empty if it holds one. Sets and edges have
+    none; paths have those of what they begin in."""
+    begins, _, path = name.partition(".")
+    return "" if begins in (SETS, EDGES) or (path and begins == "set") else component(begins).unit
+
+
+def dimensions(name: str) -> tuple[str, ...]:
+    """The names of the dimensions of a grid's arrays."""
+    return EDGE_DIMENSIONS if name == EDGES else DIMENSIONS
 
 
 def blocks(grid: Grid) -> list[Block]:
@@ -259,3 +271,51 @@ def parse_site(text: str) -> Site:
 def window_name(component: str, layers: range, entry: int | str) -> str:
     """The name of the set of a window's sites."""
     return f"{component}.{layers[0]}-{layers[-1]}@{entry}"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One end of an edge; `layer` and `unit` are None where the component has none."""
+
+    component: str
+    layer: int | None = None
+    unit: int | None = None
+
+    def __str__(self) -> str:
+        numbers = (str(n) for n in (self.layer, self.unit) if n is not None)
+        return ".".join([self.component, *numbers])
+
+
+# What edges and paths begin and end in, with what each has beside its name.
+SENDERS = {"embed": (), "head_z": ("layer", "head"), "mlp_out": ("layer",)}
+RECEIVERS = {
+    "head_q": ("layer", "head"),
+    "head_k": ("layer", "kv_head"),
+    "head_v": ("layer", "kv_head"),
+    "mlp_in": ("layer",),
+    "resid_pre": ("layer",),
+    "logits": (),
+}
+
+
+def parse_node(text: str, known: Mapping[str, tuple[str, ...]]) -> Node:
+    """A node as it is written, one of the `known` ones (SENDERS, RECEIVERS). BadInput if it is of
+    another kind, or has a layer or a unit too few or too many."""
+    name, *numbers = text.strip().split(".")
+    what = "sender" if known is SENDERS else "receiver"
+    if name not in known:
+        raise BadInput(f"'{text}' is no {what}: use one of {', '.join(known)}")
+    if len(numbers) != len(known[name]) or not all(n.isdecimal() for n in numbers):
+        raise BadInput(f"{what} '{text}': write {'.'.join([name, *known[name]])}")
+    return Node(name, *map(int, numbers))
+
+
+# The group of a path's results: of what it begins in, and its own name.
+def path_grid(senders: str, name: str) -> str:
+    """The grid of a path from every unit of a component, or from a set ("set")."""
+    return f"{senders}.{name}"
+
+
+def is_path(name: str) -> bool:
+    """Whether a grid is that of a path."""
+    return "." in name

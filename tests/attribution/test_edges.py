@@ -29,6 +29,7 @@ from patchsweep.passes.attention import attention_is
 from patchsweep.passes.forward import take_apart
 from patchsweep.plan import edges
 from patchsweep.report.terminal import show
+from patchsweep.sites import Node
 from patchsweep.spec import parse_settings
 from tiny import arrays
 
@@ -59,7 +60,7 @@ def scored(
         )
 
 
-def key(node: edges.Node) -> oracle.Node:
+def key(node: Node) -> oracle.Node:
     return node.component, node.layer or 0, node.unit or 0
 
 
@@ -342,7 +343,7 @@ def test_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("change", "words"),
     [
         ({"edges": 3}, "edges: 3 is not one way to score edges"),
-        ({"edges": "acdc"}, "edges: unknown scores 'acdc': use eap or eap_ig"),
+        ({"edges": "acdc"}, "edges: unknown scores 'acdc': use eap, eap_ig or exact"),
         ({"edges": {"eap": {"steps": 3}}}, "edges: eap has no options: write eap"),
         ({"edges": {"eap_ig": {"steps": 0}}}, "edges: eap_ig: steps: should be greater"),
         ({"metrics": ["rank"]}, "edges: rank cannot be estimated: it is a count"),

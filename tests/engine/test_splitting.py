@@ -192,8 +192,9 @@ def test_out_of_memory_when_waited_for(
     [
         {"backend": "nnsight", "components": ["head_z", "mlp_out"]},
         {"prefilter": {"keep": "60%", "audit": 3}, "windows": []},
+        {"components": ["mlp_out"], "direction": "noise", "edges": "exact"},
     ],
-    ids=["nnsight", "prefilter"],
+    ids=["nnsight", "prefilter", "edges"],
 )
 def test_other_ways_of_running(tmp_path: Path, more: dict[str, Any]) -> None:
     settings, given = {**SETTINGS, **more}, model()

@@ -252,3 +252,29 @@ def test_verify_holds_where_positions_move(tmp_path: Path) -> None:
         results = ps.sweep(model, pairs, out=tmp_path / family, **given)
         verified = ps.verify(results, 60, model)
         assert max(verified.differences.values()) < 1e-7
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2", "qwen3_moe"])
+def test_edges_and_paths(name: str, tmp_path: Path) -> None:
+    model = ps.wrap(FAMILIES[name].build(3, 1), Letters())
+    rng = np.random.default_rng(4)
+    several = {"senders": ["head_z.0.1", "mlp_out.1", "embed"], "through": "mlps"}
+    inside = {"attention": {"layer": 2, "head": 1, "query": -1, "key": -1}}
+    found = ps.sweep(
+        model,
+        [pair_of(rng, 7, 1), unequal(rng, 6, 2)],
+        out=tmp_path / "r",
+        direction="both",
+        metrics=["logit_diff", "kl", inside],
+        edges={"exact": {"positions": "each", "through": "mlps" if name == "llama" else "nothing"}},
+        paths={
+            "a": {"senders": "head_z", "receivers": ["head_q.2.1", "mlp_in.2", "head_k.1.0"]},
+            "b": {**several, "receivers": ["mlp_in.2", "resid_pre.2"], "positions": [-1, -2]},
+            "c": {**several, "receivers": ["logits"], "positions": "each"},
+        },
+    )
+    verified = ps.verify(found, 80, model, seed=1)
+    assert verified.left_out == ()
+    assert verified.cells == 80
+    assert verified.structural == 20
+    assert max(verified.differences.values()) < max(1e-9, FAMILIES[name].tolerance)

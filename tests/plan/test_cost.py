@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +164,71 @@ def some_of(plan: Plan, component: str, by_column: bool) -> Plan:
             for d in range(2)
         },
     )
+
+
+EDGES: dict[str, dict[str, Any]] = {
+    "all": {"edges": "exact"},
+    "each, through MLPs": {"edges": {"exact": {"positions": "each", "through": "mlps"}}},
+    "small": {"edges": "exact", "token_budget": 90},
+    "inner": {
+        "edges": "exact",
+        "metrics": [
+            "logit",
+            {"attention": {"layer": 1, "head": 0, "query": -1, "key": 0}},
+        ],
+    },
+    "chosen": {"edges": {"exact": {"positions": [0, -1]}}},
+    "paths": {
+        "paths": {
+            "one": {"senders": "head_z", "receivers": ["logits"], "positions": "each"},
+            "many": {"senders": "mlp_out", "receivers": ["head_q.2.1", "head_k.1.0", "mlp_in.2"]},
+            "set": {
+                "senders": ["head_z.0.1", "mlp_out.1", "embed"],
+                "receivers": ["head_q.2.1", "mlp_in.2", "resid_pre.2"],
+                "positions": {"some": [0, -1, -2], "last": [-1]},
+                "through": "mlps",
+            },
+        }
+    },
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "mistral"])
+@pytest.mark.parametrize("kind", EDGES)
+def test_edges(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With their climbers, whatever a wave holds; queries that come from elsewhere need none."""
+    hf_model = FAMILIES[name].build(3)
+    rng = np.random.default_rng(3)
+    pairs = [Pair(*prompts(rng, 50, n, 1), (5,), (7,)) for n in (7, 6)]
+    pairs[1] = replace(pairs[1], corrupt=(9, *pairs[1].corrupt), align=(1, 2, -1, 4, 5, 6))
+    model = ps.wrap(hf_model, Letters())
+    given = {"components": ["mlp_out"], "direction": "both", "token_budget": 2000, **EDGES[kind]}
+    parsed = parse_settings(given)
+    plan = plan_sweep(model.dimensions, pairs, parsed, model.device)
+    if kind == "chosen":
+        status = np.random.default_rng(0).choice(
+            [Status.EXACT, Status.AUDITED, Status.ESTIMATED], plan.grids["edges"].shape[4:]
+        )
+        plan = narrowed(plan, {("edges", 1, 0): Chosen(status.astype(np.uint8))})
+    assert kind != "small" or len(plan.waves) > 20
+    runs, flops = 0, 0
+    with attention_is(hf_model), torch.no_grad():
+        forward = take_apart(hf_model, 7, 6)
+        values = prepare(forward, plan, parsed, Letters(), None)
+        for wave in plan.waves:
+            with counting(forward, monkeypatch) as found:
+                run_wave(forward, plan, wave, parsed.metrics, values)
+            schedule = make_schedule(plan, wave)
+            runs += int((schedule.runs.block != NULL).sum())
+            tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
+            read = 0 if kind != "inner" else _read(schedule, plan)
+            assert found.weights + found.attention + tail - read == wave.flops
+            assert found.tokens == wave.tokens
+            flops += wave.flops
+    counts = plan.counts()
+    assert runs == counts["runs"] > 0
+    assert flops == counts["flops"]
+    assert counts["estimated"] > 0 if kind == "chosen" else not counts["estimated"]
 
 
 SET = {"pair": ["sae_feature.3@-1", "sae_feature.4@-1"], "with": ["sae_feature.5@-2", "head_z.0.1"]}

@@ -86,6 +86,18 @@ def test_what_is_estimated_and_chosen_ends_alike(tmp_path: Path) -> None:
     assert {"head_z/logit_diff_estimate", "edges/logit_diff", "choice/head_z_status"} <= set(whole)
 
 
+def test_edges_end_alike(tmp_path: Path) -> None:
+    """Two processes, one of them killed, then three."""
+    edges = {"edges": {"exact": {"positions": "each"}}, "components": ["mlp_out"]}
+    job = made(tmp_path / "job", pairs=1, **edges, token_budget=120, metrics=["logit_diff"])
+    out = tmp_path / "r.zarr"
+    disturb(job, out, TWO, [kill_one], seed=0, count=2)
+    process = launch(TORCHRUN, 3, job.spec, "--out", out, "--resume")
+    assert said(process) == []
+    check_equal(out, job)
+    assert {"edges/logit_diff", "edges/logit_diff_status"} <= set(arrays(out))
+
+
 def kill_one(process: Process, rng: np.random.Generator, *_: Any) -> None:
     """The launcher ends the other one."""
     workers(process)[rng.integers(2)].kill()

@@ -26,6 +26,8 @@ from patchsweep.attribution.estimators import (
     check_edges,
     check_weights,
     chosen,
+    chosen_with_edges,
+    scored,
 )
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.attribution.sweep import (
@@ -50,10 +52,12 @@ __all__ = [
     "chosen",
     "chosen_cells",
     "chosen_columns",
+    "chosen_with_edges",
     "estimate_pairs",
     "expected",
     "pair_ranges",
     "score_edges",
+    "scored",
     "tried",
     "write_edges",
     "write_estimates",

@@ -19,7 +19,8 @@ from patchsweep.attribution.gradients import Inputs, Observed, Place, follow, fr
 from patchsweep.attribution.runs import Frames, passes_of
 from patchsweep.errors import BadInput
 from patchsweep.passes import Forward, Values
-from patchsweep.plan import Dimensions, Node, Plan, receivers, senders, upstream
+from patchsweep.plan import Dimensions, Plan, receivers, senders, upstream
+from patchsweep.sites import Node
 from patchsweep.spec import Metric
 
 INPUT: Place = ("resid_pre", 0)

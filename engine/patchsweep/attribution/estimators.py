@@ -9,8 +9,8 @@ from torch import nn
 
 from patchsweep.errors import BadInput
 from patchsweep.passes import DIVERGENCES
-from patchsweep.sites import Direction, component
-from patchsweep.spec import Mean, Metric, Sweep, Vector
+from patchsweep.sites import EDGES, Direction, component
+from patchsweep.spec import INNER, Mean, Metric, Prefilter, Sweep, Vector
 
 # What each computes is said in `estimate.estimate_pairs`.
 Estimator = Literal["atp", "atp_qk", "atp_star", "relp", "ig"]
@@ -34,7 +34,6 @@ DEFAULT: dict[str, Estimator] = {
 }
 THROUGH_PATTERNS = ("head_q", "head_k", "head_pattern")
 NO_GRADIENT = ("rank", "accuracy")
-EDGES = ("scores of edges", "edges")  # what `_not_on` says of them
 
 
 def chosen(settings: Sweep) -> dict[str, str]:
@@ -69,28 +68,53 @@ def chosen(settings: Sweep) -> dict[str, str]:
 
 
 def check_edges(settings: Sweep) -> None:
-    """BadInput for edges that cannot be scored: of which metric, source and backend."""
-    if settings.edges is None:
-        return
-    # Between two runs a divergence has a gradient.
-    directions = settings.directions if settings.edges.name == "eap" else ()
-    try:
-        check({}, settings.metrics, directions)
-    except BadInput as error:
-        raise BadInput(f"edges: {error}") from error
-    for name, given in settings.sources:
-        if name == "zero" or isinstance(given, Mean | Vector):
+    """BadInput for edges that cannot be scored, or run, and for paths that cannot be run: of which
+    metric, source and backend."""
+    if by := settings.edges and settings.edges.estimator:
+        # Between two runs a divergence has a gradient.
+        directions = settings.directions if by == "eap" else ()
+        try:
+            check({}, settings.metrics, directions)
+        except BadInput as error:
+            raise BadInput(f"edges: {error}") from error
+    for what, how in _ends(settings).items():
+        if what == "paths" or not scored(settings):
+            _check_reads(settings, what)
+        for name, given in settings.sources:
+            if name == "zero" or isinstance(given, Mean | Vector):
+                raise BadInput(
+                    f"{what}: source {name} has no run that senders could be taken from: use other "
+                    f"or resample, or leave {what} out"
+                )
+        if settings.backend == "nnsight":
+            raise _not_on("it is asked for", how, what)
+
+
+def _ends(settings: Sweep) -> dict[str, str]:
+    """Of what a sweep does between senders and receivers, the key, and how a line speaks of it."""
+    edges = "scores of edges are not made" if scored(settings) else "edges are not run"
+    found = {"edges": edges} if settings.edges else {}
+    return found | ({"paths": "paths are not run"} if settings.paths else {})
+
+
+def _check_reads(settings: Sweep, what: str) -> None:
+    """BadInput for metrics that read what no edge leads to: the residual stream, or an MLP
+    inside."""
+    for m in settings.metrics:
+        at = settings.sae.at if settings.sae else ""
+        place = {"probe": m.component, "sae_feature": at}.get(m.name, m.name)
+        if m.name in INNER and place in ("resid_pre", "resid_mid", "resid_post", "neuron"):
+            where = "inside an MLP" if place == "neuron" else "in the residual stream"
             raise BadInput(
-                f"edges: source {name} has no run that senders could be taken from: use other or "
-                "resample, or leave edges out"
+                f"{what}: {m.column} is read {where}, where no {what[:-1]} ends: leave it out, or "
+                "read queries, keys, values, patterns, z or what attention and MLPs put out"
             )
-    if settings.backend == "nnsight":
-        raise _not_on("it is asked for", *EDGES)
 
 
 def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
     """BadInput where autograd cannot follow what is computed with a model's weights."""
-    if not (settings.estimate or settings.prefilter or settings.edges):
+    edges = settings.edges is not None and settings.edges.estimator
+    if not (settings.estimate or settings.prefilter or edges):
         return
     if any(p.is_inference() for p in hf_model.parameters()):
         raise BadInput(
@@ -99,19 +123,41 @@ def check_weights(settings: Sweep, hf_model: nn.Module) -> None:
         )
 
 
+def chosen_with_edges(settings: Sweep) -> dict[str, str]:
+    """The same as `chosen`, with edges, if a prefilter chooses among them."""
+    edges = settings.edges
+    own = {EDGES: str(edges.estimator)} if edges and edges.prefilter else {}
+    return chosen(settings) | own
+
+
+def prefilter_of(settings: Sweep, name: str) -> Prefilter | None:
+    """What chooses among the cells of a component, or among edges."""
+    if name == EDGES:
+        return settings.edges.prefilter if settings.edges else None
+    return settings.prefilter
+
+
+def scored(settings: Sweep) -> bool:
+    """Whether edges are scored, and not run."""
+    return settings.edges is not None and not settings.edges.exact
+
+
 def check_backend(settings: Sweep, record: Mapping[str, Any]) -> None:
     """BadInput where a sweep with estimates or edges runs through nnsight after all; `record` says
     why it does (`backends.Backend`)."""
-    estimators = chosen(settings)
-    if (estimators or settings.edges) and record["backend"] == "nnsight":
-        raise _not_on(record["backend_reason"], *(() if estimators else EDGES))
+    if record["backend"] == "nnsight":
+        reason = record["backend_reason"]
+        if chosen(settings):
+            raise _not_on(reason)
+        for what, how in _ends(settings).items():
+            raise _not_on(reason, how, what)
 
 
-def _not_on(reason: str, what: str = "estimates", keys: str = "estimate and prefilter") -> BadInput:
+def _not_on(
+    reason: str, how: str = "estimates are not made", keys: str = "estimate and prefilter"
+) -> BadInput:
     """What is said where a sweep runs through nnsight, for this reason."""
-    return BadInput(
-        f"{what} are not made through nnsight ({reason}): leave {keys} out, or use the wavefront"
-    )
+    return BadInput(f"{how} through nnsight ({reason}): leave {keys} out, or use the wavefront")
 
 
 def check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from patchsweep.attribution.eap import Scores, score_edges
 from patchsweep.attribution.estimate import Estimates, estimate_pairs
-from patchsweep.attribution.estimators import chosen
+from patchsweep.attribution.estimators import chosen, chosen_with_edges, prefilter_of
 from patchsweep.attribution.runs import pair_ranges
 from patchsweep.device import MEND, OutOfMemory, within_memory
 from patchsweep.errors import BadInput
@@ -22,6 +23,7 @@ from patchsweep.plan.layout import Variant
 from patchsweep.prefilter import Bytes, Map, choose
 from patchsweep.processes import Processes
 from patchsweep.results import Columns, Results, columns_of
+from patchsweep.sites import EDGES, Block
 from patchsweep.spec import Sweep
 from patchsweep.store import ESTIMATED_SPLIT, SCORED_SPLIT, Store
 
@@ -35,7 +37,7 @@ def tried(forward: Forward, plan: Plan, settings: Sweep, values: Values) -> None
     estimators, metrics = chosen(settings), settings.metrics
     if estimators and any(m.name == "callable" for m in metrics):
         estimate_pairs(forward, plan, range(1), estimators, metrics, values, steps=1)
-    if settings.edges:
+    if settings.edges and settings.edges.estimator:
         score_edges(forward, plan, range(1), metrics, values, min(2, settings.edges.steps))
 
 
@@ -49,12 +51,17 @@ def write_estimates(
 ) -> None:
     """Write the estimates that are not there yet and that fall to this process, with the baselines
     that they were made from."""
-    estimators, metrics = store.estimators, settings.metrics
+    estimators, metrics = chosen(settings), settings.metrics
 
     def estimated(source: int, sample: int, pairs: range) -> Estimates:
-        return estimate_pairs(
-            forward, plan, pairs, estimators, metrics, values, source=source, sample=sample
-        )
+        at: dict[str, int] = {"source": source, "sample": sample}
+        found = estimate_pairs(forward, plan, pairs, estimators, metrics, values, **at)
+        if settings.edges is None or settings.edges.prefilter is None:
+            return found
+        steps = settings.edges.steps
+        scores = score_edges(forward, plan, pairs, metrics, values, steps, **at)
+        of_edges = {c: _as_runs(plan, found.baseline[c], x) for c, x in scores.items()}
+        return replace(found, values={**found.values, EDGES: of_edges})
 
     for at in _claimed("estimates", plan, store.estimated(), processes):
         for pairs, found in _in_parts(estimated, *at, store, ESTIMATED_SPLIT):
@@ -62,6 +69,20 @@ def write_estimates(
                 unknown = {name: np.full_like(x, np.nan) for name, x in found.baseline.items()}
                 store.write_baseline(*at[:2], pairs, found.baseline, unknown)
             store.write_estimates(*at[:2], pairs, found.values)
+
+
+def _as_runs(
+    plan: Plan, baseline: NDArray[np.floating], scores: NDArray[np.floating]
+) -> NDArray[np.floating]:
+    """Scores [direction, pair, sender, receiver] as values of patched runs, [direction, 1, 1, pair,
+    1, receiver, sender]; infinite where they are not finite though there is an edge."""
+    ends = baseline[[0 if d == "noise" else 1 for d in plan.directions]]  # [direction, pair]
+    found = scores.swapaxes(2, 3) + ends[..., None, None]
+    table = plan.layouts.edges
+    assert table is not None
+    edges = table.exist(range(len(table.receivers)), range(len(table.senders)))
+    found = np.where(edges & ~np.isfinite(found), np.inf, found).astype(scores.dtype)
+    return found[:, None, None, :, None]
 
 
 def write_edges(
@@ -161,7 +182,7 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
                     for m in store.metrics
                 ]
                 there = possible(plan, name, d, s, of)
-                found = choose(np.stack(scores), there, settings.prefilter)
+                found = choose(np.stack(scores), there, prefilter_of(settings, name))
                 status[d, s], stratum[d, s] = found.status, found.stratum
             choices[name] = {"status": status, "stratum": stratum}
         store.write_choice(choices)
@@ -179,10 +200,10 @@ def chosen_cells(plan: Plan, settings: Sweep, store: Store) -> Plan:
 def expected(plan: Plan, settings: Sweep) -> Plan:
     """The plan with as many cells as the prefilter will choose, drawn at random: before anything
     is estimated. All cells where a threshold says how many."""
-    given, rng = settings.prefilter, np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     choice: dict[tuple[str, int, int], Chosen] = {}
-    for name in chosen(settings):
-        of = columns(plan, settings, name)
+    for name in chosen_with_edges(settings):
+        given, of = prefilter_of(settings, name), columns(plan, settings, name)
         for d in range(len(plan.directions)):
             for s in range(len(plan.sources)):
                 there = possible(plan, name, d, s, of)
@@ -213,9 +234,23 @@ def chosen_columns(plan: Plan, settings: Sweep) -> dict[str, int]:
 
 def possible(plan: Plan, name: str, direction: int, source: int, of: Columns) -> Map:
     """[layer, unit, column]: where a patch can change what is read, in any pair and sample."""
+    if name == EDGES:
+        return _possible_edges(plan, direction, source)
     samples = [Variant(direction, source, n) for n in range(plan.layouts.samples)]
     exists = np.any([plan.layouts.layout(name, v).exists for v in samples], axis=0)
     if of.members is not None:
         exists = np.any(exists[:, :, None] & of.members[:, None], axis=3)
     shape = (exists.shape[1], plan.grids[name].units, exists.shape[2])
     return np.broadcast_to(exists.any(0)[:, None], shape)
+
+
+def _possible_edges(plan: Plan, direction: int, source: int) -> Map:
+    """[1, receiver, sender]: the same of edges."""
+    grid = plan.grids[EDGES]
+    found = np.zeros(grid.shape[4:], bool)
+    ends = range(grid.units), range(len(grid.positions))
+    for sample in range(plan.layouts.samples):
+        for i in range(len(plan.pairs)):
+            one = Block(EDGES, 0, direction, source, sample, range(i, i + 1), *ends)
+            found |= plan.possible(one)[0]
+    return found

@@ -37,7 +37,6 @@ from patchsweep.passes import (
 from patchsweep.plan import Plan
 from patchsweep.processes import log
 from patchsweep.sae import SAE
-from patchsweep.sites import SETS
 from patchsweep.spec import Metric, Sweep
 
 if TYPE_CHECKING:
@@ -102,7 +101,7 @@ def _tested_nnsight(
             stack.enter_context(_followed(model.hf_model, reached))
             opening = through_nnsight(model, plan, settings, reason)
             backend, carry = stack.enter_context(opening)
-            components = plan.layouts.patched([name for name in plan.grids if name != SETS])
+            components = plan.layouts.patched(plan.grids)
             carry.check(plan.layouts, components, settings.metrics)
             found = tests.passed("nnsight", backend.forward, carry)
         except Exception as error:
@@ -232,7 +231,7 @@ def through_nnsight(
 def _check_neurons(forward: Forward, plan: Plan, metrics: Sequence[Metric]) -> None:
     """NotOnWavefront if neurons are patched or read, and the wavefront does not see them here."""
     layouts = plan.layouts
-    patched = layouts.patched([name for name in plan.grids if name != SETS])
+    patched = layouts.patched(plan.grids)
     if "neuron" not in patched and not any("neuron" in (m.name, m.component) for m in metrics):
         return
     for layer, down in enumerate(forward.down_projections):

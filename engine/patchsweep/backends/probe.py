@@ -37,7 +37,7 @@ def make_probe(plan: Plan) -> Probe:
     layouts = plan.layouts
     others = {o.tokens for s in plan.sources for row in s.others for o in row}
     runs = sorted({p.clean for p in plan.pairs} | others, key=lambda t: (len(t), t))
-    components = tuple(layouts.patched([c for c in plan.grids if c != SETS]))
+    components = tuple(layouts.patched(plan.grids))
     pair = _pair(plan.pairs, runs[-1])
     rng = np.random.default_rng(0)
     candidates = [site for name in components for site in _drawn(plan, name, len(pair), rng)]

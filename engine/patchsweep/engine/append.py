@@ -20,9 +20,9 @@ from patchsweep.inputs import by_name
 from patchsweep.pairs import Pair
 from patchsweep.passes import Values
 from patchsweep.plan import Cut, Plan
-from patchsweep.sites import Block, Grid, Status, blocks
+from patchsweep.sites import EDGES, Block, Grid, Status, blocks
 from patchsweep.spec import Gaussian, Mean, Resample, Sweep
-from patchsweep.store import EDGES, Store, stored_pairs
+from patchsweep.store import Store, scored, stored_pairs
 
 Map = NDArray[np.bool_]
 Arrays = Mapping[str, NDArray[Any]]  # by metric
@@ -57,7 +57,7 @@ def refusal(
     for key in ("model_fingerprint", "backend"):
         if before[key] != attrs[key]:
             return f"it is of another {key.removesuffix('_fingerprint')}"
-    if settings.prefilter or settings.estimate:
+    if settings.prefilter or settings.estimate or (settings.edges and settings.edges.prefilter):
         return "what is estimated is chosen over all pairs and metrics"
     if settings.circuit:
         return "a circuit is chosen over all pairs"
@@ -129,7 +129,7 @@ def copy(before: Store, after: Store) -> None:
         for block in blocks(grid):
             if block.pairs.start in old:
                 _copy_block(before, after, there[name], block)
-    if before.attrs.get(EDGES) and before.metrics == after.metrics:
+    if scored(before.attrs) and before.metrics == after.metrics:
         for source, sample, pair in np.argwhere(before.scored()).tolist():
             region = (slice(None), source, sample, slice(pair, pair + 1))
             scores = {m: before.read(f"{EDGES}/{m}", region) for m in before.metrics}

@@ -11,7 +11,7 @@ from patchsweep.engine.planning import site_of
 from patchsweep.engine.splitting import Launch, Splitting
 from patchsweep.plan import Plan, make_plan
 from patchsweep.results import Results
-from patchsweep.sites import COMPONENTS, SETS, Direction, Site
+from patchsweep.sites import COMPONENTS, Direction, Site
 from patchsweep.spec import Sweep
 
 JOINT = 10  # cells
@@ -23,7 +23,7 @@ def joint_effects(launch: Launch, plan: Plan, settings: Sweep, results: Results)
     Not of the residual stream: what is patched low in it is there again above."""
     found: dict[str, Any] = {}
     metric = settings.metrics[0]
-    ran = [c for c in plan.grids if c != SETS and COMPONENTS[c].enters != "stream"]
+    ran = [c for c in settings.components if COMPONENTS[c].enters != "stream"]
     if settings.prefilter is None:
         ran = [c for c in ran if c not in attribution.chosen(settings)]
     for name in ran:

@@ -237,14 +237,14 @@ def _estimated(
 ) -> Plan:
     """Write what is estimated; the plan with only those cells that are run after that, chosen by
     the first process."""
-    if attribution.chosen(settings):
+    if attribution.chosen_with_edges(settings):
         attribution.write_estimates(forward, plan, settings, values, store, processes)
         processes.wait("estimated")
         with processes.after_first("chosen"):
             plan = attribution.chosen_cells(plan, settings, store)
             if processes.first:
                 store.set_attrs(plan=plan.counts())
-    if settings.edges:
+    if attribution.scored(settings):
         attribution.write_edges(forward, plan, settings, values, store, processes)
     return plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from patchsweep.engine.provenance import check_append, check_same, difference
 from patchsweep.errors import BadInput
 from patchsweep.model import Model
 from patchsweep.passes import Values
-from patchsweep.plan import Node, Plan, receivers, senders
+from patchsweep.plan import Plan, receivers, senders
 from patchsweep.plan.layout import NAMES
 from patchsweep.processes import Processes
 from patchsweep.spec import Sweep
 from patchsweep.store import (
+    Nodes,
     Store,
     changed,
     check_free,
@@ -153,14 +154,16 @@ def _created(
         attrs,
         "float64" if double else "float32",
         _site_columns(plan),
-        (_texts(senders(plan.dimensions)), _texts(receivers(plan.dimensions))),
+        _nodes(plan),
         settings.fsync,
         fill,
     )
 
 
-def _texts(nodes: Sequence[Node]) -> list[str]:
-    return list(map(str, nodes))
+def _nodes(plan: Plan) -> Nodes:
+    d, table = plan.dimensions, plan.layouts.edges
+    positions = table.positions.names if table else ()
+    return Nodes([*map(str, senders(d))], [*map(str, receivers(d))], positions)
 
 
 def _site_columns(plan: Plan) -> dict[str, Any]:

@@ -67,7 +67,8 @@ def plan_sweep(
     attribution.chosen(settings)
     attribution.check_edges(settings)
     if settings.edges is not None:
-        dimensions.check_even("edges cannot be estimated", "heads", "kv_heads")
+        how = "run" if settings.edges.exact else "estimated"
+        dimensions.check_even(f"edges cannot be {how}", "heads", "kv_heads")
     check_metrics(pairs, settings.metrics)
     for i, pair in enumerate(pairs):
         others = [t for tokens in pair.others.values() for t in tokens]

@@ -28,7 +28,6 @@ from patchsweep.passes import (
 from patchsweep.plan import Plan
 from patchsweep.plan.layout import Layouts
 from patchsweep.sae import SAE
-from patchsweep.sites import SETS
 from patchsweep.spec import Gaussian, Mean, Metric, Prompts, Resample, Sweep, Vector
 
 # What draws hang on: results that were drawn in another way are of another sweep.
@@ -53,7 +52,7 @@ def prepare(
     """BadInput for what the model does not have: layers, heads, widths. `averages` takes the means
     of a source; by default runs that are carried as all others."""
     layouts = plan.layouts
-    components = layouts.patched([name for name in plan.grids if name != SETS])
+    components = layouts.patched(plan.grids)
     if sae is not None:
         call = sae.layer + (sae.at == "resid_post")
         sae = sae.to(forward.devices[call], forward.hf_model.dtype)

@@ -41,7 +41,7 @@ def provenance(model: Model, plan: Plan, settings: Sweep, fingerprint: str) -> d
     return {
         "spec": spec,
         "prompts": list(dict.fromkeys(p.origin for p in plan.pairs if p.origin)),
-        "estimators": attribution.chosen(settings),
+        "estimators": attribution.chosen_with_edges(settings),
         "chosen_columns": attribution.chosen_columns(plan, settings),
         "edges": spec["edges"],
         "plan_hash": plan.hash,

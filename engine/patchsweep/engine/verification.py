@@ -27,7 +27,7 @@ from patchsweep.pairs import Pair
 from patchsweep.passes import Context, Function, as_it_is, given_functions, load_function
 from patchsweep.plan import Ints, Plan
 from patchsweep.results import Results
-from patchsweep.sites import RUN, SETS, Block, Status
+from patchsweep.sites import EDGES, RUN, SETS, Block, Status
 from patchsweep.spec import Metric, Sweep, parse_settings
 from patchsweep.store import stored_pairs
 
@@ -113,7 +113,7 @@ def verify(
     with given_functions(known), exactly(hf_model), torch.no_grad():
         judge = Judge(hf_model, pairs[0].clean, plan.dimensions.layers)
         forward = as_it_is(hf_model, plan.layouts.longest)
-        patched = plan.layouts.patched([name for name in plan.grids if name != SETS])
+        patched = plan.layouts.patched(plan.grids)
         takes = partial(averages, judge, plan.layouts)
         values = prepare(forward, plan, settings, model.tokenizer, sae, averages=takes)
         judge.sae = values.sae
@@ -125,7 +125,7 @@ def verify(
                 f"{' or '.join(files)}: put that back"
             )
         again = Cells(judge, plan.layouts, values, settings.metrics, _called)
-        without = {*left_out, *([SETS] if left_out else [])}
+        without = {*left_out, *((SETS, EDGES, *plan.layouts.paths) if left_out else ())}
         run = _drawn(found, plan, cells, seed, without, RUN)
         if not run:
             raise BadInput(f"{found.path} has no cells that could be run again")

@@ -9,6 +9,7 @@ leaves the model its own attention implementation, and finds activations in a wa
     forwards.py    one forward in which activations are replaced and recorded
     judge.py       the judge of a model: plain and patched forwards
     values.py      metrics from logits and activations, in plain terms
+    paths.py       edges and paths as two forwards
     cells.py       a cell of results as a prompt and what is replaced in it
 
 Imports device, errors, pairs, passes, plan, sae, sites, spec.

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from patchsweep.judge.forwards import Edit, Key, Prompt, Unseen
 from patchsweep.judge.judge import Judge
+from patchsweep.judge.paths import asked, place_of, put, reads
 from patchsweep.judge.values import logit_metric
 from patchsweep.pairs import Pair
 from patchsweep.passes import Values
 from patchsweep.plan.layout import NAMES, OWN, Layouts
-from patchsweep.sites import SETS
+from patchsweep.sites import EDGES, SETS, Node
 from patchsweep.spec import INNER, Metric
 
 # A user's own metric of logits [1, vocab] of one pair.
@@ -68,10 +69,13 @@ class Cells:
         own = _Run(cell.pair, cell.source, cell.sample)
         clean = _Run(cell.pair, OWN, 0)
         destination, source = (clean, own) if cell.direction == "noise" else (own, clean)
-        edits = self._edits(cell, destination, source)
         inner = [_place(m, self.judge) for m in self.metrics if m.name in INNER]
         prompt = self._prompt(destination)
-        logits, seen = self.judge.run([prompt], [edits], record=inner)
+        if cell.component == EDGES or cell.component in self.layouts.paths:
+            logits, seen = self._path(cell, destination, source, inner)
+        else:
+            edits = self._edits(cell, destination, source)
+            logits, seen = self.judge.run([prompt], [edits], record=inner)
         read = {m.column: self._read(m, cell.pair) for m in self.metrics}
         at = {c: [self._position(destination, int(p)) for p in ps] for c, ps in read.items()}
         return {
@@ -96,6 +100,44 @@ class Cells:
             there = (NAMES[table.component[i]], int(table.layer[i]), int(table.unit[i]))
             edits += self._replaced(*there, at.tolist(), destination, given)
         return edits
+
+    def _path(
+        self, cell: Cell, destination: _Run, source: _Run, inner: Sequence[Key]
+    ) -> tuple[Tensor, dict[Key, Tensor]]:
+        """Logits and activations of a run with an edge or a path patched."""
+        place, prompt = (cell.layer, cell.unit, cell.entry), self._prompt(destination)
+        path = asked(self.layouts, cell.component, cell.pair, place)
+        both = [(self._position(destination, p), self._position(source, p)) for p in path.positions]
+        at = {to: start for to, start in both if to >= 0 and start >= 0}
+        edits: list[Edit] = []
+        for receiver in path.receivers:
+            parallel = self.layouts.dimensions.parallel
+            senders = [s for s in path.senders if reads(s, receiver, parallel)]
+            if not senders or not at:
+                continue
+            first = self._frozen(destination, receiver, path.through_mlps)
+            for sender in senders:
+                value = self._activation(source, place_of(sender))
+                here = torch.zeros(len(prompt.tokens), *value.shape[1:], dtype=value.dtype)
+                here[list(at)] = value[list(at.values())].cpu()
+                first.append(put(place_of(sender), here, list(at), sender.unit or 0))
+            if receiver.component == "logits":
+                _, seen = self.judge.run([prompt], record=inner)
+                return self.judge.run([prompt], [first])[0], seen
+            key = place_of(receiver)
+            found = self.judge.run([prompt], [first], record=[key], reads=[-1])[1][key][0]
+            edits.append(put(key, found, list(at), receiver.unit or 0))
+        return self.judge.run([prompt], [edits], record=inner)
+
+    def _frozen(self, run: _Run, receiver: Node, through_mlps: bool) -> list[Edit]:
+        """What keeps a run's heads, and its MLPs if nothing leads through them, as they are; but
+        for the MLP that is the receiver."""
+        places = [("head_z", layer) for layer in self.layouts.layers("head_z")]
+        if not through_mlps:
+            places += [("mlp_out", layer) for layer in self.layouts.layers("mlp_out")]
+        own = [place for place in places if place != place_of(receiver)]
+        every = range(len(self._prompt(run).tokens))
+        return [put(place, self._activation(run, place), every) for place in own]
 
     def _replaced(
         self,

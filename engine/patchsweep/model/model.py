@@ -141,6 +141,7 @@ def dimensions_of(hf_model: PreTrainedModel) -> Dimensions:
         neurons=None if None in neurons else max(n for n in neurons if n is not None),
         d_qk=max(size.d_qk for size in sizes),
         uneven=uneven(sizes),
+        parallel=tuple(i for i, s in enumerate(shapes or ()) if "resid_mid" not in s.stream.found),
     )
 
 

@@ -7,6 +7,7 @@ forward.py     a model's forward taken apart: embedding, layers, tail
 taps.py        what is overwritten and read while a layer runs
 values.py      the tensors that sources need: noise, means, vectors
 metrics.py     from logits to one number per row
+climb.py       the tokens that runs of edges begin with
 wave.py        one wave: the baselines and every patched run of its blocks
 means.py       mean activations over prompts
 

@@ -80,7 +80,7 @@ class Editor:
             else:
                 taps.setdefault(place, []).append(self._read(column, inner, step))
         patterns = [self._pattern(e, step) for e in pattern_edits]
-        return Seen({place: _all(some) for place, some in taps.items()}, patterns, reads)
+        return Seen({place: in_turn(some) for place, some in taps.items()}, patterns, reads)
 
     def embedding(self, edits: Iterable[Edit]) -> list[Tap]:
         """What replaces embeddings by constants."""
@@ -209,7 +209,7 @@ def _tokens(
     return step.row_tokens.token(row[:, None], position)
 
 
-def _all(taps: Sequence[Tap]) -> Tap:
+def in_turn(taps: Sequence[Tap]) -> Tap:
     """Several taps at one place, one after another."""
 
     def tap(x: Tensor) -> None:

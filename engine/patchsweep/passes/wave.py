@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchsweep.device import Arriving, aside, to_device, to_host
 from patchsweep.passes.attention import LayerCall, attention_call
+from patchsweep.passes.climb import climbing
 from patchsweep.passes.forward import Forward
 from patchsweep.passes.metrics import Rows, measure
 from patchsweep.passes.stream import ResidualStream, Tap
@@ -164,10 +165,13 @@ def wavefront(
     first, begin = schedule.embedding, forward.device
     tokens, positions = to_device(first.tokens, begin), to_device(first.positions, begin)
     hidden = forward.embed(tokens, positions, embedding(first))
+    climbers = climbing(len(schedule.climbers), hidden)
     for layer, step in enumerate(schedule.steps()):
         device = forward.devices[layer]
         hidden = hidden.to(device)[to_device(step.gather, device)]
         what = seen(layer, step)
+        if step.climb:
+            climbers.enter(step.climb, hidden)
         for place in BORDER:
             if place in what.taps:
                 what.taps[place](hidden[:, None])
@@ -177,6 +181,8 @@ def wavefront(
                 to_device(step.row_tokens.token(row, np.maximum(schedule.reads, 0)), device)
             ]
         inside = {k: tap for k, tap in what.taps.items() if k in ResidualStream.PLACES}
+        if step.climb:
+            inside = climbers.watched(step.climb, inside)
         stream = ResidualStream(inside) if inside else None
         call = LayerCall(
             rows=step.rows,
@@ -241,8 +247,7 @@ def _block(
         len(block.units),
         len(block.positions),
     )
-    inside = np.broadcast_to(plan.inside(block)[:, None, None, :], shape)
-    chosen, possible = plan.chosen(block), plan.possible(block)[:, :, None, :]
+    inside, chosen, possible = plan.inside(block), plan.chosen(block), plan.possible(block)
     ran = np.full(len(cell), Status.EXACT, np.uint8)
     if chosen is not None:
         ran = np.broadcast_to(chosen, shape).ravel()[cell]

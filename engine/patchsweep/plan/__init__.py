@@ -12,7 +12,9 @@ and the token budget; where only chosen cells are run, of these as well.
     cone.py        which cells can differ from the baseline at all
     edges.py       who writes to the residual stream, who reads it further on
     layout/        which runs a sweep has
+    context.py     how many keys queries read
     costs.py       what runs take
+    edge_costs.py  what runs of edges take
     waves.py       blocks, and waves of them, under the budget
     halves.py      a wave that does not fit the memory, in parts
     chunks.py      how many blocks a chunk holds
@@ -22,17 +24,17 @@ and the token budget; where only chosen cells are run, of these as well.
 Imports errors, inputs, pairs, sae, sites, spec.
 """
 
+from patchsweep.plan.context import total_context
 from patchsweep.plan.costs import (
     Choice,
     Chosen,
     Ints,
     entries_of,
     null_start,
-    total_context,
     variants,
 )
 from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload, Sizes, uneven
-from patchsweep.plan.edges import Node, receivers, senders, upstream
+from patchsweep.plan.edges import receivers, senders, upstream
 from patchsweep.plan.plan import Plan, make_plan, narrowed
 from patchsweep.plan.reads import TAIL_ELEMENTS, TAIL_TILE, Inner, whole_vocabulary
 from patchsweep.plan.sources import Kind, Source
@@ -51,7 +53,6 @@ __all__ = [
     "Inner",
     "Ints",
     "Kind",
-    "Node",
     "Offload",
     "Plan",
     "Sizes",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.plan.context import total_context
+from patchsweep.plan.edge_costs import EdgeCosts
 from patchsweep.plan.layout import OWN, Layout, Layouts, Variant
-from patchsweep.sites import RUN, Block, Status
+from patchsweep.sites import EDGES, RUN, Block, Grid, Status
 
 Ints = NDArray[np.int64]
 Map = NDArray[np.bool_]
@@ -124,6 +126,8 @@ class Costs:
     def of_block(self, b: Block) -> Part:
         """The runs of one block."""
         name, variant = b.component, Variant(b.direction, b.source, b.sample)
+        if name == EDGES:
+            return self._part(self._of_receivers(variant, b.units), b.pairs, b.positions, 1)
         chosen = self._choice.get((name, b.direction, b.source))
         if chosen is None:
             return self._part(self.of(name, variant), b.pairs, b.positions, len(b.units))
@@ -133,10 +137,36 @@ class Costs:
             self._of_units[key] = _cost(name, layout, self.layouts, variant, number)
         return self._part(self._of_units[key], b.pairs, b.positions, 1)
 
-    def distinct(self, name: str) -> list[Cost]:
-        """The costs of a component in all variants, each once."""
-        found = [self.of(name, v) for v in variants(self.layouts)]
-        return list({id(c): c for c in found}.values())
+    def tiles(self, grid: Grid) -> Iterator[tuple[Cost, int]]:
+        """The costs of a grid in all variants, each once, of one unit or of several that are not
+        alike; and how many of that a block has."""
+        every = variants(self.layouts)
+        if grid.component == EDGES:
+            for first in range(0, grid.units, grid.unit_tile):
+                units = range(first, min(first + grid.unit_tile, grid.units))
+                found = [self._of_receivers(v, units) for v in every]
+                yield from ((c, 1) for c in {id(c): c for c in found}.values())
+            return
+        found = [self.of(grid.component, v) for v in every]
+        yield from ((c, grid.unit_tile) for c in {id(c): c for c in found}.values())
+
+    def _of_receivers(self, variant: Variant, units: range) -> Cost:
+        """The edges of some receivers, by sender."""
+        key = (EDGES, variant, units)
+        if key not in self._of_units:
+            ran = self.edges_run(variant, units)
+            self._of_units[key] = Cost(*self.edges.of(variant, units, ran))
+        return self._of_units[key]
+
+    def edges_run(self, variant: Variant, units: range) -> Map | None:
+        """[entry, receiver, sender] of some receivers: which edges are chosen to be run; None if
+        all are."""
+        chosen = self._choice.get((EDGES, variant.direction, variant.source))
+        return None if chosen is None else np.isin(chosen.status[:, units], RUN)
+
+    @cached_property
+    def edges(self) -> EdgeCosts:
+        return EdgeCosts(self.layouts)
 
     def beside(self, source: int, sample: int) -> Cost:
         """Both runs of every pair, and a null patch per direction."""
@@ -182,12 +212,6 @@ def _cost(
     every, single = ((x * times).sum(1) for x in (layout.extra_reads, layout.head_reads))
     reading = d.heads * (read + every) + single
     return Cost(tokens, reading, runs.sum(1) * layouts.reads.positions.shape[1])
-
-
-def total_context(length: int, window: int | None) -> Ints:
-    """[position]: keys that the queries before a position read together."""
-    context = np.minimum(np.arange(1, length + 1), window or length)
-    return np.concatenate([[0], np.cumsum(context)])
 
 
 def carried_runs(layouts: Layouts, source: int) -> tuple[int, ...]:

@@ -54,7 +54,8 @@ class Dimensions:
     the weights that multiply one token in one layer (of experts, those that are active); `widest`
     is the width of the largest activation inside a layer; `d_qk` is the width of queries and keys,
     `d_head` that of values and z. Of sizes in which layers differ these are the largest, and
-    `uneven` says by name how they do.
+    `uneven` says by name how they do. `parallel` are the layers whose MLP reads what their
+    attention reads.
     """
 
     layers: int
@@ -71,6 +72,7 @@ class Dimensions:
     neurons: int | None = None
     d_qk: int = 0
     uneven: tuple[tuple[str, str], ...] = ()
+    parallel: tuple[int, ...] = ()
 
     def check_even(self, what: str, *names: str) -> None:
         """BadInput, saying `what` is not possible, if layers differ in a size of these `names`."""

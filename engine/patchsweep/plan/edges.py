@@ -8,22 +8,8 @@ logits. A node is written as a site without position is, component.layer.unit: `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from patchsweep.plan.dimensions import Dimensions
-
-
-@dataclass(frozen=True)
-class Node:
-    """One end of an edge; `layer` and `unit` are None where the component has none."""
-
-    component: str
-    layer: int | None = None
-    unit: int | None = None
-
-    def __str__(self) -> str:
-        numbers = (str(n) for n in (self.layer, self.unit) if n is not None)
-        return ".".join([self.component, *numbers])
+from patchsweep.sites import Node
 
 
 def senders(d: Dimensions) -> list[Node]:

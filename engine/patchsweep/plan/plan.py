@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 
@@ -18,8 +18,18 @@ from patchsweep.pairs import Pair
 from patchsweep.plan.chunks import Chunks, chunked
 from patchsweep.plan.costs import Choice, Costs, base_tokens, entries_of, variants
 from patchsweep.plan.dimensions import WHOLE, Dimensions, Offload
+from patchsweep.plan.edge_costs import EdgeCosts
 from patchsweep.plan.halves import split_wave
-from patchsweep.plan.layout import Features, Layout, Layouts, Variant, make_layouts
+from patchsweep.plan.layout import (
+    EdgeTable,
+    Features,
+    Layout,
+    Layouts,
+    PathTable,
+    Reached,
+    Variant,
+    make_layouts,
+)
 from patchsweep.plan.reads import (
     TAIL_ARRAYS,
     TAIL_ELEMENTS,
@@ -30,7 +40,7 @@ from patchsweep.plan.reads import (
 from patchsweep.plan.sources import Source, resolve
 from patchsweep.plan.waves import SCORES_ARRAYS, Cut, Wave, packed_units, tiled
 from patchsweep.sae import TILE as FEATURES_TILE
-from patchsweep.sites import SETS, Block, Direction, Grid
+from patchsweep.sites import EDGES, SETS, Block, Direction, Grid
 from patchsweep.spec import Sweep
 
 
@@ -97,6 +107,13 @@ class Plan:
         value = stored_bytes(self.dimensions)
         for name, grid in self.grids.items():
             for variant in variants(self.layouts):
+                if name == EDGES:
+                    ran = self.edges_run(variant, range(grid.units))
+                    found = self.edge_costs.counts(variant, ran)
+                    cells, possible, runs = (
+                        a + b for a, b in zip((cells, possible, runs), found, strict=True)
+                    )
+                    continue
                 layout = self.layouts.layout(name, variant)
                 cells += int(layout.inside.sum()) * grid.layers * grid.units
                 possible += int(layout.exists.sum()) * grid.units
@@ -119,21 +136,52 @@ class Plan:
             "disk_bytes": disk,
         }
 
+    @property
+    def edge_costs(self) -> EdgeCosts:
+        """What edges take, and how they are run."""
+        return self._costs.edges
+
+    def edges_run(self, variant: Variant, units: range) -> NDArray[np.bool_] | None:
+        """[entry, receiver, sender] of some receivers: which edges are chosen to be run; None if
+        all are."""
+        return self._costs.edges_run(variant, units)
+
     def cells_of(self, wave: Wave) -> int:
         """Cells of the grid that a wave settles, structural ones counted."""
-        return sum(
-            len(b.units) * self.grids[b.component].layers * int(self.inside(b).sum())
-            for b in wave.blocks
-        )
+        return sum(int(self.inside(b).sum()) for b in wave.blocks)
 
     def inside(self, b: Block) -> NDArray[np.bool_]:
-        """[pair, entry] of a block: whether the prompt has the entry."""
-        return self.layout(b).inside[entries_of(b)]
+        """[pair, layer, unit, entry] of a block: whether the prompt has the entry; of edges,
+        whether there is one and the prompt has its positions."""
+        shape = (len(b.pairs), self.grids[b.component].layers, len(b.units), len(b.positions))
+        if b.component == EDGES:
+            found = self._of_edges(b, lambda reached: reached.inside[:, None, None])
+        else:
+            found = self.layout(b).inside[entries_of(b)][:, None, None]
+        return np.broadcast_to(found, shape)
 
     def possible(self, b: Block) -> NDArray[np.bool_]:
-        """[pair, layer, entry] of a block: where a patch can change what is read."""
+        """[pair, layer, unit or 1, entry] of a block: where a patch can change what is read."""
+        if b.component == EDGES:
+            a = self._table.of_sender[b.positions.start : b.positions.stop]
+            k = self._table.of_receiver[b.units.start : b.units.stop, None]
+            return self._of_edges(b, lambda reached: reached.runs.exists[:, a, k])
         pairs, entries = entries_of(b)
-        return self.layout(b).exists[pairs, :, entries]
+        return self.layout(b).exists[pairs, :, entries][:, :, None]
+
+    def _of_edges(self, b: Block, of: Callable[[Reached], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """[pair, entry, receiver, sender] of a block, where there are edges."""
+        shape = (len(b.pairs), self.grids[EDGES].layers, len(b.units), len(b.positions))
+        variant = self.variant(b)
+        if not self.layouts.exists_at_all(variant):
+            return np.zeros(shape, bool)
+        found = np.stack([of(self.layouts.reached(variant, i)) for i in b.pairs])
+        return found & self._table.exist(b.units, b.positions)
+
+    @property
+    def _table(self) -> EdgeTable:
+        assert self.layouts.edges is not None
+        return self.layouts.edges
 
     def split(self, wave: Wave, depth: int) -> tuple[Wave, ...]:
         """A wave of this plan in parts (`halves.split_wave`)."""
@@ -193,6 +241,8 @@ class Plan:
             "members": _digest(self.layouts.positions.members),
             "sites": table
             and {k: _digest(v) for k, v in vars(table).items() if k not in ("names", "entries")},
+            **({"edges": _said_of_edges(self.layouts.edges)} if self.layouts.edges else {}),
+            **({"paths": _said_of_paths(self.layouts.paths)} if self.layouts.paths else {}),
             "waves": [[(b.component, b.index) for b in w.blocks] for w in self.waves],
         }
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -221,6 +271,7 @@ def make_plan(
     reads = resolve_reads(pairs, settings.metrics)
     layouts = make_layouts(pairs, settings, sources, reads, dimensions, features)
     names = [*settings.components, *([SETS] if layouts.table else [])]
+    names += [*([EDGES] if layouts.edges else []), *layouts.paths]
     tail_weights = dimensions.vocab if whole_vocabulary(settings.metrics) else 2
     costs = Costs(layouts)
     grids = tiled({name: layouts.grid(name) for name in names}, costs, token_budget, cut)
@@ -264,8 +315,25 @@ def _said(pair: Pair) -> dict[str, object]:
 def _said_of_sizes(dimensions: Dimensions) -> dict[str, object]:
     """Without what says nothing more: so older plans have the same hash."""
     d = dimensions
-    usual = {"d_qk": d.d_head, "uneven": ()}
+    usual = {"d_qk": d.d_head, "uneven": (), "parallel": d.parallel}
     return {k: v for k, v in asdict(d).items() if k not in usual or v != usual[k]}
+
+
+def _said_of_edges(table: EdgeTable) -> list[object]:
+    said = [table.asked.through, _digest(table.positions.members), list(table.dimensions.parallel)]
+    return [*said]
+
+
+def _said_of_paths(paths: Mapping[str, PathTable]) -> dict[str, object]:
+    return {
+        name: [
+            table.through_mlps,
+            _digest(table.positions.members),
+            _digest(table.below),
+            [x.tolist() for x in (*table.senders, *table.receivers)],
+        ]
+        for name, table in paths.items()
+    }
 
 
 def _said_of(source: Source) -> dict[str, object]:

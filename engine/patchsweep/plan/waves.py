@@ -13,7 +13,7 @@ from patchsweep.errors import BadInput
 from patchsweep.plan.chunks import MOST_BLOCKS
 from patchsweep.plan.costs import Costs, Part, base_tokens, carried_runs, entries_of
 from patchsweep.plan.layout import Variant
-from patchsweep.sites import Block, Grid, blocks
+from patchsweep.sites import EDGES, Block, Grid, blocks
 
 # Attention scores held at once, in elements, and how many arrays of that size there are.
 SCORES_ELEMENTS, SCORES_ARRAYS = 1 << 22, 4
@@ -81,9 +81,9 @@ def tiled(
         )
         least = np.add.reduceat(beside, firsts, 0)
         most = 0
-        for cost in costs.distinct(grid.component):
+        for cost, times in costs.tiles(grid):
             together = np.add.reduceat(np.add.reduceat(cost.tokens, firsts, 0), entries, 2)
-            most = max(most, int((together * grid.unit_tile + least).max()))
+            most = max(most, int((together * times + least).max()))
         return most
 
     widest = min(cut.most, pairs) if cut else pairs
@@ -288,7 +288,7 @@ def _encoding(load: _Load, costs: Costs) -> int:
     rows = load.part.rows // layouts.reads.positions.shape[1]
     tokens = rows * sum(r.metric.name == "sae_feature" for r in layouts.reads.inner)
     grids = sets = 0
-    for b in load.blocks:
+    for b in (b for b in load.blocks if b.component != EDGES):
         grids += int(b.component == "sae_feature" and costs.of_block(b).rows > 0)
         layout = layouts.layout(b.component, Variant(b.direction, b.source, b.sample))
         sets += int(layout.encoded[entries_of(b)].sum())

@@ -131,7 +131,7 @@ def _pictures(
     columns = results.columns(component, align)
     pictures = heatmaps.views(results, component, results.shown(*asked, align=align), columns)
     # Adjacent layers of the residual stream hold the same thing: windows say nothing more.
-    if COMPONENTS[component].enters != "stream":
+    if component in COMPONENTS and COMPONENTS[component].enters != "stream":
         pictures += _windows(results, *asked, align)
     chosen = [p for p in pictures if not wanted.views or p.view in wanted.views]
     return [drawing.folded(picture) for picture in chosen]

@@ -19,7 +19,7 @@ from patchsweep.report import terminal
 from patchsweep.report.page_data import page_data
 from patchsweep.results import Results, csv_text, drawing, heatmaps
 from patchsweep.sites import SETS
-from patchsweep.store import EDGES, check_made, check_outside
+from patchsweep.store import check_made, check_outside
 
 # The largest tidy table that is put into a page; the rest of it takes 4 MB at most.
 TABLE_NUMBERS = 250_000
@@ -96,7 +96,7 @@ def _after(results: Results) -> str:
     metric = results.metrics[0]
     for direction in results.grid(results.components[0]).directions:
         parts += _sets(results, direction)
-        if results.attrs.get(EDGES):
+        if results.has_edges:
             parts.append(_titled(*terminal.edges(results, metric, direction)))
         said = [
             line
@@ -104,6 +104,7 @@ def _after(results: Results) -> str:
             for line in terminal.audits(results, c, direction, results.metrics)
         ]
         parts += [f"<p>{escape(line)}</p>" for line in said]
+    parts += [f"<p>{escape(line)}</p>" for line in terminal.edge_audits(results, results.metrics)]
     if set(results.store.estimators) - set(results.only_estimated):
         title = "Estimated against exact changes, over the cells that were run"
         parts.append(_titled(title, terminal.agreement(results)))

@@ -268,7 +268,7 @@ def _windows(
 ) -> dict[int, Any]:
     """By size the effects of sliding windows and the sums of their layers, [layer, position]."""
     found: dict[int, Any] = {}
-    if COMPONENTS[component].enters == "stream":
+    if component not in COMPONENTS or COMPONENTS[component].enters == "stream":
         return found  # adjacent layers hold the same thing
     for size in results.window_sizes(component):
         both = results.windows(component, size, metric, *way, align=part.of_positions.align)

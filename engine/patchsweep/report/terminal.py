@@ -14,9 +14,9 @@ from rich.text import Text
 
 from patchsweep.errors import BadInput
 from patchsweep.results import CellEffect, Results, one_of_each
-from patchsweep.sites import SETS, Grid, Status, unit_name
+from patchsweep.sites import EDGES, SETS, Grid, Status, unit_name
 from patchsweep.statistics import known_mean
-from patchsweep.store import EDGES, RUNS
+from patchsweep.store import RUNS
 
 if TYPE_CHECKING:
     from patchsweep.plan import Plan
@@ -72,6 +72,8 @@ def show(results: Results, console: Console, asked: Asked | None = None) -> None
     for title, table in others(results, asked):
         _print_titled(console, title, table)
         console.print()
+    for line in edge_audits(results, asked.metrics or results.metrics[:1]):
+        console.print(Text(line))
     if asked.provenance:
         console.print(Text("Provenance", style="bold"))
         print_pairs(console, provenance(results))
@@ -109,7 +111,7 @@ def others(results: Results, asked: Asked) -> Iterator[tuple[str, Table]]:
         title = "Estimated against exact changes, over the cells that were run"
         yield title, agreement(results)
     for metric in asked.metrics or results.metrics[:1]:
-        if results.attrs.get(EDGES):
+        if results.has_edges:
             for direction in results.grid(results.components[0]).directions:
                 yield edges(results, metric, direction)
         if results.has_circuit:
@@ -317,14 +319,26 @@ def audits(results: Results, component: str, direction: str, metrics: Sequence[s
     return lines
 
 
+def edge_audits(results: Results, metrics: Sequence[str]) -> list[str]:
+    """What `audits` says of edges, if a prefilter chose among them."""
+    if EDGES not in results.store.estimators:
+        return []
+    return [
+        f"Edges, {direction}: {line}"
+        for direction in results.grid(EDGES).directions
+        for line in audits(results, EDGES, direction, metrics)
+    ]
+
+
 def edges(results: Results, metric: str, direction: str) -> tuple[str, Table]:
     """The edges of largest score, under a title with what makes them an approximation."""
-    how = results.edges(metric, direction).attrs["approximation"]
-    table = _table("edge", "score")
+    how = results.edges(metric, direction).attrs.get("approximation")
+    table = _table("edge", "score" if how else "change")
     count = TOP // len(results.grid(results.components[0]).directions)
     for edge, score in results.top_edges(metric, direction, count):
         table.add_row(edge, f"{score:+.4g}")
-    return f"Edges, {direction}: largest estimated changes of {metric}, by {how}", table
+    changes = f"estimated changes of {metric}, by {how}" if how else f"changes of {metric}"
+    return f"Edges, {direction}: largest {changes}", table
 
 
 def _detections(

@@ -8,7 +8,8 @@ of ratios. Raw metrics stay raw.
     reader.py     what a results folder says: its parts, baselines, tokens
     columns.py    what positions mean over pairs
     effects.py    effects over pairs, changes of every pair
-    estimates.py  estimated effects, their agreement and audit, edges
+    estimates.py  estimated effects, their agreement and audit
+    edges.py      edges, scored or run
     cells.py      cells by the size of their effect
     intervals.py  bootstrap, p-values, standard errors
     circuits.py   the curve of the best k sites

@@ -13,7 +13,7 @@ from patchsweep.results.effects import layer_parts
 from patchsweep.results.together import Together
 from patchsweep.sites import COMPONENTS, RUN, SETS, Status
 from patchsweep.statistics import diagnostics, known_mean
-from patchsweep.store import EDGES
+from patchsweep.store import scored
 
 
 class Diagnosed(Together):
@@ -103,14 +103,14 @@ def _unfinished(results: Diagnosed, found: _Found) -> None:
     """What is not done yet, or not finite, or not known for sure."""
     if not results.store.vouched:
         found.add("older", ["of an older version, which notices less of what is damaged"])
-    for name in results.components:
+    for name in results.store.grids:
         done = results.store.done(name)
         missing = int((~done).sum())
         found.add("not done", [f"{missing} of {done.size} blocks not done"] * bool(missing), name)
     marks = {}
     if results.store.estimators:
         marks["estimates of {} not done"] = results.store.estimated()
-    if results.attrs.get(EDGES):
+    if scored(results.attrs):
         marks["edges of {} not scored"] = results.store.scored()
     for text, done in marks.items():
         if pairs := _missing(results, done):

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from patchsweep.results.columns import Columns, as_given, columns_of, pairs_of
 from patchsweep.results.reader import Reader, one_of
-from patchsweep.sites import MEASURED, RUN, SETS, Grid, Status, unit_name
+from patchsweep.sites import EDGES, MEASURED, RUN, SETS, Grid, Status, unit_name
 from patchsweep.statistics import Array, change, ratio
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Effects(Reader):
         labels where pairs share some, else end. Positions that the sweep was asked for by name or
         index stay as they are."""
         positions = self.grid(component).positions
-        if component == SETS:
+        if component in (SETS, EDGES):
             return as_given(positions)
         align = align or ("start" if component in self.chosen_by_index else None)
         return columns_of(positions, self.lengths, self._reads, self.labels, align)

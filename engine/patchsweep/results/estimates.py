@@ -1,9 +1,9 @@
-"""What was estimated: cells, how well they were, and edges."""
+"""What was estimated: cells, and how well they were."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from patchsweep.errors import BadInput
 from patchsweep.prefilter import Choice, Verdict, judge
 from patchsweep.results.columns import Columns
-from patchsweep.results.effects import Effects, OverPairs
+from patchsweep.results.edges import OfEdges
+from patchsweep.results.effects import OverPairs
 from patchsweep.results.reader import one_of
-from patchsweep.sites import RUN
+from patchsweep.sites import EDGES, RUN
 from patchsweep.statistics import Agreement, Array, agreement, ratio
-from patchsweep.store import EDGES
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 UNSIGNED = "atp_star"  # an estimator of magnitudes
 
 
-class Estimates(Effects):
+class Estimates(OfEdges):
     """Estimated effects beside those that were measured."""
 
     def estimated_effect(
@@ -98,7 +98,8 @@ class Estimates(Effects):
         from patchsweep.spec import Prefilter  # imports pydantic
 
         grid, d, s = self._at(component, metric, direction, source)
-        given, estimated = self.attrs["spec"].get("prefilter"), self.store.estimators
+        estimated = self.store.estimators
+        given = self.attrs["spec"].get(EDGES if component == EDGES else "prefilter")
         if given is None or component not in estimated or not self.complete:
             return None
         chosen = [
@@ -108,7 +109,7 @@ class Estimates(Effects):
         return judge(
             self.over_pairs(component, metric, direction, source, columns, 1).effect,
             Choice(*chosen),
-            Prefilter(**given),
+            Prefilter(**{k: v for k, v in given.items() if k != "estimator"}),
             components=len(estimated) * len(grid.directions) * len(grid.sources),
             metrics=len(self.metrics),
         )
@@ -132,41 +133,6 @@ class Estimates(Effects):
             moved.append(((estimate - at)[ran], (exact - at)[ran]))
         estimated, true = (np.concatenate(side) for side in zip(*moved, strict=True))
         return agreement(estimated, np.abs(true) if how == UNSIGNED else true)
-
-    def edges(
-        self, metric: str, direction: str | None = None, source: str | None = None
-    ) -> xr.DataArray:
-        """Edge attribution, the estimated change of the metric, [sender, receiver]: its mean over
-        the pairs and samples that are scored; NaN where there is no edge. BadInput if the sweep
-        scored none."""
-        import xarray as xr
-
-        if not self.attrs.get(EDGES):
-            raise BadInput("these results have no edges: add edges: eap to the spec")
-        _, d, s = self._at(self.components[0], metric, direction, source)
-        done = np.argwhere(self.store.scored()[s])
-        parts = (self.store.read(f"{EDGES}/{metric}", (d, s, *at)) for at in done)
-        total: Any = sum(part.astype(np.float64) for part in parts)
-        senders, receivers = (self.store.read(f"{EDGES}/{end}") for end in ("sender", "receiver"))
-        mean = total / len(done) if len(done) else np.full((len(senders), len(receivers)), np.nan)
-        said = self.store.node_attrs(f"{EDGES}/{metric}")
-        ends = {"sender": senders, "receiver": receivers}
-        return xr.DataArray(mean, ends, ("sender", "receiver"), metric, said)
-
-    def top_edges(
-        self,
-        metric: str,
-        direction: str | None = None,
-        n: int = 10,
-        source: str | None = None,
-    ) -> list[tuple[str, float]]:
-        """The `n` edges of largest absolute score, largest first, as sender->receiver."""
-        found = self.edges(metric, direction, source)
-        flat = np.abs(found.values).ravel()
-        order = np.argsort(-np.nan_to_num(flat, nan=-1), kind="stable")
-        best = (np.unravel_index(i, found.shape) for i in order[:n] if np.isfinite(flat[i]))
-        names = found.sender.values, found.receiver.values
-        return [(f"{names[0][i]}->{names[1][j]}", float(found.values[i, j])) for i, j in best]
 
     def _estimator(self, component: str) -> str:
         """How a component was estimated; BadInput if it was not."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
-from patchsweep.sites import Grid
+from patchsweep.sites import EDGES, Grid
 from patchsweep.statistics import Array
 from patchsweep.store import RUNS, Store, stored_pairs, texts_of, two_prompts
 
@@ -36,7 +36,7 @@ class Reader:
     @property
     def components(self) -> tuple[str, ...]:
         """Names of the patched components."""
-        return tuple(self.store.grids)
+        return tuple(name for name in self.store.grids if name != EDGES)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -46,7 +46,7 @@ class Reader:
     @property
     def complete(self) -> bool:
         """Whether every block is done."""
-        return all(self.store.done(name).all() for name in self.components)
+        return all(self.store.done(name).all() for name in self.store.grids)
 
     @property
     def model(self) -> str:
@@ -63,12 +63,12 @@ class Reader:
     def only_estimated(self) -> tuple[str, ...]:
         """The components that the sweep estimated and did not run."""
         prefiltered = self.attrs.get("spec", {}).get("prefilter") is not None
-        return () if prefiltered else tuple(self.store.estimators)
+        return () if prefiltered else tuple(c for c in self.store.estimators if c != EDGES)
 
     @property
     def chosen_by_index(self) -> tuple[str, ...]:
         """The components whose cells a prefilter chose by index: in results of earlier versions."""
-        by_meaning = {*self.attrs.get("chosen_columns", {}), *self.only_estimated}
+        by_meaning = {*self.attrs.get("chosen_columns", {}), *self.only_estimated, EDGES}
         return tuple(c for c in self.store.estimators if c not in by_meaning)
 
     @property
@@ -80,7 +80,7 @@ class Reader:
 
     def grid(self, component: str) -> Grid:
         """The grid of a component; BadInput if it was not patched."""
-        return self.store.grids[one_of("component", component, self.components)]
+        return self.store.grids[one_of("component", component, tuple(self.store.grids))]
 
     def baseline(self, metric: str) -> Array:
         """The metric of the unpatched runs, [run = clean, corrupt; source; sample; pair]."""

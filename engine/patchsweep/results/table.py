@@ -123,7 +123,7 @@ def _frame(
 
 def _labelled(results: Reader) -> bool:
     """Whether any grid has positions with names."""
-    grids = results.store.grids.values()
+    grids = map(results.grid, results.components)
     return any(isinstance(position, str) for grid in grids for position in grid.positions)
 
 

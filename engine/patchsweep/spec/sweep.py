@@ -24,6 +24,8 @@ from patchsweep.spec.data import Data, PathOrUrl, explain, in_order, list_of
 from patchsweep.spec.edges import EdgeScores
 from patchsweep.spec.estimates import Estimators, MaybePrefilter
 from patchsweep.spec.metric import AnyMetric, Metric, parse_metric
+from patchsweep.spec.paths import PatchedPath
+from patchsweep.spec.positions import AnyPositions
 from patchsweep.spec.prompts import Prompts
 from patchsweep.spec.sets import Autoencoder, Circuit, Sites
 from patchsweep.spec.source import Corruption, SourceOf, Sources
@@ -42,11 +44,7 @@ class Sweep(Data):
     source: Sources = (("other", None),)
     direction: Literal["denoise", "noise", "both"] = "denoise"
     components: tuple[StrictStr, ...] = ()
-    positions: (
-        Literal["each", "all"]
-        | tuple[StrictInt | StrictStr, ...]
-        | dict[StrictStr, tuple[StrictInt | StrictStr, ...]]
-    ) = "each"
+    positions: AnyPositions = "each"
     windows: tuple[Annotated[StrictInt, Field(ge=2)], ...] = ()
     sets: dict[StrictStr, Sites] = Field(default_factory=dict)
     circuit: Circuit | None = None
@@ -59,6 +57,7 @@ class Sweep(Data):
     estimate: Estimators = False  # instead of running these components
     prefilter: MaybePrefilter = None
     edges: EdgeScores = None
+    paths: dict[StrictStr, PatchedPath] = Field(default_factory=dict)
     provenance: Literal["short", "full"] = "short"  # full: with the host, and whole paths
 
     @property
@@ -73,7 +72,7 @@ class Sweep(Data):
 
     @model_validator(mode="after")
     def _something_to_do(self) -> Self:
-        if not self.components and not self.sets and not self.circuit:
+        if not self.components and not self.sets and not self.circuit and not self.paths:
             raise ValueError("components is missing: name what to patch, e.g. [head_z, mlp_out]")
         if self.windows and not set(self.components) & set(WINDOWED):
             raise ValueError(f"windows are over {', '.join(WINDOWED)}: add one to components")
@@ -88,6 +87,14 @@ class Sweep(Data):
             raise ValueError("sae_feature needs an autoencoder: add sae: {file: ...}")
         return self
 
+    @field_validator("paths")
+    @classmethod
+    def _paths(cls, value: dict[str, PatchedPath]) -> dict[str, PatchedPath]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9_-]{1,60}", name):
+                raise ValueError(f"path {name!r}: use letters, digits, _ and -, at most 60")
+        return value
+
     @field_validator("components", mode="before")
     @classmethod
     def _components(cls, value: object) -> tuple[Any, ...]:
@@ -98,29 +105,6 @@ class Sweep(Data):
             if isinstance(name, str):
                 component(name)
         return names
-
-    @field_validator("positions", mode="before")
-    @classmethod
-    def _positions(cls, value: object) -> object:
-        if isinstance(value, str) and value in ("each", "all"):
-            return value
-        if isinstance(value, str):
-            raise ValueError(f"'{value}' is not known: use each, all, or a list such as [{value}]")
-        if isinstance(value, Mapping):
-            if not value:
-                raise ValueError("the mapping is empty: name at least one group of positions")
-            if wrong := [name for name in value if not isinstance(name, str)]:
-                raise ValueError(f"{wrong[0]!r} names a group of positions: quote it")
-            return {name: cls._entries(entries) for name, entries in value.items()}
-        return cls._entries(value)
-
-    @classmethod
-    def _entries(cls, value: object) -> tuple[Any, ...]:
-        entries = list_of(value, "index or label")
-        for entry in entries:
-            if type(entry) not in (int, str):
-                raise ValueError(f"{entry!r} is no token index and no label: quote it if a label")
-        return entries
 
     @field_validator("metrics", mode="before")
     @classmethod

@@ -75,11 +75,18 @@ Imports errors, inputs, pairs, sites.
 """
 
 from patchsweep.store import described
-from patchsweep.store.arrays import ESTIMATED, ESTIMATED_SPLIT, RUNS, SCORED_SPLIT, WAVES_SPLIT
+from patchsweep.store.arrays import (
+    ESTIMATED,
+    ESTIMATED_SPLIT,
+    RUNS,
+    SCORED_SPLIT,
+    WAVES_SPLIT,
+    Nodes,
+)
 from patchsweep.store.damage import Damaged, Why
 from patchsweep.store.files import OLDER, SCHEMA, writing
 from patchsweep.store.integrity import Check, check, refuse_missing, withdraw
-from patchsweep.store.ledger import BASELINES, CHOSEN, EDGES, ESTIMATES, SCORED
+from patchsweep.store.ledger import BASELINES, CHOSEN, ESTIMATES, SCORED, scored
 from patchsweep.store.outside import MADE, check_made, check_outside, replacing
 from patchsweep.store.place import (
     beside,
@@ -103,7 +110,6 @@ from patchsweep.store.writer import background
 __all__ = [
     "BASELINES",
     "CHOSEN",
-    "EDGES",
     "ESTIMATED",
     "ESTIMATED_SPLIT",
     "ESTIMATES",
@@ -116,6 +122,7 @@ __all__ = [
     "WAVES_SPLIT",
     "Check",
     "Damaged",
+    "Nodes",
     "Store",
     "Why",
     "background",
@@ -138,6 +145,7 @@ __all__ = [
     "refuse_missing",
     "remove",
     "replacing",
+    "scored",
     "stored_pairs",
     "texts_of",
     "two_prompts",

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
-from patchsweep.sites import DIMENSIONS, Grid, unit_name
+from patchsweep.sites import EDGES, Grid, dimensions, unit_name
 from patchsweep.store import described
-from patchsweep.store.ledger import EDGES, SCORED, Ledger
+from patchsweep.store.ledger import SCORED, Ledger
 
 RUNS = ("clean", "corrupt")
 ESTIMATED = "completion/estimates"
 # How far what was computed together was split, because it ran out of memory.
 WAVES_SPLIT = "completion/waves_split"
 ESTIMATED_SPLIT, SCORED_SPLIT = f"{ESTIMATED}_split", f"{SCORED}_split"
+
+
+class Nodes(NamedTuple):
+    """Both ends of edges, and the positions that exact ones are run at; empty without edges."""
+
+    senders: Sequence[str] = ()
+    receivers: Sequence[str] = ()
+    positions: Sequence[int] | Sequence[str] = ()
 
 
 def create_array(
@@ -67,24 +75,25 @@ def create_component(
     metrics: Sequence[str],
     attrs: Mapping[str, Any],
     texts: Mapping[str, NDArray[Any]],
+    nodes: Nodes,
 ) -> None:
-    """`texts`: what `texts_of` has of its positions; sets have none."""
+    """`texts`: what `texts_of` has of its positions; sets and edges have none."""
     group = root.create_group(grid.component, attributes={"unit_name": unit_name(grid.component)})
+    dims = dimensions(grid.component)
     for metric in metrics:
         for kind, dtype, fill in (("", attrs["dtype"], math.nan), ("_status", "uint8", 0)):
             said = described.stored(attrs, metric, kind, grid.component)
             name, cut = f"{metric}{kind}", grid.chunks
-            create_array(group, name, DIMENSIONS, grid.shape, cut, dtype, fill, said)
-    coordinates = {
-        "direction": grid.directions,
-        "source": grid.sources,
-        "sample": np.arange(grid.samples),
-        "pair": np.arange(grid.pairs),
-        "layer": np.arange(grid.first_layer, grid.first_layer + grid.layers),
-        "unit": np.arange(grid.units),
-        "position": grid.positions,
-    }
-    for name, data in coordinates.items():
+            create_array(group, name, dims, grid.shape, cut, dtype, fill, said)
+    places: tuple[Any, ...] = (
+        np.arange(grid.first_layer, grid.first_layer + grid.layers),
+        np.arange(grid.units),
+        grid.positions,
+    )
+    if grid.component == EDGES:
+        places = (nodes.positions, nodes.receivers, grid.positions)
+    pairs = (grid.directions, grid.sources, np.arange(grid.samples), np.arange(grid.pairs))
+    for name, data in zip(dims, (*pairs, *places), strict=True):
         put(group, name, (name,), data, described.coordinate(name, grid.component))
     for name, data in texts.items():
         put(group, name, ("pair", "position")[-data.ndim :], data, described.coordinate(name))
@@ -126,7 +135,16 @@ def create_estimates(
             name = f"{grid.component}/{metric}_estimate"
             said = described.stored(attrs, metric, "_estimate", grid.component)
             said["approximation"] = how
-            create_array(root, name, DIMENSIONS, grid.shape, grid.chunks, dtype, math.nan, said)
+            create_array(
+                root,
+                name,
+                dimensions(grid.component),
+                grid.shape,
+                grid.chunks,
+                dtype,
+                math.nan,
+                said,
+            )
         for what, said in described.CHOICE.items():
             name = f"choice/{grid.component}_{what}"
             count = attrs.get("chosen_columns", {}).get(grid.component, len(grid.positions))
@@ -148,7 +166,7 @@ def create_edges(
     grid: Grid,
     metrics: Sequence[str],
     attrs: Mapping[str, Any],
-    nodes: tuple[Sequence[str], Sequence[str]],
+    nodes: Nodes,
 ) -> None:
     group, how = root.create_group(EDGES), attrs[EDGES]
     coordinates: dict[str, Any] = {
@@ -156,8 +174,8 @@ def create_edges(
         "source": grid.sources,
         "sample": np.arange(grid.samples),
         "pair": np.arange(grid.pairs),
-        "sender": nodes[0],
-        "receiver": nodes[1],
+        "sender": nodes.senders,
+        "receiver": nodes.receivers,
     }
     sizes = tuple(map(len, coordinates.values()))
     text = how if isinstance(how, str) else f"eap_ig, {how['eap_ig']['steps']} steps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from patchsweep.sites import SETS, Status, unit_name
+from patchsweep.sites import EDGES, SETS, Status, unit_name
 
 # What a metric is, and what it counts in: "1" for pure numbers, None where only its user knows.
 _METRICS: dict[str, tuple[str, str | None]] = {
@@ -89,7 +89,7 @@ def stored(attrs: Mapping[str, Any], metric: str, kind: str, component: str) -> 
     """The same for an array of a component, in the files: with the coordinates that belong to it,
     which xarray takes from there."""
     found = values(attrs, metric, kind)
-    return found if component == SETS else {**found, "coordinates": " ".join(TEXTS)}
+    return found if component in (SETS, EDGES) else {**found, "coordinates": " ".join(TEXTS)}
 
 
 def metric_of(attrs: Mapping[str, Any], column: str) -> tuple[str, str | None]:

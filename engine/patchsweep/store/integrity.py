@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
-from patchsweep.sites import MEASURED, Block, Grid, Status, blocks
+from patchsweep.sites import EDGES, MEASURED, Block, Grid, Status, blocks
 from patchsweep.store.arrays import ESTIMATED, ESTIMATED_SPLIT, SCORED_SPLIT, WAVES_SPLIT
 from patchsweep.store.damage import Damaged, Why
-from patchsweep.store.ledger import BASELINES, CHOSEN, EDGES, ESTIMATES, SCORED
+from patchsweep.store.ledger import BASELINES, CHOSEN, ESTIMATES, SCORED, scored
 from patchsweep.store.store import Store
 
 Marks = NDArray[np.bool_]
@@ -169,7 +169,7 @@ def _once(store: Store) -> Iterator[Damage]:
 def _by_pair(store: Store) -> dict[str, str]:
     """What is computed by pairs and not in blocks, and the array that says of which."""
     found = {"estimates": ESTIMATED} if store.estimators else {}
-    return found | ({"edges": SCORED} if store.attrs.get(EDGES) else {})
+    return found | ({"edges": SCORED} if scored(store.attrs) else {})
 
 
 def _written_later(store: Store) -> dict[str, list[str]]:
@@ -183,7 +183,8 @@ def _written_later(store: Store) -> dict[str, list[str]]:
     found["estimates"] = [f"{n}/{m}_estimate" for n in store.estimators for m in store.metrics]
     kinds = ("status", "stratum")
     found["choice"] = [f"choice/{n}_{kind}" for n in store.estimators for kind in kinds]
-    found["edges"] = [f"{EDGES}/{m}" for m in store.metrics] if store.attrs.get(EDGES) else []
+    if scored(store.attrs):
+        found["edges"] = [f"{EDGES}/{m}" for m in store.metrics]
     return found
 
 

@@ -13,8 +13,9 @@ from zarr.storage import MemoryStore
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.sites import SETS, Grid
+from patchsweep.sites import EDGES, SETS, Grid
 from patchsweep.store.arrays import (
+    Nodes,
     chunk_counts,
     create_baseline,
     create_component,
@@ -27,7 +28,7 @@ from patchsweep.store.arrays import (
 from patchsweep.store.books import Books
 from patchsweep.store.damage import Why
 from patchsweep.store.files import MARK, README, ROOT, SCHEMA, attributes
-from patchsweep.store.ledger import EDGES, Ledger, ledgers_of
+from patchsweep.store.ledger import Ledger, ledgers_of, scored
 from patchsweep.store.manifest import MANIFEST, SEAL, Layout, once_of, seal, unpacked
 from patchsweep.store.nodes import ZARR_JSON, node
 from patchsweep.store.place import Place
@@ -42,7 +43,7 @@ def made(
     token_strings: Callable[[int], str],
     attrs: Mapping[str, Any],
     sites: Mapping[str, NDArray[Any]],
-    nodes: tuple[Sequence[str], Sequence[str]],
+    nodes: Nodes,
 ) -> dict[str, bytes]:
     """The files of results that nothing was written to, by name; see `Store.create`."""
     metrics = [metric["name"] for metric in attrs["metrics"]]
@@ -51,11 +52,11 @@ def made(
     strings = prompt_texts(pairs, token_strings)
     for grid in grids:
         texts = {}
-        if grid.component != SETS:
+        if grid.component not in (SETS, EDGES):
             texts = texts_of(pairs, grid.positions, attrs, strings["clean"], strings["corrupt"])
-        create_component(root, grid, metrics, attrs, texts)
+        create_component(root, grid, metrics, attrs, texts, nodes)
     create_estimates(root, grids, metrics, attrs)
-    if attrs.get(EDGES):
+    if scored(attrs):
         create_edges(root, grids[0], metrics, attrs, nodes)
     create_baseline(root, grids, metrics, len(pairs), attrs)
     chunks = sum(math.prod(grid.tiles) for grid in grids)
@@ -127,7 +128,7 @@ def older_layout(place: Place) -> Layout:
 def _ledgers(counts: Mapping[str, tuple[int, ...]], attrs: Mapping[str, Any]) -> dict[str, Ledger]:
     metrics = [metric["name"] for metric in attrs["metrics"]]
     estimators = [*attrs.get("estimators", {})]
-    return ledgers_of(counts, attrs["components"], metrics, estimators, bool(attrs.get(EDGES)))
+    return ledgers_of(counts, attrs["components"], metrics, estimators, scored(attrs))
 
 
 def _sealed(there: Mapping[str, bytes]) -> bool:

@@ -14,11 +14,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from patchsweep.sites import EDGES
 from patchsweep.store.digests import Digests
 
 PARTLY, DONE = 1, 2
@@ -128,7 +129,7 @@ def ledgers_of(
     - records/baseline, [source, sample, tile of pairs].
     - records/estimates, [source, sample, tile of pairs]: of all estimated components; which pairs
       of a tile are estimated is marked beside.
-    - completion/edges, [source, sample, pair]: in all directions.
+    - completion/edges, [source, sample, pair]: scores of edges, in all directions.
     - completion/choice: of all estimated components, one record.
     """
 
@@ -153,4 +154,10 @@ def ledgers_of(
 
 
 BASELINES, ESTIMATES = "records/baseline", "records/estimates"
-EDGES, SCORED, CHOSEN = "edges", "completion/edges", "completion/choice"
+SCORED, CHOSEN = f"completion/{EDGES}", "completion/choice"
+
+
+def scored(attrs: Mapping[str, Any]) -> bool:
+    """Whether results with these root attributes have edges that were scored, and not run: where
+    they were, edges are a component."""
+    return bool(attrs.get(EDGES)) and EDGES not in attrs["components"]

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from patchsweep.sites import DIMENSIONS, SETS, Site
+from patchsweep.sites import DIMENSIONS, EDGE_DIMENSIONS, EDGES, SETS, Site
 from patchsweep.store.arrays import RUNS
 from patchsweep.store.described import TEXTS
 from patchsweep.store.files import README, ROOT
-from patchsweep.store.ledger import EDGES
 
 _CHUNK = re.compile(r"c(/\d+)*")
 # What Zarr, and obstore in files, write before they rename it.
@@ -78,7 +77,7 @@ def owned(attrs: Mapping[str, Any]) -> Owned:
     groups[SETS] = of_cells | sites
     groups["completion"] = {*components, SETS} | _MARKS
     groups["choice"] = {f"{c}_{kind}" for c in components for kind in ("status", "stratum")}
-    groups[EDGES] = {*metrics, *DIMENSIONS[:4], "sender", "receiver"}
+    groups[EDGES] = of_cells | {*EDGE_DIMENSIONS}
     groups["baseline"] = {f"{m}{kind}" for m in metrics for kind in ("", "_noise_floor")}
     groups["baseline"] |= {"run", *DIMENSIONS[1:4]}
     groups["prompts"] = _PROMPTS

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from patchsweep.sites import MEASURED, SETS, Grid, Status
+from patchsweep.sites import EDGE_DIMENSIONS, EDGES, MEASURED, SETS, Grid, Status
 from patchsweep.store import described
-from patchsweep.store.ledger import EDGES
+from patchsweep.store.ledger import scored
 
 _TEXT = """\
 Results of a sweep by patchsweep: runs of a language model in which one activation was replaced.
@@ -74,7 +74,9 @@ def readme(grids: Sequence[Grid], attrs: Mapping[str, Any]) -> str:
     """The text for results of these grids, `attrs` being those of the root."""
     names = [grid.component for grid in grids]
     estimators = attrs.get("estimators", {})
-    ran = [grid for grid in grids if grid.component not in {SETS, *estimators}] or list(grids)
+    ran = [grid for grid in grids if grid.component not in {SETS, EDGES, *estimators}] or list(
+        grids
+    )
     sources = attrs.get("sources", [])
     without = [s["name"] for s in sources if not s["normalised"]]
     shown = [str(int(status)) for status in MEASURED]
@@ -113,10 +115,12 @@ def _other_groups(attrs: Mapping[str, Any]) -> str:
         "baseline: the metrics of the unpatched runs [run, source, sample, pair].",
         "prompts: their tokens, texts and labels.",
     ]
-    if attrs.get(EDGES):
+    if scored(attrs):
         lines.append(
             "edges: estimates of edges [direction, source, sample, pair, sender, receiver]."
         )
+    elif attrs.get(EDGES):
+        lines.append(f"edges: runs with one edge patched [{', '.join(EDGE_DIMENSIONS)}].")
     return "\n".join([*lines, "All others are patchsweep's own books.", ""])
 
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from patchsweep.errors import BadInput
 from patchsweep.pairs import Pair
-from patchsweep.sites import Block, Grid
+from patchsweep.sites import EDGES, Block, Grid, dimensions
 from patchsweep.store import summary
 from patchsweep.store.array_store import ArrayStore, Region, number_key
-from patchsweep.store.arrays import ESTIMATED, WAVES_SPLIT
+from patchsweep.store.arrays import ESTIMATED, WAVES_SPLIT, Nodes
 from patchsweep.store.damage import Damaged, Why, damaged
 from patchsweep.store.files import MARK, OLDER, README, ROOT, SCHEMA
 from patchsweep.store.lay_out import books_of, layout_of, made, older_layout
@@ -24,7 +24,6 @@ from patchsweep.store.ledger import (
     BASELINES,
     CHOSEN,
     DONE,
-    EDGES,
     ESTIMATES,
     PARTLY,
     SCORED,
@@ -56,7 +55,7 @@ class Store(ArrayStore):
         attrs: Mapping[str, Any],
         dtype: Literal["float32", "float64"],
         sites: Mapping[str, NDArray[Any]] | None = None,
-        nodes: tuple[Sequence[str], Sequence[str]] = ((), ()),
+        nodes: Nodes = Nodes(),  # noqa: B008 (a constant)
         fsync: bool = False,
         fill: Callable[[Store], None] | None = None,
     ) -> Store:
@@ -64,7 +63,7 @@ class Store(ArrayStore):
 
         `token_strings` gives the text of a token id; `sites` are the columns of the sets' sites.
         The attribute `estimators`, by component, says which have estimates; the attribute `edges`
-        whether there are any, between `nodes`, the senders and receivers. With `fill`, which writes
+        whether there are any, between `nodes`. With `fill`, which writes
         what earlier results at `path` hold, these are replaced. BadInput if else `path` exists, or
         the disk refuses.
         """
@@ -434,7 +433,8 @@ class Store(ArrayStore):
     def _grid(self, name: str) -> Grid:
         array = self._array(f"{name}/{self.metrics[0]}")
         directions = self.read(f"{name}/direction").tolist()
-        positions = self.read(f"{name}/position").tolist()
+        positions = self.read(f"{name}/{dimensions(name)[-1]}").tolist()
+        first = 0 if name == EDGES else int(self.read(f"{name}/layer")[0])
         return Grid(
             component=name,
             directions=tuple(directions),
@@ -445,7 +445,7 @@ class Store(ArrayStore):
             pair_tile=array.chunks[3],
             unit_tile=array.chunks[5],
             position_tile=array.chunks[6],
-            first_layer=int(self.read(f"{name}/layer")[0]),
+            first_layer=first,
             sources=tuple(self.read(f"{name}/source").tolist()),
             samples=array.shape[2],
         )

@@ -6,6 +6,9 @@ prompt; of sets, over [pair, 1, set].
 
     columns.py   what is known of a variant, a component's runs, the sets' sites, as arrays
     grids.py     which cells are runs, where their rows start and where they join
+    ends.py      where what is sent along edges and paths can differ, where what is read matters
+    paths.py     which runs a path has
+    edges.py     which edges are runs, and the tokens that these begin with
     sets.py      windows and sets as a table of sites; what a model or a pair does not have
 """
 
@@ -19,17 +22,23 @@ from patchsweep.plan.layout.columns import (
     Variant,
     injected_tokens,
 )
+from patchsweep.plan.layout.edges import EdgeTable, Reached
 from patchsweep.plan.layout.grids import Layouts
+from patchsweep.plan.layout.paths import Climbs, PathTable
 from patchsweep.plan.layout.sets import make_layouts
 
 __all__ = [
     "CODES",
     "NAMES",
     "OWN",
+    "Climbs",
+    "EdgeTable",
     "Features",
     "Layout",
     "Layouts",
+    "PathTable",
     "Places",
+    "Reached",
     "Variant",
     "injected_tokens",
     "make_layouts",

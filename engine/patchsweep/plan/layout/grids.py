@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -25,9 +25,11 @@ from patchsweep.plan.layout.columns import (
     Variant,
     injected_tokens,
 )
+from patchsweep.plan.layout.edges import EdgeTable, Reached, reached
+from patchsweep.plan.layout.paths import Climbs, PathTable, path
 from patchsweep.plan.reads import Inner, Reads
 from patchsweep.plan.sources import Other, Source
-from patchsweep.sites import COMPONENTS, SETS, Direction, Enters, Grid, component
+from patchsweep.sites import COMPONENTS, EDGES, SETS, Direction, Enters, Grid, component
 
 # What of a layer's sizes says how many units it has.
 SIZE_OF = {"head": ("heads",), "kv_head": ("kv_heads",), "neuron": ("neurons",)}
@@ -45,6 +47,8 @@ class Layouts:
     dimensions: Dimensions
     table: SiteTable | None
     features: Features | None
+    edges: EdgeTable | None = None
+    paths: Mapping[str, PathTable] = field(default_factory=dict)  # by grid
 
     @property
     def samples(self) -> int:
@@ -89,6 +93,13 @@ class Layouts:
         if name == SETS:
             assert self.table is not None
             layers, units, names = range(1), 1, self.table.names
+        elif name == EDGES:
+            assert self.edges is not None
+            layers = range(len(self.edges.positions.names))
+            units, names = len(self.edges.receivers), tuple(map(str, self.edges.senders))
+        elif name in self.paths:
+            table = self.paths[name]
+            layers, units, names = range(table.layers), table.units, table.positions.names  # type: ignore[assignment]
         else:
             layers, units = self.layers(name), self.units(name)
             names = self.positions.names  # type: ignore[assignment]
@@ -114,10 +125,24 @@ class Layouts:
             self._cache[key] = self._layout(name, variant)
         return self._cache[key]  # type: ignore[return-value]
 
-    def patched(self, components: Sequence[str]) -> list[str]:
-        """These components, and those of the sets' sites."""
+    def patched(self, components: Iterable[str]) -> list[str]:
+        """Of these components and grids the components, with those of the sets' sites, and what
+        edges begin and end in."""
         codes = [] if self.table is None else np.unique(self.table.component).tolist()
-        return list(dict.fromkeys([*components, *(NAMES[code] for code in codes)]))
+        both = ["head_z", "head_q", "head_k", "head_v", "mlp_out"]
+        ends = both if self.edges or self.paths else []
+        own = [name for name in components if name not in (SETS, EDGES, *self.paths)]
+        return list(dict.fromkeys([*own, *(NAMES[code] for code in codes), *ends]))
+
+    def reached(self, variant: Variant, pair: int) -> Reached:
+        """The edges of one pair; pairs that are alike have the same."""
+        assert self.edges is not None
+        frame, members = self.frames(variant)[pair], self.edges.positions.members[pair]
+        arrays = (frame.to_dst, frame.to_src, frame.differs, frame.reads, frame.inner, members)
+        key = ("reached", frame.length, *(x.tobytes() for x in arrays))
+        if key not in self._cache:
+            self._cache[key] = reached(self.edges, frame, members)
+        return self._cache[key]  # type: ignore[return-value]
 
     def exists_at_all(self, variant: Variant) -> bool:
         """Whether the variant's source has that sample."""
@@ -166,6 +191,8 @@ class Layouts:
             return Places(*(nothing,) * 6)
         if name == SETS:
             return self._places_of_sets(variant, pair)
+        if name in self.paths:
+            return self.path(name, variant, pair)[0]
         there = self._there(name, variant, OWN)[pair]
         layer, entry, position = np.nonzero(there[:, None] & self.positions.members[pair])
         return Places(
@@ -176,6 +203,14 @@ class Layouts:
             position=position,
             source=np.full_like(layer, OWN),
         )
+
+    def path(self, name: str, variant: Variant, pair: int) -> tuple[Places, Climbs]:
+        """What the runs of a path replace in one pair, and their climbers."""
+        table, frame = self.paths[name], self.frames(variant)[pair]
+        component, layer, unit = table.receivers
+        own = np.full_like(unit, OWN)
+        call, _ = self.calls(Places(unit, component, layer, unit, unit, own))
+        return path(table, frame, table.positions.members[pair], call)
 
     def _places_of_sets(self, variant: Variant, pair: int) -> Places:
         t = self.table
@@ -320,26 +355,32 @@ class Layouts:
         if not self.exists_at_all(variant):
             return out
         for i in range(len(self.pairs)):
-            self._lay_out(out, i, variant, self.places(name, variant, i), name == SETS)
+            self._lay_out(out, i, variant, name)
+            if name in self.paths:
+                _, climbs = self.path(name, variant, i)
+                call = np.arange(calls)
+                within = (climbs.first[:, None] <= call) & (call <= climbs.last[:, None])
+                climber, at = np.nonzero(within)
+                np.add.at(out.extra[i], (at, climbs.cell[climber] % shape[2]), 1)
         return out
 
-    def _lay_out(
-        self, out: Layout, pair: int, variant: Variant, places: Places, in_sets: bool
-    ) -> None:
+    def _lay_out(self, out: Layout, pair: int, variant: Variant, name: str) -> None:
         """Fill in one pair."""
+        places = self.places(name, variant, pair)
         position = self.frames(variant)[pair].to_dst[places.position]
         call, joins = self.calls(places)
         by_cell = ("exists", "start", "joins", "extra_reads", "head_reads")
         flat = {name: getattr(out, name)[pair].reshape(-1) for name in by_cell}
         flat["exists"][places.cell] = True
-        for name, values in (("start", position), ("joins", joins)):
-            flat[name][places.cell] = values.max(initial=0)
-            np.minimum.at(flat[name], places.cell, values)
+        for lowest, values in (("start", position), ("joins", joins)):
+            flat[lowest][places.cell] = values.max(initial=0)
+            np.minimum.at(flat[lowest], places.cell, values)
         entry = places.cell % out.inside.shape[1]
         injected = injected_tokens(places, position, call, flat["joins"])
         np.add.at(out.extra[pair], (call[injected], entry[injected]), 1)
-        moved = np.flatnonzero(self.moved(variant, pair, places))
-        np.add.at(out.extra[pair], (call[moved], entry[moved]), 1)
+        if name not in self.paths:  # a climber stands where its receivers do
+            moved = np.flatnonzero(self.moved(variant, pair, places))
+            np.add.at(out.extra[pair], (call[moved], entry[moved]), 1)
 
         windows = np.array([w or position.max(initial=0) + 1 for w in self.dimensions.windows])
         keys = np.minimum(position + 1, windows[np.minimum(places.layer, len(windows) - 1)])
@@ -347,7 +388,7 @@ class Layouts:
         np.add.at(flat["extra_reads"], places.cell[queried], keys[queried])
         patterns = np.flatnonzero(places.component == CODES["head_pattern"])
         np.add.at(flat["head_reads"], places.cell[patterns], keys[patterns])
-        if in_sets:
+        if name == SETS:
             features = places.component == CODES["sae_feature"]
             np.add.at(out.encoded[pair], entry[features], 1)
 
@@ -357,10 +398,11 @@ class Layouts:
             return np.zeros((len(self.pairs), len(self.grid(name).positions)), bool)
         if name == SETS:
             return np.ones((len(self.pairs), len(self.grid(name).positions)), bool)
-        inside = np.zeros(self.positions.members.shape[:2], bool)
+        members = (self.paths.get(name) or self).positions.members
+        inside = np.zeros(members.shape[:2], bool)
         for i, frame in enumerate(self.frames(variant)):
             known = (frame.to_dst >= 0) & (frame.to_src >= 0)
-            inside[i] = self.positions.members[i, :, : len(known)][:, known].any(1)
+            inside[i] = members[i, :, : len(known)][:, known].any(1)
         return inside
 
 

@@ -1,4 +1,5 @@
-"""The runs that a sweep asks for: its windows and sets as a table of sites."""
+"""The runs that a sweep asks for: its windows and sets as a table of sites, its edges and
+paths."""
 
 from __future__ import annotations
 
@@ -12,10 +13,12 @@ from patchsweep.pairs import Pair, resolve_positions
 from patchsweep.plan.cone import Map
 from patchsweep.plan.dimensions import Dimensions
 from patchsweep.plan.layout.columns import CODES, OWN, Features, SiteTable
+from patchsweep.plan.layout.edges import EdgeTable
 from patchsweep.plan.layout.grids import Layouts
+from patchsweep.plan.layout.paths import PathTable
 from patchsweep.plan.reads import Reads
 from patchsweep.plan.sources import Source
-from patchsweep.sites import WINDOWED, Site, component, window_name
+from patchsweep.sites import WINDOWED, Site, component, path_grid, window_name
 from patchsweep.spec import Complement, Metric, Place, Sweep
 
 # A site as numbers: component, layer, unit, position entry (as the spec writes it), source.
@@ -40,9 +43,11 @@ def make_layouts(
         dimensions=dimensions,
         table=None,
         features=features,
+        edges=_edges(pairs, settings, dimensions),
     )
     for read in reads.inner:
         _check_read(out, read.metric)
+    out = replace(out, paths=_paths(pairs, settings, out))
     sets = _windows(out, settings)
     for name, given in settings.sets.items():
         if name in sets:
@@ -52,6 +57,59 @@ def make_layouts(
         else:
             sets[name] = [_site(out, site, name) for site in given]
     return replace(out, table=_table(out, sets)) if sets else out
+
+
+def _edges(pairs: Sequence[Pair], settings: Sweep, dimensions: Dimensions) -> EdgeTable | None:
+    asked = settings.edges
+    if asked is None or not asked.exact:
+        return None
+    return EdgeTable(asked, resolve_positions(pairs, asked.positions), dimensions)
+
+
+def _paths(pairs: Sequence[Pair], settings: Sweep, layouts: Layouts) -> dict[str, PathTable]:
+    """A sweep's paths by grid. BadInput for nodes that the model does not have, and for ends that
+    no path joins."""
+    found, d = {}, layouts.dimensions
+    for name, asked in settings.paths.items():
+        begins = "" if asked.begins == "set" else asked.begins
+        table = PathTable(
+            asked=asked,
+            positions=resolve_positions(pairs, asked.positions),
+            dimensions=d,
+            layers=len(layouts.layers(begins)) if begins else 1,
+            units=layouts.units(begins) if begins else 1,
+        )
+        _check_path(name, table, layouts)
+        found[path_grid(asked.begins, name)] = table
+    return found
+
+
+def _check_path(name: str, table: PathTable, layouts: Layouts) -> None:
+    asked = table.asked
+    senders = () if isinstance(asked.senders, str) else asked.senders
+    for node in (*senders, *asked.receivers):
+        if (node.layer or 0) >= layouts.dimensions.layers:
+            most = layouts.dimensions.layers - 1
+            raise BadInput(f"path '{name}': {node}: no layer {node.layer}: use 0 to {most}")
+        if node.unit is not None and node.unit >= (count := layouts.units(node.component)):
+            raise BadInput(f"path '{name}': {node}: no unit {node.unit}: use 0 to {count - 1}")
+    for node, below in zip(asked.receivers, table.below.T, strict=True):
+        if not below.any():
+            what = asked.senders if isinstance(asked.senders, str) else "sender"
+            raise BadInput(
+                f"path '{name}': no {what} lies below {node}: name a receiver further on"
+            )
+    for number, node in enumerate(senders):
+        if not table.below[number].any():
+            raise BadInput(f"path '{name}': {node} lies below no receiver: leave it out")
+    for read_at in layouts.reads.inner:
+        at = layouts.inner_layer(read_at)
+        lowest = min(table.receivers[1])
+        if at < lowest:
+            raise BadInput(
+                f"path '{name}': {read_at.metric.column} is read in layer {at}, below all of its "
+                f"receivers (layer {lowest} and on): leave it out"
+            )
 
 
 def _check_read(of: Layouts, m: Metric) -> None:

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
 from patchsweep.plan import Ints, Plan, Wave, null_start
 from patchsweep.plan.layout import CODES, OWN, Places, Variant, injected_tokens
-from patchsweep.plan.schedule.steps import Bools, Edit, Embedding, Patched, Runs, Schedule, ragged
-from patchsweep.sites import RUN, SETS, Block
+from patchsweep.plan.schedule.climb import Climbers
+from patchsweep.plan.schedule.columns import Bools, Edit, Embedding, Patched, Runs
+from patchsweep.plan.schedule.edges import Beginnings, begun, climbers_of, of_edges
+from patchsweep.plan.schedule.steps import Schedule, ragged
+from patchsweep.sites import EDGES, RUN, SETS, Block
 
 NULL = -1  # the block of null patches, which belong to none
 
 # Columns of runs and of what they replace, until the runs are put in order.
 _RUN = ("block", "cell", "pair", "direction", "layer", "start", "joins", "set")
-_PLACE = ("run", "component", "layer", "unit", "position", "source")
+_PLACE = ("run", "component", "layer", "unit", "position", "source", "climber")
 
 
 def make_schedule(plan: Plan, wave: Wave) -> Schedule:
     """Lay a wave out."""
     bases = _base_rows(plan, wave)
-    parts, pieces = [_null(plan, wave)], []
-    offset = len(parts[0]["pair"])
+    parts, pieces, climbers = [_null(plan, wave)], list[dict[str, Ints]](), list[Beginnings]()
+    offset, climbing = len(parts[0]["pair"]), 0
     for number, block in enumerate(wave.blocks):
         for pair in block.pairs:
-            found, places = _of_block(plan, wave, block, number, pair)
+            lay_out = of_edges if block.component == EDGES else _of_block
+            found, places, begin = lay_out(plan, wave, block, number, pair)
+            if begin:
+                places["climber"] += climbing
+                climbing += len(begin.climbers["pair"])
+                climbers.append(begin)
             places["run"] += offset
             offset += len(found["pair"])
             parts.append(found)
@@ -61,6 +70,7 @@ def make_schedule(plan: Plan, wave: Wave) -> Schedule:
         injected_call=patched.call[injected],
         injected_attends=patched.component[injected] == CODES["head_q"],
         layers=plan.dimensions.layers,
+        climbers=climbers_of(climbers, bases["offset"], partial(_row_of, plan, wave)),
     )
 
 
@@ -135,8 +145,9 @@ def _null(plan: Plan, wave: Wave) -> dict[str, Ints]:
 
 def _of_block(
     plan: Plan, wave: Wave, block: Block, number: int, pair: int
-) -> tuple[dict[str, Ints], dict[str, Ints]]:
-    """The runs of one pair in a block, and what they replace (`run` counting these runs)."""
+) -> tuple[dict[str, Ints], dict[str, Ints], Beginnings | None]:
+    """The runs of one pair in a block, what they replace (`run` counting these runs), and of paths
+    the climbers (`climber` counting these)."""
     layout = plan.layout(block)
     entries = slice(block.positions.start, block.positions.stop)
     exists = layout.exists[pair][:, entries]
@@ -166,8 +177,32 @@ def _of_block(
     row, offset = ragged(np.searchsorted(places.cell, cell, side="right") - first)
     mine = first[row] + offset
     columns = {k: getattr(places, k)[mine] for k in ("component", "layer", "position", "source")}
-    columns["unit"] = places.unit[mine] + block.units.start + unit[row]
-    return runs, {"run": row, **columns}
+    columns["run"], own = row, block.units.start + unit
+    if (table := plan.layouts.paths.get(block.component)) is None:
+        columns |= {"unit": places.unit[mine] + own[row], "climber": np.full_like(row, -1)}
+        return runs, columns, None
+    _, climbs = plan.layouts.path(block.component, plan.variant(block), pair)
+    first = np.searchsorted(climbs.cell, cell)
+    whose, offset = ragged(np.searchsorted(climbs.cell, cell, side="right") - first)
+    climber = first[whose] + offset
+    sends = np.searchsorted(climbs.of, climber)
+    of, offset = ragged(np.searchsorted(climbs.of, climber, side="right") - sends)
+    send = sends[of] + offset
+    begin = begun(
+        plan,
+        wave,
+        plan.variant(block),
+        pair,
+        climbs.position[climber],
+        climbs.first[climber],
+        climbs.last[climber],
+        table.through_mlps,
+        (of, climbs.component[send], climbs.layer[send], climbs.unit[send] + own[whose[of]]),
+    )
+    width = len(plan.pairs[pair])
+    keys = whose * width + climbs.position[climber]  # ascending
+    at = np.searchsorted(keys, row * width + columns["position"])
+    return runs, {**columns, "unit": places.unit[mine], "climber": at}, begin
 
 
 def _patched(
@@ -202,6 +237,7 @@ def _patched(
         donor[mine] = (bases["offset"][row] + at)[mine]
         moved[mine] = (at != position)[mine]
     moved &= np.isin(found["component"], (CODES["head_q"], CODES["head_k"]))
+    moved &= found["climber"] < 0  # it stands where its receiver does
 
     columns = (found["component"], found["layer"], found["unit"], position, found["source"])
     call, _ = layouts.calls(Places(run, *columns))
@@ -210,7 +246,7 @@ def _patched(
     dst = runs.dst[run[injected]]
     injected = injected[np.lexsort((position[injected], dst, ~attends, call[injected]))]
     slot = _slots(run, position, injected, call == runs.joins[run] - 1)
-    return Patched(run, *columns, donor, call, slot, moved), injected
+    return Patched(run, *columns, donor, call, slot, moved, found["climber"]), injected
 
 
 def _slots(run: Ints, position: Ints, injected: Ints, late: Bools) -> Ints:
@@ -270,7 +306,7 @@ def _embedding(
 
 _NONE, _NO_PLACES = np.zeros(0, np.int64), np.zeros(0, bool)
 _NO_RUNS = Runs(*(_NONE,) * 10)
-_NO_PATCHES = Patched(*(_NONE,) * 9, _NO_PLACES)
+_NO_PATCHES = Patched(*(_NONE,) * 9, _NO_PLACES, _NONE)
 
 
 def rows_only(prompts: Sequence[tuple[int, ...]], layers: int) -> Schedule:
@@ -317,4 +353,5 @@ def _unpatched(rows: dict[str, Ints], embedding: Embedding, layers: int) -> Sche
         injected_call=_NONE,
         injected_attends=_NO_PLACES,
         layers=layers,
+        climbers=Climbers(*(_NONE,) * 4, _NO_PLACES, *(_NONE,) * 5),
     )

@@ -6,33 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from patchsweep.plan import Ints
 from patchsweep.plan.layout import CODES, NAMES
+from patchsweep.plan.schedule.climb import Climb, Climbers, climb_of, given
+from patchsweep.plan.schedule.columns import Bools, Edit, Embedding, Patched, Runs
 from patchsweep_kernels import Rows
 
 NOWHERE = 1 << 40  # the first position of a row that is not carried yet
-Bools = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Edit:
-    """Replacements of one component by values of one source, in columns [edit].
-
-    target: the token of the layer call that is overwritten, in `unit`; donor: the token that has
-    the source's value (−1 where the source takes no run). own: a token with the activation that the
-    target has before. position: the target's. row: the runs, as numbers in RowTokens.
-    """
-
-    component: str
-    source: int
-    target: Ints
-    donor: Ints
-    own: Ints
-    unit: Ints
-    position: Ints
-    row: Ints
 
 
 @dataclass(frozen=True)
@@ -72,62 +53,7 @@ class Step:
     row_tokens: RowTokens
     base: int
     reading: Ints
-
-
-@dataclass(frozen=True)
-class Embedding:
-    """The tokens that are embedded: those of the base rows, then embeddings that are patched in.
-
-    tokens, positions [token]. Noise: token `noised` takes value `slot` (of the noised positions of
-    its pair) times the standard deviations of its source. `edits` replace embeddings by constants.
-    """
-
-    tokens: Ints
-    positions: Ints
-    noised: Ints
-    pair: Ints
-    source: Ints
-    slot: Ints
-    edits: list[Edit]
-
-
-@dataclass(frozen=True)
-class Runs:
-    """The patched rows of a wave in packed order, [run].
-
-    `block` counts within the wave, `cell` is the flat index in the block's values, `pair` counts
-    within the wave. dst is the first base token of the destination, `base` its number among the
-    base rows; a row holds `length` tokens from position `start` on and is first carried into layer
-    call `joins`. `set`: whether it patches a set of sites.
-    """
-
-    block: Ints
-    cell: Ints
-    pair: Ints
-    direction: Ints
-    start: Ints
-    joins: Ints
-    dst: Ints
-    base: Ints
-    length: Ints
-    set: Ints
-
-
-@dataclass(frozen=True)
-class Patched:
-    """Every replacement of every run, in columns [place]; `donor` is a base token, −1 for none;
-    `slot` numbers the injected tokens, −1 for none; `moved`: the donor is to be rotated."""
-
-    run: Ints
-    component: Ints
-    layer: Ints
-    unit: Ints
-    position: Ints
-    source: Ints
-    donor: Ints
-    call: Ints
-    slot: Ints
-    moved: Bools
+    climb: Climb | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +76,7 @@ class Schedule:
     injected_call: Ints
     injected_attends: Bools
     layers: int
+    climbers: Climbers
 
     @property
     def base(self) -> int:
@@ -162,6 +89,7 @@ class Schedule:
         group = _group(runs)
         at = np.zeros(len(runs.start), np.int64)  # first token of each row below
         slot = np.zeros(len(self.injected_run), np.int64)  # token of each injected one below
+        climber = np.zeros(len(self.climbers), np.int64)  # and of each climber
         for layer in range(self.layers + 1):
             alive = np.flatnonzero(runs.joins <= layer)
             born = runs.joins == layer
@@ -197,25 +125,38 @@ class Schedule:
             donor_slot = np.full(len(self.patched.run), -1)
             donor_slot[moved] = base + len(source) + len(inject) + np.arange(len(moved))
             silent = inject[~self.injected_attends[inject]]
+            c = self.climbers
+            up = np.flatnonzero((c.first <= layer) & (layer <= c.last))
+            below = np.where(c.mlps & (c.first < layer), climber, c.dst)[up]
+            climber[up] = base + len(source) + len(inject) + len(moved) + np.arange(len(up))
             yield Step(
-                gather=np.concatenate([np.arange(base), source, copied, donors]),
+                gather=np.concatenate([np.arange(base), source, copied, donors, below]),
                 positions=np.concatenate(
                     [
                         self.embedding.positions[:base],
                         runs.start[run] + offset,
                         self.injected_position[inject],
                         self.patched.position[moved],
+                        c.position[up],
                     ]
                 ),
                 rows=[*self._rows(alive, at, group), *self._queries(inject, slot)],
-                borrowers=np.concatenate([slot[silent], donor_slot[moved]]),
+                borrowers=np.concatenate([slot[silent], donor_slot[moved], climber[up]]),
                 lenders=np.concatenate(
-                    [runs.dst[self.injected_run[silent]] + self.injected_position[silent], donors]
+                    [
+                        runs.dst[self.injected_run[silent]] + self.injected_position[silent],
+                        donors,
+                        c.dst[up],
+                    ]
                 ),
-                edits=self._edits(here_patched, tokens, slot, donor_slot),
+                edits=[
+                    *self._edits(here_patched, tokens, slot, donor_slot, climber),
+                    *given(self.climbers, layer, climber),
+                ],
                 row_tokens=tokens,
                 base=base,
                 reading=np.arange(len(self.row_pair)),
+                climb=climb_of(c, layer, up, climber) if len(c) else None,
             )
 
     def _embed(self, source: Ints, here: Ints) -> None:
@@ -225,7 +166,9 @@ class Schedule:
         place = here[run] + self.patched.position[mine] - self.runs.start[run]
         source[place] = self.base + np.arange(len(mine))
 
-    def _edits(self, mine: Ints, tokens: RowTokens, slot: Ints, donor_slot: Ints) -> list[Edit]:
+    def _edits(
+        self, mine: Ints, tokens: RowTokens, slot: Ints, donor_slot: Ints, climber: Ints
+    ) -> list[Edit]:
         """The replacements of one layer call, by component in the order of the forward."""
         p, bases = self.patched, len(self.base_offset)
         edits = []
@@ -238,6 +181,8 @@ class Schedule:
             target = tokens.token(bases + run, position)
             target[injected] = slot[p.slot[chosen][injected]]
             donor = np.where(donor_slot[chosen] >= 0, donor_slot[chosen], p.donor[chosen])
+            climbs = p.climber[chosen] >= 0
+            donor[climbs] = climber[p.climber[chosen][climbs]]
             fresh = self.runs.set[run] == 0
             own = np.where(fresh, self.runs.dst[run] + position, target)
             edits.append(
