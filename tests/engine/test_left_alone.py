@@ -271,10 +271,10 @@ def switches() -> dict[str, Any]:
 
 
 def numbers(results: ps.Results) -> dict[str, np.ndarray[Any, Any]]:
-    """Every array of numbers that a sweep has written."""
+    """Every array of numbers that a sweep has written, but digests: they hang on the last bit."""
     members = zarr.open_group(results.path, mode="r").members(max_depth=None)
     found = {n: np.asarray(a[...]) for n, a in members if isinstance(a, zarr.Array)}
-    return {name: array for name, array in found.items() if array.dtype.kind in "fiu"}
+    return {n: a for n, a in found.items() if a.dtype.kind in "fiu" and a.dtype != np.uint64}
 
 
 @pytest.fixture(scope="module")

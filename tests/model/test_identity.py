@@ -325,7 +325,11 @@ def of_three() -> list[str]:
 
 def test_between_processes() -> None:
     script = "import json, test_identity; print(json.dumps(test_identity.of_three()))"
-    env = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = {
+        **os.environ,
+        "PYTHONHASHSEED": "7",
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
+    }
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=True
     )

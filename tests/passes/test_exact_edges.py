@@ -25,7 +25,7 @@ LAYERS = 3
 @cache
 def two_pairs() -> list[Pair]:
     """Of equal length, and of unequal length with an alignment that leaves some tokens out."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(0)  # the first two differ from their second token on
     return [pair_of(rng, 8, 1, labels={"END": 7, "S": 3}), unequal(rng, 7, 2)]
 
 

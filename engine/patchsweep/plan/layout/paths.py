@@ -2,7 +2,7 @@
 
 As with edges (`layout.edges`) a climber goes up at each position, from the lowest sender on. In the
 run all receivers that it reaches have their inputs replaced by what it had there: of several, each
-is pinned to the first pass.
+is pinned to the first pass, also at positions to which nothing was sent.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from patchsweep.pairs import Positions
 from patchsweep.plan.cone import Map
 from patchsweep.plan.dimensions import Dimensions
 from patchsweep.plan.layout.columns import CODES, OWN, Frame, Ints, Places
-from patchsweep.plan.layout.ends import SEEN_IN, ends
+from patchsweep.plan.layout.ends import SEEN_IN, Ends, ends
 from patchsweep.sites import Node
 from patchsweep.spec import PatchedPath
 
@@ -109,16 +109,22 @@ def path(table: PathTable, frame: Frame, members: Map, call: Ints) -> tuple[Plac
     gets: Map = table.below[:, :, None] & found.differs[:, None] & found.matters
     reaches: Map = np.zeros((table.layers, *gets.shape[1:]), bool)
     np.logical_or.at(reaches, table.layer, gets)
-    there = reaches[:, None] & members[:, None]  # [layer, entry, receiver, clean position]
+    there: Map = reaches[:, None] & members[:, None]  # [layer, entry, receiver, clean position]
+    if len(component) > 1:
+        there = there | _pinned(table, found, members, there)
     at, entry, receiver, position = np.nonzero(there)
     cell = at * len(members) + entry
     columns = (component[receiver], layer[receiver], unit[receiver])
     places = Places(cell, *columns, position, np.full_like(cell, OWN))
 
     active: Map = np.asarray(gets.any(1))  # [sender, clean position]
-    first = np.full((table.layers, active.shape[1]), table.dimensions.layers)
-    np.minimum.at(first, table.layer, np.where(active, table.first[:, None], first[0, 0]))
-    last = np.where(reaches, call[:, None], -1).max(1)  # [layer, clean position]
+    none = table.dimensions.layers
+    first = np.full((table.layers, active.shape[1]), none)
+    np.minimum.at(first, table.layer, np.where(active, table.first[:, None], none))
+    read: Map = np.asarray(there.any(1))  # [layer, receiver, clean position]
+    last = np.where(read, call[:, None], -1).max(1)  # [layer, clean position]
+    # What is only pinned begins where it is read.
+    first = np.minimum(first, np.where(read, call[:, None], none).min(1))
     at, entry, position = np.nonzero(there.any(2))
     send, own = np.nonzero(active[:, position] & (table.layer[:, None] == at))
     order = np.argsort(own, kind="stable")
@@ -126,6 +132,20 @@ def path(table: PathTable, frame: Frame, members: Map, call: Ints) -> tuple[Plac
     what, from_layer, from_unit = (x[send] for x in table.senders)
     climbers = (at * len(members) + entry, position, first[at, position], last[at, position])
     return places, Climbs(*climbers, own, what, from_layer, from_unit)
+
+
+def _pinned(table: PathTable, found: Ends, members: Map, there: Map) -> Map:
+    """Where receivers would not be as in the first pass for what others put out, though nothing
+    that is sent gets there: from the first changed position on, [layer, entry, receiver, clean
+    position]."""
+    below = np.zeros((table.layers, table.below.shape[1]), bool)
+    np.logical_or.at(below, table.layer, table.below)
+    far = found.position.max(initial=0) + 1
+    start = np.where(there.any(2), found.position, far).min(2, initial=far)
+    after = found.position >= start[:, :, None]  # [layer, entry, clean position]
+    return np.asarray(
+        below[:, None, :, None] & found.matters & members[:, None] & after[:, :, None]
+    )
 
 
 def _columns(nodes: Iterable[tuple[str, int | None, int | None]]) -> tuple[Ints, Ints, Ints]:
