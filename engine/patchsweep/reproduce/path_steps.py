@@ -1,0 +1,115 @@
+"""The steps of path patching indirect object identification: every head to some receivers, which
+the step before has found (Wang et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from patchsweep.pairs import Pair
+from patchsweep.reproduce.experiment import Setting
+from patchsweep.reproduce.heads import Heads
+from patchsweep.reproduce.roles import DUPLICATE, INDUCTION, INHIBITION, MOVERS, NEGATIVE
+from patchsweep.results import Results
+from patchsweep.statistics import Array
+
+THROUGH = {"mlps": "through MLPs", "nothing": "through nothing"}
+CALLED = {MOVERS: "name movers", INHIBITION: "S-inhibition heads"}
+LAST = "last"  # the heads that the last step finds
+Classes = Mapping[str, Sequence[str]]  # class -> its heads
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a step asks: which receivers, of which class of heads (none: the logits), at which
+    label; and the classes that Wang et al. find by it, with a positive and a negative effect."""
+
+    name: str
+    component: str
+    of: str
+    label: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+
+
+LOGITS = Kind("logits", "logits", "", "END", (MOVERS,), (NEGATIVE,))
+QUERIES = Kind("queries", "head_q", MOVERS, "END", (INHIBITION,))
+VALUES = Kind("values", "head_v", INHIBITION, "S2", (DUPLICATE, INDUCTION))
+# Every step, and as what the heads that it finds are taken.
+STEPS = {LOGITS: MOVERS, QUERIES: INHIBITION, VALUES: LAST}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it was run: every head to `receivers` that go together. published: whether these
+    are those of Wang et al., not found here; below: the layer of the last of them."""
+
+    kind: Kind
+    receivers: tuple[str, ...]
+    published: bool
+    below: int
+    results: Results
+
+    @property
+    def title(self) -> str:
+        """From what to what."""
+        whose = "published " if self.published else ""
+        of = f" of the {whose}{CALLED[self.kind.of]}" if self.kind.of else ""
+        return f"heads to the {self.kind.name}{of} at {self.kind.label}"
+
+    def heads(self, through: str) -> Heads:
+        """The effects of all heads, NaN where they do not lie below a receiver."""
+        path = _component(through, self.published)
+        effect = self.results.effect(path, "logit_diff", "noise").values[..., 0].copy()
+        effect[self.below :] = np.nan
+        return Heads(THROUGH[through], "logit_diff", effect)
+
+    def relative(self, through: str) -> Array:
+        """What Wang et al. measure: the relative change of the clean run's logit difference, of its
+        mean over pairs, [layer, head]."""
+        path = _component(through, self.published)
+        moved = self.results.changes(path, "logit_diff", "noise")[0].mean(0)[..., 0]
+        return np.asarray(moved / self.results.baseline("logit_diff")[0].mean())
+
+
+def steps_of(
+    setting: Setting, pairs: Sequence[Pair], kind: Kind, found: Classes, known: Classes
+) -> list[Step]:
+    """A step from the heads that were found, and from the published ones; none where neither has a
+    head above the first layer. Both are paths of one sweep."""
+    d = setting.model.dimensions
+    receivers: dict[bool, list[str]] = {}
+    if kind.of:
+        grouped = d.heads // d.kv_heads if kind.component == "head_v" else 1
+        for whose, heads in ((False, found[kind.of]), (True, known.get(kind.of, ()))):
+            places = [(int(layer), int(n) // grouped) for layer, n in (h.split(".") for h in heads)]
+            sites = [f"{kind.component}.{layer}.{n}" for layer, n in places if layer]
+            if sites:
+                receivers[whose] = [*dict.fromkeys(sites)]
+    else:
+        receivers[False] = [kind.component]
+    if not receivers:
+        return []
+    paths = {
+        _component(through, whose).removeprefix("head_z."): {
+            "senders": "head_z",
+            "receivers": sites,
+            "through": through,
+            "positions": [kind.label],
+        }
+        for whose, sites in receivers.items()
+        for through in THROUGH
+    }
+    results = setting.sweep(kind.name, pairs, paths=paths, direction="noise")
+    below = {
+        whose: max(int(site.split(".")[1]) for site in sites) if kind.of else d.layers
+        for whose, sites in receivers.items()
+    }
+    return [Step(kind, tuple(receivers[w]), w, below[w], results) for w in receivers]
+
+
+def _component(through: str, whose: bool) -> str:
+    """What a path is called in the results."""
+    return f"head_z.{'published_' if whose else ''}{through}"
