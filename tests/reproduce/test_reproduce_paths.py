@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import patchsweep as ps
 from oracle import oracle
@@ -19,15 +20,15 @@ from patchsweep.model.loading import load_tokenizer
 from patchsweep.reproduce import ioi_paths, published, roles
 from patchsweep.reproduce.experiment import Report, Setting
 from patchsweep.reproduce.heads import Heads, text
-from patchsweep.reproduce.path_steps import LAST, QUERIES, THROUGH, Step, steps_of
+from patchsweep.reproduce.path_steps import ATTENDS, LAST, QUERIES, THROUGH, Step, steps_of
 from patchsweep.sites import RECEIVERS, parse_node
 from tiny import build
 
 LAYERS, HEADS = 4, 4
 LLAMA = FAMILIES["llama"]
 KNOWN: dict[str, tuple[str, ...]] = dict.fromkeys(roles.CLASSES, ()) | {
-    roles.MOVERS: ("3.1", "2.2"),
-    roles.NEGATIVE: ("3.0",),
+    roles.MOVERS: ("3.0", "2.2"),
+    roles.NEGATIVE: ("2.3",),
     roles.INHIBITION: ("0.3", "1.2", "1.3", "2.0"),
     roles.DUPLICATE: ("0.1",),
 }
@@ -36,15 +37,17 @@ KNOWN: dict[str, tuple[str, ...]] = dict.fromkeys(roles.CLASSES, ()) | {
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     """Two pairs, and a small random model in float64 that reads the packaged tokenizer's texts."""
-    hf_model = build(LAYERS, seed=4, intermediate_size=32, vocab=49152).double()
+    hf_model = build(LAYERS, seed=20, intermediate_size=32, vocab=49152).double()
     model = ps.wrap(hf_model, load_tokenizer("smollm2-135m"), "tiny")
     return Setting(model, 2, 0, tmp_path_factory.mktemp("reproduce"))
 
 
 @pytest.fixture(scope="module")
 def report(setting: Setting) -> Report:
-    """As if its circuit were published."""
+    """As if its circuit were published, and S-inhibition heads attended as name movers do: here
+    those that act on queries do."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ATTENDS, roles.INHIBITION, ATTENDS[roles.MOVERS])
         patch.setattr(published, "circuit", lambda _: KNOWN)
         return ioi_paths.run(setting)
 
@@ -53,10 +56,10 @@ DETECTED = "Detected heads by step"
 # Step -> its receivers, label; of the first three the receivers are found, of the others published.
 STEPS = {
     "heads to the logits at END": (["logits"], "END"),
-    "heads to the queries of the name movers at END": (["head_q.2.0"], "END"),
-    "heads to the values of the S-inhibition heads at S2": (["head_v.1.1"], "S2"),
+    "heads to the queries of the name movers at END": (["head_q.3.1"], "END"),
+    "heads to the values of the S-inhibition heads at S2": (["head_v.2.1"], "S2"),
     "heads to the queries of the published name movers at END": (
-        ["head_q.3.1", "head_q.2.2"],
+        ["head_q.3.0", "head_q.2.2"],
         "END",
     ),
     # Without head 0.3, which no head lies below; heads 1.2 and 1.3 share their values.
@@ -137,64 +140,88 @@ def test_effects_and_changes(report: Report, by_hand: Any, step: str) -> None:
     ]
 
 
-def test_a_step_begins_with_what_the_one_before_found(report: Report, by_hand: Any) -> None:
-    """The receivers in STEPS, which the report is held to, are these."""
+def test_a_step_begins_with_what_the_one_before_found(
+    setting: Setting, report: Report, by_hand: Any
+) -> None:
+    """The receivers in STEPS, which the report is held to, from effects and attention."""
     steps = [*STEPS]
-    for step, following, component in zip(steps, steps[1:3], ("head_q", "head_v"), strict=False):
-        effect = by_hand[step, "mlps"][0]
-        found = [(layer, n) for layer, n in np.argwhere(far(effect) & (effect > 0)) if layer]
-        shared = 2 if component == "head_v" else 1
-        assert found
-        assert STEPS[following][0] == [f"{component}.{layer}.{n // shared}" for layer, n in found]
-    assert [row["step"] for row in rows(report, DETECTED)][::2] == [
-        steps[i] for i in (0, 1, 3, 2, 4)
-    ]
+    logits, queries = (
+        {
+            (layer, head): attention(setting, layer, head)
+            for layer, head in np.argwhere(
+                np.any([far(e) & (e > 0) for e in (by_hand[step, t][0] for t in THROUGH)], axis=0)
+            )
+        }
+        for step in steps[:2]
+    )
+    movers, found = (
+        [at for at, (io, *others) in heads.items() if io > max(others)]
+        for heads in (logits, queries)
+    )
+    assert STEPS[steps[1]][0] == [f"head_q.{layer}.{head}" for layer, head in movers if layer]
+    assert STEPS[steps[2]][0] == [f"head_v.{layer}.{head // 2}" for layer, head in found]
+    assert len(found) < len(queries)  # attention tells heads apart
+    shown = rows(report, "Attention of the detected heads")
+    for name, heads in (("logits", logits), ("queries", queries)):
+        assert [[*row.values()][1:5] for row in shown if row["step"] == name] == [
+            [f"{layer}.{n}", *(f"{share:.3f}" for share in to)] for (layer, n), to in heads.items()
+        ]
+    order = [row["step"] for row in rows(report, DETECTED)][::2]
+    assert order == [steps[i] for i in (0, 1, 3, 2, 4)]
+
+
+def attention(setting: Setting, layer: int, head: int) -> list[float]:
+    """From END to IO, S1 and S2 in the clean run, mean over pairs."""
+    hf_model, seen = setting.model.hf_model, []
+    hf_model.set_attn_implementation("eager")
+    for pair in setting.pairs("ioi", corruption="abc"):
+        with torch.no_grad():
+            pattern = hf_model(torch.tensor([pair.clean]), output_attentions=True).attentions[layer]
+        at = [pair.labels[name] for name in ("IO", "S1", "S2")]
+        seen.append(pattern[0, head, pair.labels["END"], at].tolist())
+    return [float(share) for share in np.mean(seen, 0)]
 
 
 def test_against_published_classes(report: Report) -> None:
+    """Heads of the step to the logits through MLPs, as STEPS and KNOWN have them."""
     shown = {row["step"]: [*row.values()][1:] for row in rows(report, "Against Wang et al. 2022")}
-    assert shown["heads to the logits at END"] == [
+    [here] = [r for r in rows(report, DETECTED) if r["step"] == next(iter(STEPS))][:1]
+    assert (here["negative"], here["positive"]) == ("none", "0.1")
+    assert shown[here["step"]] == [
         "name movers, negative name movers",
         "none",
-        "+2.2 −3.0 +3.1",
-        "+2.0",
+        "+2.2 −2.3 +3.0",
+        "+0.1",
     ]
-    assert shown["heads to the queries of the name movers at END"] == [
-        "S-inhibition",
-        "+1.2",
-        "+0.3 +1.3 +2.0",
-        "none",
-    ]
-    assert "those of Wang et al. 2022: name movers 2.2 3.1;" in report.lines[-1]
+    assert shown.keys() == STEPS.keys()
+    assert "those of Wang et al. 2022: name movers 2.2 3.0;" in report.lines[-1]
 
 
 def test_claims() -> None:
-    """By hand: every claim holds, and fails by one head."""
-    names = dict(zip(roles.LOOKS, np.zeros(5), strict=True))
-    to = {"IO": names | {("END", "IO"): 0.6}, "S2": names | {("END", "S2"): 0.6}}
-    same, after = (names | {at: 0.3} for at in (("S2", "S1"), ("S2", roles.AFTER)))
-    looks = {"9.9": to["IO"], "9.6": to["IO"], "10.7": to["IO"], "8.6": to["S2"]}
-    looks |= {"3.0": same, "5.5": after}
-    found = {roles.MOVERS: ("9.9", "9.6"), roles.NEGATIVE: ("10.7",), LAST: ("3.0", "5.5")}
-    found[roles.INHIBITION] = ("8.6",)
-    effect = np.random.default_rng(0).normal(0, 0.01, (12, 12))
-    effect[10, 7] = -0.8
+    """By hand: every claim holds, and fails with the heads that decide it."""
+    look = dict.fromkeys(roles.LOOKS, 0.0)
+    to_io, to_s2 = (look | {("END", name): 0.6} for name in ("IO", "S2"))
+    same, after = (look | {("S2", name): 0.3} for name in ("S1", roles.AFTER))
+    looks = {"9.9": to_io, "9.6": to_io, "9.1": to_s2, "10.7": to_io, "8.6": to_s2}
+    looks |= {"3.0": same, "5.5": after, "5.6": look}
+    detected = {
+        roles.MOVERS: ("9.9", "9.6", "9.1"),
+        roles.NEGATIVE: ("10.7",),
+        roles.INHIBITION: ("8.6",),
+        LAST: ("3.0", "5.5", "5.6"),
+    }
 
-    def holds(
-        effect: np.ndarray = effect, changed: Any = None, **other: dict[Any, float]
-    ) -> list[bool | None]:
-        own = looks | {head.replace("_", "."): look for head, look in other.items()}
-        heads = Heads("", "logit_diff", effect)
-        return [f.holds for f in ioi_paths._findings(heads, changed or found, own)]
+    def holds(heads: Any = detected, **changed: Any) -> list[bool | None]:
+        return [f.holds for f in ioi_paths._findings(heads, {**looks, **changed})]
 
-    assert holds() == [True, True, True, True]
-    for i, (head, look) in enumerate(
-        {"9_6": to["S2"], "10_7": to["S2"], "8_6": to["IO"], "5_5": names}.items()
+    assert holds() == [True] * 4
+    for i, (head, other) in enumerate(
+        {"9.6": to_s2, "10.7": to_s2, "8.6": to_io, "5.5": look}.items()
     ):
-        assert holds(**{head: look}) == [j != i for j in range(4)]
-    assert holds(-effect) == [True, False, True, True]
-    none: dict[str, tuple[str, ...]] = dict.fromkeys(found, ())
-    assert holds(changed=none) == [None, False, None, None]
+        assert holds(**{head: other}) == [n != i for n in range(4)]
+    assert holds(dict.fromkeys(detected, ())) == [None] * 4
+    first = next(iter(ioi_paths._findings(detected, looks)))
+    assert first.measured == "9.6 9.9; others: 9.1"
 
 
 def test_a_step_without_receivers_is_not_run(
@@ -208,7 +235,7 @@ def test_a_step_without_receivers_is_not_run(
     report = ioi_paths.run(replace(setting, out=setting.out / "none"))
     assert "No name movers were found" in "".join(report.lines)
     assert len(rows(report, DETECTED)) == 2
-    assert report.findings == ()
+    assert [f.holds for f in report.findings] == [None] * 4
 
 
 def test_its_figure_can_be_drawn(report: Report) -> None:
@@ -222,6 +249,6 @@ def test_on_smollm2(tmp_path: Path) -> None:
     """Its largest heads, by every step: as docs/reproductions.md has them."""
     report = ioi_paths.run(Setting(ps.load_model("smollm2-135m"), 2, 0, tmp_path))
     assert "nan" not in report.write(tmp_path / "report").read_text()
-    shown = [row for row in rows(report, DETECTED) if row["path"] == THROUGH["mlps"]]
+    shown = [row for row in rows(report, DETECTED) if row["path"] == THROUGH["nothing"]]
     for row, head in zip(shown, ("23.3", "20.0", "17.4"), strict=True):
         assert head in row["positive"].split()

@@ -4,7 +4,6 @@ logits, to the queries of the name movers, to the values of the S-inhibition hea
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,10 +18,20 @@ from patchsweep.reproduce.experiment import (
     answered,
     baselines,
 )
-from patchsweep.reproduce.heads import Heads, text
-from patchsweep.reproduce.path_steps import CALLED, LAST, STEPS, THROUGH, Classes, Step, steps_of
+from patchsweep.reproduce.heads import text
+from patchsweep.reproduce.path_steps import (
+    ATTENDS,
+    CALLED,
+    LAST,
+    STEPS,
+    THROUGH,
+    Classes,
+    Looks,
+    Step,
+    steps_of,
+)
 from patchsweep.reproduce.pictures import Picture
-from patchsweep.reproduce.published import List, compare, ordered
+from patchsweep.reproduce.published import List, compare
 from patchsweep.reproduce.resampled import sure
 from patchsweep.reproduce.roles import CLASSES, INHIBITION, MOVERS, NEGATIVE
 from patchsweep.results import Results
@@ -33,10 +42,30 @@ if TYPE_CHECKING:
 NAME = "ioi-paths"
 RULE = (
     "A head is detected when its effect is more than 2 standard deviations from the mean over all "
-    "heads in layers below the last receiver's. The receivers of a step are the heads that the one "
-    "before detects as positive through MLPs, less those that an earlier one found."
+    "heads in layers below the last receiver's. Of the heads that a step detects as positive, on "
+    "either path, the receivers of the next are those that attend so in the clean run: name movers "
+    "from END to IO more than to S1 and S2, S-inhibition heads to S2 more than to IO and S1. What "
+    "is said of such heads holds when it is true of more than half of them."
 )
-Looks = Mapping[str, Mapping[tuple[str, str], float]]
+# Class -> what is said of the heads that were detected, and where.
+CLAIMS = {
+    MOVERS: (
+        "heads that act on the logits and help are name movers, attending from END to IO more than "
+        "to S1 and S2",
+        "§3.1",
+    ),
+    NEGATIVE: ("so are those that act on the logits against the answer", "§3.1"),
+    INHIBITION: (
+        "heads that act on the queries of these and help are S-inhibition heads, attending from "
+        "END to S2 more than to IO and S1",
+        "§3.2",
+    ),
+    LAST: (
+        "heads that act on the values of these at S2 and help are duplicate token or induction "
+        f"heads, attending from S2 to S1 or to the token after it (at least {roles.ATTENDED:.0%})",
+        "§3.3",
+    ),
+}
 
 
 def run(setting: Setting) -> Report:
@@ -44,17 +73,21 @@ def run(setting: Setting) -> Report:
     the model is theirs; then what the heads that were found attend to."""
     pairs = setting.pairs("ioi", corruption="abc")
     known = published.circuit(published.model_of(setting.model)) or {}
+    detected: dict[str, tuple[str, ...]] = {}
     found: dict[str, tuple[str, ...]] = {}
+    looked: dict[str, Results] = {}
     steps: list[Step] = []
     for kind, finds in STEPS.items():
         here = steps_of(setting, pairs, kind, found, known)
         steps += here
-        own = [step.heads("mlps") for step in here if not step.published]
-        earlier = {head for heads in found.values() for head in heads}
-        found[finds] = tuple(h for heads in own for h in heads.positive if h not in earlier)
+        own = [step for step in here if not step.published]
+        for sign, of in ((1, finds), *([(-1, NEGATIVE)] if kind.negative else [])):
+            detected[of] = tuple(head for step in own for head in step.detected(sign))
+            if detected[of]:
+                looked[of] = roles.looked(setting, detected[of], f"attention-{of}")
+        looks = _looks(looked, detected)
+        found[finds] = tuple(head for head in detected[finds] if ATTENDS[finds](looks[head]))
     first = steps[0]
-    found[NEGATIVE] = first.heads("mlps").negative
-    tables, findings = _attention(setting, first, found)
     title = "Indirect object identification by path patching"
     return Report(
         title,
@@ -77,10 +110,10 @@ def run(setting: Setting) -> Report:
             _detections(steps),
             *([_against(steps, known)] if known else []),
             *map(_effects, steps),
-            *tables,
+            _attention(detected, looks),
         ),
         {"steps": _figure((title, *setting.caption), steps)},
-        findings,
+        sure(lambda drawn, _: _findings(detected, _looks(drawn, detected)), looked, setting.n),
     )
 
 
@@ -111,8 +144,8 @@ def _detections(steps: Sequence[Step]) -> Table:
     rows = []
     for step in steps:
         by = {through: step.heads(through) for through in THROUGH}
-        both = [heads.effect[: step.below].ravel() for heads in by.values()]
-        alike = np.asarray(np.corrcoef(*both))[0, 1]
+        both = np.stack([heads.effect[: step.below].ravel() for heads in by.values()])
+        alike = np.asarray(np.corrcoef(both))[0, 1]
         for heads in by.values():
             names = heads.corruption, text(heads.negative), text(heads.positive)
             rows.append((step.title, " ".join(step.receivers), *names, f"{alike:.3f}"))
@@ -156,71 +189,35 @@ def _against(steps: Sequence[Step], known: Classes) -> Table:
     return Table("Against Wang et al. 2022", columns, tuple(rows))
 
 
-def _attention(
-    setting: Setting, first: Step, found: Classes
-) -> tuple[list[Table], tuple[Finding, ...]]:
-    """What the heads of every step attend to in the clean run, and whether they are what Wang et
-    al. say."""
-    heads = ordered([*{head for of in found.values() for head in of}])
-    if not heads:
-        return [], ()
-    looked = roles.looked(setting, heads)
-    looks = roles.looks_of(looked, heads)
+def _looks(looked: Mapping[str, Results], detected: Classes) -> Looks:
+    return {
+        h: look for of in looked for h, look in roles.looks_of(looked[of], detected[of]).items()
+    }
+
+
+def _attention(detected: Classes, looks: Looks) -> Table:
+    """What the detected heads attend to in the clean run."""
     called = {finds: kind.name for kind, finds in STEPS.items()} | {NEGATIVE: "logits, negative"}
     rows = [
-        (called[finds], head, *(f"{share:.3f}" for share in looks[head].values()))
-        for finds, of in found.items()
-        for head in of
+        (called[of], head, *(f"{share:.3f}" for share in looks[head].values()))
+        for of, heads in detected.items()
+        for head in heads
     ]
     columns = [
         f"{query} to {'after S1' if key == roles.AFTER else key}" for query, key in roles.LOOKS
     ]
-    table = Table("Attention of the detected heads", ("step", "head", *columns), tuple(rows))
-    own = {"logits": first.results, "attention": looked}
-
-    def claims(drawn: Mapping[str, Results], _: Sequence[int]) -> Iterator[Finding]:
-        step = replace(first, results=drawn["logits"])
-        return _findings(step.heads("mlps"), found, roles.looks_of(drawn["attention"], heads))
-
-    return [table], sure(claims, own, setting.n)
+    return Table("Attention of the detected heads", ("step", "head", *columns), tuple(rows))
 
 
-def _findings(first: Heads, found: Classes, looks: Looks) -> Iterator[Finding]:
-    """What Wang et al. say of the heads that each step finds."""
-    most = {head: roles.most(look) for head, look in looks.items()}
-    negative = tuple(head for head in found[NEGATIVE] if most[head] == "IO")
-    yield _all(
-        "the heads that act on the logits and help attend from END to IO more than to S1 and S2 "
-        "(name movers)",
-        "§3.1",
-        {head: most[head] == "IO" for head in found[MOVERS]},
-    )
-    yield Finding(
-        "others act on the logits against it, and attend so as well (negative name movers)",
-        "§3.1",
-        f"negative {text(first.negative)}; attend so {text(negative)}",
-        bool(first.negative and negative) and negative == found[NEGATIVE],
-    )
-    yield _all(
-        "the heads that act on the queries of these attend from END to S2 more than to IO and S1 "
-        "(S-inhibition)",
-        "§3.2",
-        {head: most[head] == "S2" for head in found[INHIBITION]},
-    )
-    yield _all(
-        "the heads that act on the values of these at S2 attend from there to S1 (duplicate "
-        f"token) or to the token after it (induction; here: at least {roles.ATTENDED:.0%})",
-        "§3.3",
-        {head: roles.repeats(looks[head]) is not None for head in found[LAST]},
-    )
-
-
-def _all(claim: str, where: str, heads: Mapping[str, bool]) -> Finding:
-    """Whether all heads are such; not decided where there are none."""
-    those, others = ([h for h, such in heads.items() if such is wanted] for wanted in (True, False))
-    return Finding(
-        claim, where, f"{text(those)}; others: {text(others)}", not others if heads else None
-    )
+def _findings(detected: Classes, looks: Looks) -> Iterator[Finding]:
+    """What Wang et al. say of the heads that each step detects: of each claim whether more than
+    half of them attend so; not decided where there are none."""
+    for of, (claim, where) in CLAIMS.items():
+        heads = detected[of]
+        such = [head for head in heads if ATTENDS[of](looks[head])]
+        others = [head for head in heads if head not in such]
+        measured = f"{text(such)}; others: {text(others)}"
+        yield Finding(claim, where, measured, len(such) > len(others) if heads else None)
 
 
 def _figure(title: Sequence[str], steps: Sequence[Step]) -> Figure:

@@ -3,21 +3,23 @@ the step before has found (Wang et al. 2022)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from patchsweep.pairs import Pair
+from patchsweep.reproduce import roles
 from patchsweep.reproduce.experiment import Setting
 from patchsweep.reproduce.heads import Heads
+from patchsweep.reproduce.published import ordered
 from patchsweep.reproduce.roles import DUPLICATE, INDUCTION, INHIBITION, MOVERS, NEGATIVE
 from patchsweep.results import Results
 from patchsweep.statistics import Array
 
 THROUGH = {"mlps": "through MLPs", "nothing": "through nothing"}
-CALLED = {MOVERS: "name movers", INHIBITION: "S-inhibition heads"}
 LAST = "last"  # the heads that the last step finds
+CALLED = {MOVERS: "name movers", INHIBITION: "S-inhibition heads"}
 Classes = Mapping[str, Sequence[str]]  # class -> its heads
 
 
@@ -34,10 +36,18 @@ class Kind:
     negative: tuple[str, ...] = ()
 
 
+Looks = Mapping[str, Mapping[tuple[str, str], float]]  # head -> LOOKS of roles.py
+# Class -> whether a head attends as Wang et al. say of it.
+ATTENDS: dict[str, Callable[[Mapping[tuple[str, str], float]], bool]] = {
+    MOVERS: lambda look: roles.most(look) == "IO",
+    NEGATIVE: lambda look: roles.most(look) == "IO",
+    INHIBITION: roles.inhibits,
+    LAST: lambda look: roles.repeats(look) is not None,
+}
 LOGITS = Kind("logits", "logits", "", "END", (MOVERS,), (NEGATIVE,))
 QUERIES = Kind("queries", "head_q", MOVERS, "END", (INHIBITION,))
 VALUES = Kind("values", "head_v", INHIBITION, "S2", (DUPLICATE, INDUCTION))
-# Every step, and as what the heads that it finds are taken.
+# Every step, and what those of the heads that it detects are that attend so.
 STEPS = {LOGITS: MOVERS, QUERIES: INHIBITION, VALUES: LAST}
 
 
@@ -65,6 +75,11 @@ class Step:
         effect = self.results.effect(path, "logit_diff", "noise").values[..., 0].copy()
         effect[self.below :] = np.nan
         return Heads(THROUGH[through], "logit_diff", effect)
+
+    def detected(self, sign: int) -> tuple[str, ...]:
+        """The heads with an effect of this sign that is far from the mean, on either path."""
+        by = [self.heads(through) for through in THROUGH]
+        return ordered([*{h for one in by for h in (one.positive if sign > 0 else one.negative)}])
 
     def relative(self, through: str) -> Array:
         """What Wang et al. measure: the relative change of the clean run's logit difference, of its

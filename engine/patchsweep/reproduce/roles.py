@@ -200,10 +200,10 @@ def marked(pair: Pair) -> Pair:
     return replace(pair, labels={**pair.labels, AFTER: pair.labels["S1"] + 1})
 
 
-def looked(setting: Setting, candidates: Sequence[str]) -> Results:
+def looked(setting: Setting, candidates: Sequence[str], name: str = "candidates") -> Results:
     """A sweep that reads the attention of these heads, LOOKS, in the clean run."""
     return setting.sweep(
-        "candidates",
+        name,
         [marked(pair) for pair in setting.pairs("ioi", corruption="s2")],
         sets={"candidates": [f"head_z.{head}" for head in candidates]},
         metrics=[metric(head, *look) for head in candidates for look in LOOKS],
