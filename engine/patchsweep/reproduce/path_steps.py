@@ -95,36 +95,38 @@ def steps_of(
     """A step from the heads that were found, and from the published ones; none where neither has a
     head above the first layer. Both are paths of one sweep."""
     d = setting.model.dimensions
-    receivers: dict[bool, list[str]] = {}
+    receivers: dict[bool, list[str]] = {}  # by whether they are published
     if kind.of:
         grouped = d.heads // d.kv_heads if kind.component == "head_v" else 1
-        for whose, heads in ((False, found[kind.of]), (True, known.get(kind.of, ()))):
+        for theirs, heads in ((False, found[kind.of]), (True, known.get(kind.of, ()))):
             places = [(int(layer), int(n) // grouped) for layer, n in (h.split(".") for h in heads)]
             sites = [f"{kind.component}.{layer}.{n}" for layer, n in places if layer]
             if sites:
-                receivers[whose] = [*dict.fromkeys(sites)]
+                receivers[theirs] = [*dict.fromkeys(sites)]
     else:
         receivers[False] = [kind.component]
     if not receivers:
         return []
     paths = {
-        _component(through, whose).removeprefix("head_z."): {
+        _component(through, theirs).removeprefix("head_z."): {
             "senders": "head_z",
             "receivers": sites,
             "through": through,
             "positions": [kind.label],
         }
-        for whose, sites in receivers.items()
+        for theirs, sites in receivers.items()
         for through in THROUGH
     }
     results = setting.sweep(kind.name, pairs, paths=paths, direction="noise")
     below = {
-        whose: max(int(site.split(".")[1]) for site in sites) if kind.of else d.layers
-        for whose, sites in receivers.items()
+        theirs: max(int(site.split(".")[1]) for site in sites) if kind.of else d.layers
+        for theirs, sites in receivers.items()
     }
-    return [Step(kind, tuple(receivers[w]), w, below[w], results) for w in receivers]
+    return [
+        Step(kind, tuple(to), theirs, below[theirs], results) for theirs, to in receivers.items()
+    ]
 
 
-def _component(through: str, whose: bool) -> str:
+def _component(through: str, published: bool) -> str:
     """What a path is called in the results."""
-    return f"head_z.{'published_' if whose else ''}{through}"
+    return f"head_z.{'published_' if published else ''}{through}"
