@@ -16,11 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import patchsweep as ps
-from patchsweep.sites import parse_site
+from oracle import paths as by_hooks
+from oracle.families import FAMILIES
+from patchsweep.sites import RECEIVERS, SENDERS, parse_node, parse_site
 from patchsweep.tasks.known_circuits import (
     ANSWERS,
     HEADS,
     KNOWN,
+    KNOWN_EDGES,
+    KNOWN_PATHS,
     KNOWN_SETS,
     LAYERS,
     NEURONS,
@@ -158,6 +162,42 @@ def test_full_forwards_find_what_is_known(circuit: str, direction: str) -> None:
         assert effect == pytest.approx(getattr(known.effect, direction), abs=EXACT), name
 
 
+def path_effect(
+    pair: ps.Pair, direction: str, senders: list[str], receivers: list[str], at: int
+) -> float:
+    """The same of two full forwards, from some senders to some receivers at a position."""
+    runs = (pair.corrupt, pair.clean) if direction == "denoise" else (pair.clean, pair.corrupt)
+    two = by_hooks.two(MODEL, FAMILIES["gpt2"], *runs)
+    given, read = (
+        [
+            (n.component, n.layer or 0, n.unit or 0)
+            for n in (parse_node(text, known) for text in texts)
+        ]
+        for texts, known in ((senders, SENDERS), (receivers, RECEIVERS))
+    )
+    last, would_be = two.first(given, {at: at}, "nothing")
+    if receivers != ["logits"]:
+        last = two.second(read, [at], would_be)
+    ends = [logits(ids) for ids in runs]
+    start, end, patched = (float(x[pair.answer[0]] - x[pair.wrong[0]]) for x in (*ends, last[-1]))
+    return (patched - start) / (end - start)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("circuit", KNOWN_EDGES)
+def test_full_forwards_find_known_edges_and_paths(circuit: str, direction: str) -> None:
+    pair = PAIRS[circuit][0]
+    for text, effect in KNOWN_EDGES[circuit].items():
+        edge, label = text.split("@")
+        ends = ([end] for end in edge.split("->"))
+        found = path_effect(pair, direction, *ends, pair.labels[label])
+        assert found == pytest.approx(getattr(effect, direction), abs=EXACT), text
+    for name, path in KNOWN_PATHS.get(circuit, {}).items():
+        at = pair.labels[path.label]
+        found = path_effect(pair, direction, [*path.senders], [*path.receivers], at)
+        assert found == pytest.approx(getattr(path.effect, direction), abs=EXACT), name
+
+
 # The same through the engine.
 
 
@@ -172,6 +212,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ps.Results]:
             components=list(SHAPE),
             sets={name: list(known.sites) for name, known in KNOWN_SETS.get(circuit, {}).items()},
             direction="both",
+            edges={"exact": {"positions": "each"}},
+            paths={
+                name: {"senders": p.senders, "receivers": p.receivers, "positions": [p.label]}
+                for name, p in KNOWN_PATHS.get(circuit, {}).items()
+            },
             metrics=["logit_diff", "prob"],
             positions="each",
             out=folder / f"{circuit}.zarr",
@@ -207,6 +252,28 @@ def test_joint_runs_find_what_is_known(
         KNOWN_SETS[circuit]
     )
     np.testing.assert_allclose(found[0, 0], wanted, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("circuit", KNOWN_EDGES)
+def test_all_edges_are_those_known(
+    results: dict[str, ps.Results], circuit: str, direction: str
+) -> None:
+    clean, corrupt = results[circuit].baseline("logit_diff").mean((1, 2, 3))
+    span = clean - corrupt if direction == "denoise" else corrupt - clean
+    found = results[circuit].edges("logit_diff", direction) / span
+    wanted = found.copy(data=np.where(np.isfinite(found), 0.0, np.nan))
+    for text, effect in KNOWN_EDGES[circuit].items():
+        edge, label = text.split("@")
+        sender, receiver = edge.split("->")
+        place = {"sender": sender, "receiver": receiver}
+        wanted[{"position": PAIRS[circuit][0].labels[label]}].loc[place] = getattr(
+            effect, direction
+        )
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=EXACT)
+    for name, path in KNOWN_PATHS.get(circuit, {}).items():
+        effect = results[circuit].effect(f"set.{name}", "logit_diff", direction).values.item()
+        assert effect == pytest.approx(getattr(path.effect, direction), abs=EXACT), name
 
 
 def found_in(
@@ -272,17 +339,25 @@ def test_the_example(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     monkeypatch.setattr("sys.argv", ["known_circuits.py", str(tmp_path)])
     runpy.run_path(str(EXAMPLES / "known_circuits.py"), run_name="__main__")
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {}
+    rows, paths = {}, {}
     for line in filter(None, lines):
         if len(line) == 1:
             circuit = line[0]
         elif "@" in line[0]:
             rows[circuit, line[0]] = [float(number) for number in line[1:3]]
+        elif line[0] in KNOWN_PATHS.get(circuit, {}):
+            paths[circuit, line[0]] = [float(number) for number in line[1:3]]
     wanted = {
-        (circuit, site): [*effect]
-        for circuit, cells in KNOWN.items()
+        (circuit, site): [round(value, 2) for value in effect]
+        for known in (KNOWN, KNOWN_EDGES)
+        for circuit, cells in known.items()
         for site, effect in cells.items()
     }
     assert rows == wanted
+    assert paths == {
+        (circuit, name): [*path.effect]
+        for circuit, of in KNOWN_PATHS.items()
+        for name, path in of.items()
+    }
     assert ["both", "heads", "and", "backup", "+1.00", "+1.00"] in [line[:6] for line in lines]
     assert (Path(__file__).parents[2] / "docs" / "known-circuits.md").is_file()

@@ -1,9 +1,11 @@
 """Experiments of the papers on activation patching: one command each, on any model.
 
     experiment.py   what an experiment is, and its report
-    ioi.py, greater_than.py, docstring.py, facts.py, windows.py, arithmetic.py, how_to.py: one each
+    ioi.py, ioi_paths.py, greater_than.py, docstring.py, facts.py, windows.py, arithmetic.py,
+    how_to.py: one each
     heads.py        heads by corruption and metric; mlps.py: MLPs by layer and window
     places.py       facts by place in the prompt
+    path_steps.py   heads by path patching, step by step
     movers.py       what name movers attend to; roles.py: classes of heads
     gates.py        AND, OR and a backup in the model whose circuits are known
     claims.py       what the papers claim, and whether it holds here
@@ -22,7 +24,16 @@ from pathlib import Path
 from patchsweep.errors import BadInput, shown
 from patchsweep.inputs import LARGEST, PAIRS, usable
 from patchsweep.model import load_model
-from patchsweep.reproduce import arithmetic, docstring, facts, greater_than, how_to, ioi, windows
+from patchsweep.reproduce import (
+    arithmetic,
+    docstring,
+    facts,
+    greater_than,
+    how_to,
+    ioi,
+    ioi_paths,
+    windows,
+)
 from patchsweep.reproduce.experiment import Experiment, Report, Setting
 from patchsweep.results import drawing
 from patchsweep.store import check_outside
@@ -32,6 +43,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     experiment.name: experiment
     for experiment in (
         ioi.EXPERIMENT,
+        ioi_paths.EXPERIMENT,
         greater_than.EXPERIMENT,
         docstring.EXPERIMENT,
         facts.EXPERIMENT,

@@ -18,6 +18,7 @@ from patchsweep.reproduce.claims import one
 from patchsweep.reproduce.experiment import Finding, Setting, Table
 from patchsweep.reproduce.heads import METRICS, NAMES, Heads, text
 from patchsweep.reproduce.published import List, ordered
+from patchsweep.results import Results
 
 MOVERS, NEGATIVE, INHIBITION = "name_movers", "negative_name_movers", "s_inhibition"
 DUPLICATE, INDUCTION = "duplicate_token", "induction"
@@ -92,7 +93,7 @@ def circuit(setting: Setting, s2: Sequence[Heads], s1_io: Sequence[Heads]) -> Ci
     before = min(map(_layer, movers), default=0)
     detected = {head for h in s2 for head in (*h.positive, *h.negative) if _layer(head) < before}
     candidates = ordered([*detected - {*negative}])
-    looks = _looks(setting, candidates) if candidates else {}
+    looks = looks_of(looked(setting, candidates), candidates) if candidates else {}
     helping = one(s2, "STR", "logit_diff").positive
     found: dict[str, tuple[str, ...]] = {
         MOVERS: tuple(movers),
@@ -107,7 +108,12 @@ def circuit(setting: Setting, s2: Sequence[Heads], s1_io: Sequence[Heads]) -> Ci
 
 def inhibits(look: Mapping[tuple[str, str], float]) -> bool:
     """Whether a head attends from END to S2 more than to the other names."""
-    return max(("IO", "S1", "S2"), key=lambda name: look["END", name]) == "S2"
+    return most(look) == "S2"
+
+
+def most(look: Mapping[tuple[str, str], float]) -> str:
+    """The name that a head attends to most from END."""
+    return max(("IO", "S1", "S2"), key=lambda name: look["END", name])
 
 
 def repeats(look: Mapping[tuple[str, str], float]) -> str | None:
@@ -194,14 +200,20 @@ def marked(pair: Pair) -> Pair:
     return replace(pair, labels={**pair.labels, AFTER: pair.labels["S1"] + 1})
 
 
-def _looks(setting: Setting, candidates: Sequence[str]) -> dict[str, dict[tuple[str, str], float]]:
-    """Head -> its attention in the clean run, LOOKS, mean over pairs."""
-    results = setting.sweep(
-        "candidates",
+def looked(setting: Setting, candidates: Sequence[str], name: str = "candidates") -> Results:
+    """A sweep that reads the attention of these heads, LOOKS, in the clean run."""
+    return setting.sweep(
+        name,
         [marked(pair) for pair in setting.pairs("ioi", corruption="s2")],
         sets={"candidates": [f"head_z.{head}" for head in candidates]},
         metrics=[metric(head, *look) for head in candidates for look in LOOKS],
     )
+
+
+def looks_of(
+    results: Results, candidates: Sequence[str]
+) -> dict[str, dict[tuple[str, str], float]]:
+    """Head -> its attention in the clean run, LOOKS, mean over pairs."""
     return {
         head: {look: float(np.mean(results.baseline(column(head, *look))[0])) for look in LOOKS}
         for head in candidates

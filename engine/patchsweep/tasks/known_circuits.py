@@ -11,7 +11,8 @@ labelled WORD and END.
               then takes " French" away and calls the backup, head 1.0, which writes most of it
     negative  head 1.1 writes the country of the city named, head 1.2 a little against it
 
-`KNOWN` and `KNOWN_SETS` say what every patch does to the logit difference.
+`KNOWN`, `KNOWN_SETS`, `KNOWN_EDGES` and `KNOWN_PATHS` say what every patch does to the logit
+difference.
 """
 
 from __future__ import annotations
@@ -102,6 +103,16 @@ class KnownSet:
     effect: Effect
 
 
+@dataclass(frozen=True)
+class KnownPath:
+    """Senders at a label, patched together into receivers, through nothing."""
+
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
+    label: str
+    effect: Effect
+
+
 BOTH, NOISE_ONLY, DENOISE_ONLY = Effect(1.0, 1.0), Effect(0.0, 1.0), Effect(1.0, 0.0)
 
 # Prompts -> cell, written as a site, -> effect. Every other cell of embed, head_z, neuron and
@@ -150,6 +161,64 @@ KNOWN_SETS: dict[str, dict[str, KnownSet]] = {
         ),
     },
     "negative": {"both heads": KnownSet(("head_z.1.1@END", "head_z.1.2@END"), BOTH)},
+}
+
+# A key that no longer finds its word: the head attends to all three tokens alike, so that a value
+# counts a third.
+THIRD = 1 / 3
+SPREAD = Effect(0.0, 1 - THIRD)
+
+# Prompts -> sender->receiver@label -> effect. Every other edge has effect 0 in both directions.
+# Layer 1's MLP holds neuron 1.42 alone, so that its input is that neuron's.
+KNOWN_EDGES: dict[str, dict[str, Effect]] = {
+    "and": {
+        "embed->head_k.0.0@WORD": SPREAD,
+        "embed->head_v.0.0@WORD": NOISE_ONLY,
+        "embed->mlp_in.1@END": NOISE_ONLY,
+        "head_z.0.0->mlp_in.1@END": NOISE_ONLY,
+        "mlp_out.1->logits@END": BOTH,
+    },
+    "and_first": {
+        "embed->head_k.0.0@WORD": SPREAD,
+        "embed->head_v.0.0@WORD": Effect(THIRD, 1.0),
+        "head_z.0.0->mlp_in.1@END": BOTH,
+        "mlp_out.1->logits@END": BOTH,
+    },
+    "and_second": {
+        "embed->mlp_in.1@END": BOTH,
+        "mlp_out.1->logits@END": BOTH,
+    },
+    "or": {
+        "embed->head_v.0.1@WORD": Effect(THIRD, 0.0),
+        "embed->head_v.0.2@WORD": Effect(THIRD, 0.0),
+        "embed->head_k.1.0@WORD": Effect(0.0, -0.7 * THIRD),
+        "embed->head_v.1.0@WORD": Effect(0.7 * THIRD, 0.0),
+        "head_z.0.1->mlp_in.0@END": DENOISE_ONLY,
+        "head_z.0.2->mlp_in.0@END": DENOISE_ONLY,
+        "mlp_out.0->head_q.1.0@END": Effect(0.0, -0.7),
+        "mlp_out.0->logits@END": BOTH,
+    },
+    "negative": {
+        "embed->head_v.1.1@WORD": Effect(1.3, 1.3),
+        "embed->head_v.1.2@WORD": Effect(-0.3, -0.3),
+        "head_z.1.1->logits@END": Effect(1.3, 1.3),
+        "head_z.1.2->logits@END": Effect(-0.3, -0.3),
+    },
+}
+
+# Prompts -> name -> a path of several edges.
+NOBEL = ("embed",), ("head_q.0.0", "head_k.0.0", "head_v.0.0"), "WORD"
+KNOWN_PATHS: dict[str, dict[str, KnownPath]] = {
+    "and": {
+        "nobel_to_head": KnownPath(*NOBEL, NOISE_ONLY),
+        "both_to_neuron": KnownPath(("head_z.0.0", "embed"), ("mlp_in.1",), "END", BOTH),
+    },
+    "and_first": {"nobel_to_head": KnownPath(*NOBEL, BOTH)},
+    "or": {
+        "both_to_mlp": KnownPath(
+            ("head_z.0.1", "head_z.0.2"), ("mlp_in.0",), "END", Effect(1.0, 0.3)
+        ),
+    },
 }
 
 
