@@ -310,7 +310,6 @@ def parse_node(text: str, known: Mapping[str, tuple[str, ...]]) -> Node:
     return Node(name, *map(int, numbers))
 
 
-# The group of a path's results: of what it begins in, and its own name.
 def path_grid(senders: str, name: str) -> str:
     """The grid of a path from every unit of a component, or from a set ("set")."""
     return f"{senders}.{name}"

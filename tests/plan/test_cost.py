@@ -29,7 +29,7 @@ from patchsweep.plan import Chosen, Plan, narrowed
 from patchsweep.plan.schedule import NULL, make_schedule
 from patchsweep.sae import SAE
 from patchsweep.sites import COMPONENTS, Status
-from patchsweep.spec import parse_settings
+from patchsweep.spec import Sweep, parse_settings
 
 OF_MODELS = [name for name in COMPONENTS if name != "sae_feature"]
 
@@ -125,11 +125,18 @@ def test_runs_and_flops(
     plan = plan_sweep(model.dimensions, pairs, parsed, model.device)
     if more in ("chosen", "by column"):
         plan = some_of(plan, component, by_column=more == "by column")
+    check_waves(hf_model, plan, parsed, more == "inner", monkeypatch)
+
+
+def check_waves(
+    hf_model: Any, plan: Plan, parsed: Sweep, inner: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every wave takes what the plan says, and all of them have the runs and FLOPs of the plan."""
     runs = flops = 0
     with attention_is(hf_model), torch.no_grad():
         forward = take_apart(hf_model, 7, 6)
         values = prepare(forward, plan, parsed, Letters(), None)
-        if component == "neuron":
+        if "neuron" in parsed.components:
             _ = forward.down_projections  # found once, in a forward of one token
         for wave in plan.waves:
             with counting(forward, monkeypatch) as found:
@@ -137,7 +144,7 @@ def test_runs_and_flops(
             schedule = make_schedule(plan, wave)
             runs += int((schedule.runs.block != NULL).sum())
             tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
-            read = 0 if more != "inner" else _read(schedule, plan)
+            read = _read(schedule, plan) if inner else 0
             assert found.weights + found.attention + tail - read == wave.flops
             assert found.tokens == wave.tokens
             assert len(schedule.row_pair) * schedule.reads.shape[1] == wave.rows
@@ -211,23 +218,8 @@ def test_edges(kind: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         )
         plan = narrowed(plan, {("edges", 1, 0): Chosen(status.astype(np.uint8))})
     assert kind != "small" or len(plan.waves) > 20
-    runs, flops = 0, 0
-    with attention_is(hf_model), torch.no_grad():
-        forward = take_apart(hf_model, 7, 6)
-        values = prepare(forward, plan, parsed, Letters(), None)
-        for wave in plan.waves:
-            with counting(forward, monkeypatch) as found:
-                run_wave(forward, plan, wave, parsed.metrics, values)
-            schedule = make_schedule(plan, wave)
-            runs += int((schedule.runs.block != NULL).sum())
-            tail = 2 * plan.dimensions.d_model * plan.tail_weights * wave.rows
-            read = 0 if kind != "inner" else _read(schedule, plan)
-            assert found.weights + found.attention + tail - read == wave.flops
-            assert found.tokens == wave.tokens
-            flops += wave.flops
+    check_waves(hf_model, plan, parsed, kind == "inner", monkeypatch)
     counts = plan.counts()
-    assert runs == counts["runs"] > 0
-    assert flops == counts["flops"]
     assert counts["estimated"] > 0 if kind == "chosen" else not counts["estimated"]
 
 

@@ -134,8 +134,7 @@ class EdgeCosts:
             return 0, 0, 0
         every = range(len(table.receivers))
         all_of = number_of(table, every, None) * np.bincount(table.of_sender)[:, None]
-        number = number_of(table, every, ran)
-        number = all_of if ran is None else number
+        number = all_of if ran is None else number_of(table, every, ran)
         of = np.arange(len(table.first)) if ran is None else table.of_sender
         edges = possible = runs = 0
         for i in range(len(layouts.pairs)):

@@ -320,8 +320,8 @@ def _said_of_sizes(dimensions: Dimensions) -> dict[str, object]:
 
 
 def _said_of_edges(table: EdgeTable) -> list[object]:
-    said = [table.asked.through, _digest(table.positions.members), list(table.dimensions.parallel)]
-    return [*said]
+    members, parallel = _digest(table.positions.members), list(table.dimensions.parallel)
+    return [table.asked.through, members, parallel]
 
 
 def _said_of_paths(paths: Mapping[str, PathTable]) -> dict[str, object]:

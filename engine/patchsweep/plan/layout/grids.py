@@ -191,8 +191,6 @@ class Layouts:
             return Places(*(nothing,) * 6)
         if name == SETS:
             return self._places_of_sets(variant, pair)
-        if name in self.paths:
-            return self.path(name, variant, pair)[0]
         there = self._there(name, variant, OWN)[pair]
         layer, entry, position = np.nonzero(there[:, None] & self.positions.members[pair])
         return Places(
@@ -355,18 +353,19 @@ class Layouts:
         if not self.exists_at_all(variant):
             return out
         for i in range(len(self.pairs)):
-            self._lay_out(out, i, variant, name)
             if name in self.paths:
-                _, climbs = self.path(name, variant, i)
+                places, climbs = self.path(name, variant, i)
                 call = np.arange(calls)
                 within = (climbs.first[:, None] <= call) & (call <= climbs.last[:, None])
                 climber, at = np.nonzero(within)
                 np.add.at(out.extra[i], (at, climbs.cell[climber] % shape[2]), 1)
+            else:
+                places = self.places(name, variant, i)
+            self._lay_out(out, i, variant, name, places)
         return out
 
-    def _lay_out(self, out: Layout, pair: int, variant: Variant, name: str) -> None:
+    def _lay_out(self, out: Layout, pair: int, variant: Variant, name: str, places: Places) -> None:
         """Fill in one pair."""
-        places = self.places(name, variant, pair)
         position = self.frames(variant)[pair].to_dst[places.position]
         call, joins = self.calls(places)
         by_cell = ("exists", "start", "joins", "extra_reads", "head_reads")

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from patchsweep.plan import Ints, Plan, Wave, null_start
-from patchsweep.plan.layout import CODES, OWN, Places, Variant, injected_tokens
+from patchsweep.plan.layout import CODES, OWN, Climbs, Places, Variant, injected_tokens
 from patchsweep.plan.schedule.climb import Climbers
 from patchsweep.plan.schedule.columns import Bools, Edit, Embedding, Patched, Runs
 from patchsweep.plan.schedule.edges import Beginnings, begun, climbers_of, of_edges
@@ -170,7 +170,9 @@ def _of_block(
         "joins": layout.joins[pair][:, entries][layer, entry],
         **{k: np.full_like(layer, v) for k, v in said.items()},
     }
-    places = plan.layouts.places(block.component, plan.variant(block), pair)
+    which = (block.component, plan.variant(block), pair)
+    path = block.component in plan.layouts.paths
+    places, climbs = plan.layouts.path(*which) if path else (plan.layouts.places(*which), None)
     assert (np.diff(places.cell) >= 0).all()
     cell = layer * layout.exists.shape[2] + entry + entries.start
     first = np.searchsorted(places.cell, cell)
@@ -178,10 +180,21 @@ def _of_block(
     mine = first[row] + offset
     columns = {k: getattr(places, k)[mine] for k in ("component", "layer", "position", "source")}
     columns["run"], own = row, block.units.start + unit
-    if (table := plan.layouts.paths.get(block.component)) is None:
+    if climbs is None:
         columns |= {"unit": places.unit[mine] + own[row], "climber": np.full_like(row, -1)}
         return runs, columns, None
-    _, climbs = plan.layouts.path(block.component, plan.variant(block), pair)
+    whose, climber, begin = _begin(plan, wave, block, pair, climbs, cell, own)
+    width = len(plan.pairs[pair])
+    keys = whose * width + climbs.position[climber]  # ascending
+    at = np.searchsorted(keys, row * width + columns["position"])
+    return runs, {**columns, "unit": places.unit[mine], "climber": at}, begin
+
+
+def _begin(
+    plan: Plan, wave: Wave, block: Block, pair: int, climbs: Climbs, cell: Ints, unit: Ints
+) -> tuple[Ints, Ints, Beginnings]:
+    """The climbers of some runs of a path, by their `cell` and `unit`: whose each is, which of the
+    pair's it is, and all of them."""
     first = np.searchsorted(climbs.cell, cell)
     whose, offset = ragged(np.searchsorted(climbs.cell, cell, side="right") - first)
     climber = first[whose] + offset
@@ -196,13 +209,10 @@ def _of_block(
         climbs.position[climber],
         climbs.first[climber],
         climbs.last[climber],
-        table.through_mlps,
-        (of, climbs.component[send], climbs.layer[send], climbs.unit[send] + own[whose[of]]),
+        plan.layouts.paths[block.component].through_mlps,
+        (of, climbs.component[send], climbs.layer[send], climbs.unit[send] + unit[whose[of]]),
     )
-    width = len(plan.pairs[pair])
-    keys = whose * width + climbs.position[climber]  # ascending
-    at = np.searchsorted(keys, row * width + columns["position"])
-    return runs, {**columns, "unit": places.unit[mine], "climber": at}, begin
+    return whose, climber, begin
 
 
 def _patched(
