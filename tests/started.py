@@ -91,8 +91,17 @@ def said(process: Process) -> list[str]:
 def still_from(blocks: float) -> dict[str, str]:
     """The environment of processes that do not get far beyond so many blocks until a signal comes:
     their disk stands still."""
+    return _still(STILL_FROM=str(round(blocks)))
+
+
+def still_for_both(out: Path) -> dict[str, str]:
+    """The environment of two processes of which neither gets far before the other computes too."""
+    return _still(STILL_FOR=str(job_folder(out)))
+
+
+def _still(**how: str) -> dict[str, str]:
     path = [str(Path(__file__).with_name("still_disk")), os.environ.get("PYTHONPATH", "")]
-    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), "STILL_FROM": str(round(blocks))}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path)), **how}
 
 
 def wait(process: Process, until: Callable[[], bool]) -> None:

@@ -17,7 +17,7 @@ from patchsweep.passes.wave import WaveResult
 from patchsweep.plan import Wave, chunks
 from patchsweep.sites import Block, Status
 from patchsweep.store import Store, job_folder, stored_pairs
-from started import TORCHRUN, launch, said
+from started import TORCHRUN, launch, said, still_for_both
 from tiny import (
     arrays,
     build,
@@ -375,7 +375,7 @@ def test_two_processes(tmp_path: Path) -> None:
         ps.run(given, append=True)
     out = tmp_path / "two.zarr"
     more = ["--out", out, "--set", f"prompts.n={ALL}"]
-    process = launch(TORCHRUN, 2, spec, *more, "--append")
+    process = launch(TORCHRUN, 2, spec, *more, "--append", **still_for_both(out))
     assert said(process) == []
     assert process.returncode == 0
     assert arrays(out) == arrays(tmp_path / "one.zarr")
